@@ -1,0 +1,31 @@
+# make results   set up and run the notebooks: every table and figure (PROFILE=smoke, cpu, wikitext2)
+# make test      set up and check everything
+# make lab       set up and open JupyterLab
+# make clean     remove the environment, caches and executed notebooks; results stay
+
+PROFILE ?= cpu
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: results test lab clean
+
+results: .venv/ready
+	$(BIN)/python -m earlyexit run --profile $(PROFILE)
+
+test: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/nbstripout --verify --keep-id $(NOTEBOOKS)
+	$(BIN)/python -m pytest
+
+lab: .venv/ready
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf .venv .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+.venv/ready: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e ".[dev]"
+	touch $@

@@ -1,0 +1,165 @@
+"""Checkpoints: weights as safetensors, configuration as JSON, both checked when read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from earlyexit.atomic import atomic_path
+from earlyexit.model import EarlyExitLanguageModel, ModelConfig
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, and why."""
+
+
+def save_model(model: EarlyExitLanguageModel, path: Path, about: dict | None = None) -> None:
+    """Write weights and configuration to one ``.safetensors`` file.
+
+    Args:
+        about: anything JSON that describes the weights (training, text hash).
+    """
+    shared = {}  # a tied matrix is stored once
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in shared or tensor.numel() == 0:
+            shared[tensor.data_ptr()] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+    config = asdict(model.config) | {"confidence_threshold": model.confidence_threshold}
+    metadata = {"config": json.dumps(config), "about": json.dumps(about or {})}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_model(
+    path: Path, config: ModelConfig | None = None, device: str | torch.device = "cpu"
+) -> EarlyExitLanguageModel:
+    """The model stored by :func:`save_model`, in evaluation mode.
+
+    Args:
+        config: what the checkpoint must hold; None takes what it says.
+
+    Raises:
+        CheckpointError: missing, truncated, not safetensors (a pickle, say), of another
+            configuration or shape, or weights that are not finite.
+    """
+    path = Path(path)
+    metadata, tensors = _read(path)
+    try:
+        stored = ModelConfig(**json.loads(metadata["config"]))
+        model = EarlyExitLanguageModel.from_config(stored)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no model configuration that works: {error}") from error
+    if config is not None and config != stored:
+        changed = [k for k, v in asdict(config).items() if v != getattr(stored, k)]
+        raise CheckpointError(f"{path} was made with another {', '.join(changed)}")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(f"{path} holds NaN or infinity in {', '.join(broken[:3])}")
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
+    tied = {"token_embedding.weight", f"blocks.{stored.n_layers - 1}.exit_classifier.linear.weight"}
+    absent = set(missing)
+    if stored.tie_embeddings and len(absent & tied) == 1:  # one matrix, stored once
+        absent -= tied
+    if unexpected or absent:
+        raise CheckpointError(f"{path}: missing {missing}, unexpected {unexpected}")
+    return model.to(device).eval()
+
+
+def checkpoint_about(path: Path) -> dict:
+    """What :func:`save_model` was told about the weights.
+
+    Raises:
+        CheckpointError: see :func:`load_model`.
+    """
+    try:
+        return json.loads(_read(Path(path))[0]["about"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} does not say how it was made: {error}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file ({error}); pickles are never loaded:"
+            " delete it and train again"
+        ) from error
+
+
+class TrainingState:
+    """A resumable state of a training: weights, optimiser, schedule, random numbers, history.
+
+    Args:
+        folder: where it lives; None keeps nothing.
+        key: the configuration it belongs to; a state of another key is ignored.
+    """
+
+    def __init__(self, folder: Path | None, key: dict):
+        self.path = Path(folder) / "training.pt" if folder else None
+        self.key = key
+
+    def save(self, model, optimizer, schedule, log: dict) -> None:
+        """Write everything that decides the steps to come; ``log`` holds what came before."""
+        state = {
+            "key": self.key,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "log": log,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        with atomic_path(self.path) as temporary:
+            torch.save(state, temporary)
+
+    def restore(self, model, optimizer, schedule) -> dict:
+        """Load a state of the same key into the arguments; returns its log, or an empty one.
+
+        Raises:
+            CheckpointError: the file is damaged or not a training state.
+        """
+        empty = {"step": 0, "history": [], "recent": [], "tokens": 0}
+        if not self.path or not self.path.exists():
+            return empty
+        try:
+            state = torch.load(self.path, weights_only=True)
+            if state["key"] != self.key:
+                return empty
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            return state["log"]
+        except (
+            RuntimeError,
+            pickle.UnpicklingError,
+            EOFError,
+            KeyError,
+            ValueError,
+            TypeError,
+        ) as e:
+            raise CheckpointError(
+                f"{self.path} is not a usable training state ({e}): delete it to start again"
+            ) from e
+
+    def delete(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)

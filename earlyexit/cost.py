@@ -1,0 +1,136 @@
+"""What each part of the model costs: analytic FLOPs and bytes.
+
+One multiply-add counts two FLOPs. Profilers count matrix products only (recurrences, softmax and
+normalisations count as zero there), hence this table; its matrix products are checked against
+``torch.utils.flop_counter`` in the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from earlyexit.exits import CRITERIA
+from earlyexit.model import ModelConfig
+
+# FLOPs per element of what is not a matrix product.
+LAYER_NORM = 8  # two moments, scale, shift
+BK_STEP = 18  # one complex reciprocal and multiply-add, in real arithmetic
+SOFTMAX = 5  # maximum, subtraction, exponential, sum, comparison or division
+COSINE = 6  # three inner products
+
+
+def part_flops(config: ModelConfig) -> dict[str, float]:
+    """FLOPs per token of every part of one layer and of the heads."""
+    d, h = config.d_model, config.bk_heads
+    hidden = config.expert_hidden or 2 * d
+    return {
+        "layer norm": LAYER_NORM * d,
+        "potentials": 2 * d * h,
+        "BK-Core": (BK_STEP if config.causal else 3 * BK_STEP) * h,
+        "projection": 2 * 2 * h * d + 2 * d,
+        "router": 2 * d * config.num_experts + SOFTMAX * config.num_experts,
+        "experts": config.top_k * (2 * 2 * d * hidden + hidden),
+        "translator": 2 * d * d if config.exit_head == "translator" else 0.0,
+        "head norm": LAYER_NORM * d,
+        "unembedding": 2 * d * config.vocab_size,
+        "softmax": SOFTMAX * config.vocab_size,
+    }
+
+
+BLOCK = ("layer norm", "potentials", "BK-Core", "projection", "router", "experts")
+PROPAGATION = ("layer norm", "potentials", "BK-Core")
+FINAL_HEAD = ("head norm", "unembedding", "softmax")
+EXIT_HEAD = ("translator", *FINAL_HEAD)
+
+
+def total(parts: dict[str, float], names: Sequence[str]) -> float:
+    return sum(parts[name] for name in names)
+
+
+def check_flops(config: ModelConfig, criterion: str) -> float:
+    """FLOPs per token of one exit check, beyond what the exit itself costs."""
+    d = config.d_model
+    if CRITERIA[criterion].reads == "logits":
+        return total(part_flops(config), EXIT_HEAD)
+    if criterion in ("gate", "agreement"):  # the next block's LayerNorm is shared
+        hidden = config.gate_hidden or 0
+        return 2 * hidden * (d + 2) if hidden else 2 * 2 * d
+    return {"depth": 0, "saturation": COSINE * d}[criterion]
+
+
+def policy_flops(
+    config: ModelConfig, distribution: Sequence[float], criterion: str
+) -> dict[str, float]:
+    """FLOPs per token of a compacted run, by part.
+
+    Args:
+        distribution: share of tokens per exit layer ``(L + 1,)``, the last for "no early exit".
+        criterion: what is checked after every layer but the last.
+
+    Returns:
+        ``blocks``, ``checks``, ``propagation`` (potentials of exited tokens), ``head``, ``total``,
+        ``full_depth`` and ``speedup_flops`` = full_depth / total.
+    """
+    parts, layers = part_flops(config), config.n_layers
+    share = np.asarray(distribution, dtype=float)
+    executed = np.minimum(np.arange(layers + 1) + 1, layers)
+    mean_layers = float(share @ executed)
+    checks = float(share @ np.minimum(executed, layers - 1))
+    early = float(share[: layers - 1].sum())
+    block, head = total(parts, BLOCK), total(parts, FINAL_HEAD)
+    paid_by_check = CRITERIA[criterion].reads == "logits"  # the exit reads the check's own logits
+    out = {
+        "blocks": mean_layers * block,
+        "checks": checks * check_flops(config, criterion),
+        "propagation": (layers - mean_layers) * total(parts, PROPAGATION),
+        "head": (1 - early) * head if paid_by_check else head + early * parts["translator"],
+    }
+    out["total"] = sum(out.values())
+    out["full_depth"] = layers * block + head
+    return out | {"speedup_flops": out["full_depth"] / out["total"]}
+
+
+def exit_costs(config: ModelConfig, criterion: str) -> np.ndarray:
+    """FLOPs per token of leaving at exit 0 … L − 1 in a compacted run ``(L,)``."""
+    rows = np.eye(config.n_layers, config.n_layers + 1)
+    rows[-1] = np.roll(rows[-1], 1)  # leaving at the last layer is not leaving early
+    return np.array([policy_flops(config, row, criterion)["total"] for row in rows])
+
+
+def cost_table(config: ModelConfig) -> pd.DataFrame:
+    """Parts with parameters, FLOPs per token, and FLOPs as a share of one block."""
+    parts = part_flops(config)
+    d, h, v = config.d_model, config.bk_heads, config.vocab_size
+    hidden = config.expert_hidden or 2 * d
+    parameters = {
+        "layer norm": 2 * d,
+        "potentials": d * h + h,
+        "BK-Core": 2 * h,
+        "projection": 2 * h * d + d + 1,
+        "router": d * config.num_experts + config.num_experts,
+        "experts": config.num_experts * (2 * d * hidden + hidden + d),
+        "translator": d * d + d if config.exit_head == "translator" else 0,
+        "head norm": 2 * d,
+        "unembedding": v * d + v,
+        "softmax": 0,
+    }
+    block = total(parts, BLOCK)
+    rows = [
+        {
+            "part": name,
+            "group": "block" if name in BLOCK else "head",
+            "parameters": parameters[name],
+            "flops_per_token": flops,
+            "share_of_block": flops / block,
+        }
+        for name, flops in parts.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def break_even_depth(layers: int, head_ratio: float) -> float:
+    """Mean depth below which a full-vocabulary check after each block pays: (L + r) / (1 + r)."""
+    return (layers + head_ratio) / (1 + head_ratio)

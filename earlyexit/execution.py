@@ -1,0 +1,276 @@
+"""Running a model with exits, two ways with one answer.
+
+* ``dense``: every token runs every layer, exits are masks, exited states stay frozen: the slow truth.
+* ``compacted``: exited tokens leave. A deeper layer's experts see only the tokens that are left; of
+  the others the recursion still reads the potentials of their frozen states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from earlyexit.exits import ExitPolicy, ExitState
+
+if TYPE_CHECKING:
+    from earlyexit.layers import ExitHead
+    from earlyexit.model import EarlyExitLanguageModel
+
+Execution = Literal["compacted", "dense"]
+Reader = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class ExitRun:
+    """Outcome of a run with exits over T = B·N tokens.
+
+    Attributes:
+        outputs: what the reader made of each token's logits ``(T, …)``.
+        exit_layers: 0-based exit, n_layers where none ``(T,)`` int64.
+        scores: the criterion at the exit, or at the last layer ``(T,)``; NaN where it has none.
+    """
+
+    outputs: Tensor
+    exit_layers: Tensor
+    scores: Tensor
+
+
+def run(
+    model: EarlyExitLanguageModel,
+    x: Tensor,
+    policy: ExitPolicy,
+    read: Reader,
+    execution: Execution = "compacted",
+) -> ExitRun:
+    """Run with exits and read each token's prediction once.
+
+    Args:
+        x: token ids ``(B, N)``.
+        policy: thresholds for this model's depth.
+        read: ``read(logits (T', V), tokens (T',))`` → one row per token; ``tokens`` are indices
+            into the flattened batch.
+        execution: ``"compacted"`` or ``"dense"``.
+    """
+    if execution not in ("compacted", "dense"):
+        raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
+    h = model.embed(x)
+    walk = _compacted if execution == "compacted" else _dense
+    progress = torch.arange(x.shape[1], device=x.device).expand_as(x).flatten() / model.n_seq
+    tally = _Tally(model, progress, policy, read)
+    walk(model, h, tally)
+    return tally.finish()
+
+
+def _dense(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
+    for layer, block in enumerate(model.blocks):
+        after = block.hidden(h)
+        alive = tally.alive
+        state = _state(model, layer, after.flatten(0, 1)[alive], h.flatten(0, 1)[alive])
+        frozen = torch.ones(h.shape[0] * h.shape[1], dtype=torch.bool, device=h.device)
+        frozen[alive] = False
+        h = torch.where(frozen.view(*h.shape[:2], 1), h, after)
+        tally.leave(state)
+
+
+def _compacted(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
+    everyone = h.shape[0] * h.shape[1]
+    frozen = h.flatten(0, 1)  # (T, D): current states of the alive, last states of the exited
+    u = model.blocks[0].layer_norm(frozen)
+    for layer, block in enumerate(model.blocks):
+        alive = tally.alive
+        if not len(alive):
+            return
+        v = block.bk_layer.potentials(u)
+        features = block.bk_layer.bk_core(v.view(*h.shape[:2], -1)).flatten(0, 1)
+        if len(alive) == everyone:
+            before, after = frozen, frozen + block.bk_layer.transform(u, features)
+            frozen = after
+        else:
+            before = frozen[alive]
+            after = before + block.bk_layer.transform(u[alive], features[alive])
+            frozen = frozen.index_copy(0, alive, after)
+        if layer + 1 < model.n_layers:  # shared: the gate reads what the next block reads
+            u = model.blocks[layer + 1].layer_norm(frozen)
+            read = u if len(alive) == everyone else u[alive]
+            tally.leave(ExitState(layer, after, before, read, model.gates))
+        else:
+            tally.leave(ExitState(layer, after, before, None, model.gates))
+
+
+def _state(model: EarlyExitLanguageModel, layer: int, after: Tensor, before: Tensor) -> ExitState:
+    last = layer == model.n_layers - 1
+    normalised = None if last else model.blocks[layer + 1].layer_norm(after)
+    return ExitState(layer, after, before, normalised, model.gates)
+
+
+@torch.no_grad()
+def generate(
+    model: EarlyExitLanguageModel,
+    prompt: Tensor,
+    n_new: int,
+    policy: ExitPolicy | None = None,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Continue ``prompt`` ``(B, N)`` by ``n_new`` tokens, in O(1) state per layer.
+
+    Args:
+        policy: exit policy; None runs full depth.
+        temperature: 0 takes the most probable token, otherwise samples.
+
+    Returns:
+        Token ids ``(B, N + n_new)``, and the exit layer of every token run ``(B, N + n_new − 1)``.
+
+    Raises:
+        ValueError: prompt and continuation exceed n_seq, a policy for another depth, logits that are
+            not finite, or see ``embed``.
+    """
+    inputs = model.embed(prompt)
+    batch, length = prompt.shape
+    if length + n_new > model.n_seq + 1:
+        raise ValueError(
+            f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
+        )
+    policy = policy or ExitPolicy.static(model.n_layers, model.n_layers)
+    states: list[Tensor | None] = [None] * model.n_layers
+    ids, exits, was_training = prompt, [], model.training
+    model.eval()
+    try:
+        for position in range(length + n_new - 1):
+            if position < length:
+                h = inputs[:, position]
+            else:
+                h = model.token_embedding(ids[:, position])
+                h = h + model.position_embedding.weight[position]
+            progress = h.new_full((batch,), position / model.n_seq)
+            tally = _Tally(model, progress, policy, lambda logits, _: logits)
+            _step(model, h, states, tally)
+            run = tally.finish()
+            exits.append(run.exit_layers)
+            if position >= length - 1:
+                ids = torch.cat([ids, _choose(run.outputs, temperature, generator)], dim=1)
+    finally:
+        model.train(was_training)
+    return ids, torch.stack(exits, dim=1) if exits else ids.new_zeros(batch, 0)
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    if not torch.isfinite(logits).all():
+        raise ValueError("logits are not finite: the weights hold NaN or infinity")
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    return (logits / temperature).softmax(dim=-1).multinomial(1, generator=generator)
+
+
+def _step(
+    model: EarlyExitLanguageModel, h: Tensor, states: list[Tensor | None], tally: _Tally
+) -> None:
+    """One position ``(B, D)`` through all layers; exited rows only feed the recursion."""
+    for layer, block in enumerate(model.blocks):
+        alive = tally.alive
+        u = block.layer_norm(h)
+        v = block.bk_layer.potentials(u)
+        states[layer], features = block.bk_layer.bk_core.step(states[layer], v)
+        if len(alive):
+            before = h[alive]
+            after = before + block.bk_layer.transform(u[alive], features[alive])
+            h = h.index_copy(0, alive, after)
+            tally.leave(_state(model, layer, after, before))
+
+
+class _Tally:
+    """Who is still running, who left where, and what was read of each token.
+
+    A criterion that reads logits has paid for the projection: the prediction is read from the same
+    chunk. Otherwise the features wait, and are projected together at the end, once per token.
+    """
+
+    def __init__(
+        self, model: EarlyExitLanguageModel, progress: Tensor, policy: ExitPolicy, read: Reader
+    ):
+        if len(policy.thresholds) != model.n_layers:
+            raise ValueError(
+                f"the policy has {len(policy.thresholds)} thresholds, the model {model.n_layers} layers"
+            )
+        self.model, self.policy, self.read = model, policy, read
+        self.progress = progress  # (T,) position of each token over n_seq
+        self.alive = torch.arange(len(progress), device=progress.device)
+        self.exit_layers = torch.full_like(self.alive, model.n_layers)
+        dtype = model.token_embedding.weight.dtype
+        self.scores = torch.full_like(progress, torch.nan, dtype=dtype)
+        self.reading = self.scores.clone()  # what a streak's criterion read at the exit before
+        self.streak = torch.zeros_like(self.scores)
+        self.outputs: Tensor | None = None
+        self.waiting: list[tuple[ExitHead, Tensor, Tensor]] = []
+
+    def leave(self, state: ExitState) -> None:
+        """Judge the alive tokens at an exit, and let go those that pass (at the end, all)."""
+        layer, rule = state.layer, self.policy.rule
+        threshold, last = self.policy.thresholds[layer], state.layer == self.model.n_layers - 1
+        skip = threshold == rule.never and not rule.streak  # a streak must see every exit
+        if not len(self.alive) or (skip and not last):
+            return
+        head, output = self.model.blocks[layer].exit_classifier, None
+        if skip:
+            passed = torch.zeros_like(self.alive, dtype=torch.bool)
+            score = self.scores[self.alive]
+        else:
+            if rule.reads == "logits":
+                score, output = self._score_and_read(head, state.hidden)
+            else:
+                score = rule.score(state)
+            if rule.streak:
+                score = self._extend_streak(score)
+            passed = self.policy.passes(layer, score, self.progress[self.alive])
+        # One transfer to the host per layer: how many leave, and whether all is well.
+        leaving, broken = torch.stack([passed.sum(), torch.isnan(score).sum()]).tolist()
+        if broken and not skip and not (last and rule.reads == "state"):
+            raise ValueError(
+                f"{rule.name} is NaN at layer {layer}: the weights hold NaN or infinity"
+            )
+        order = passed.argsort(stable=True, descending=True)
+        gone, stay = (order, order[:0]) if last else order.tensor_split([leaving])
+        tokens = self.alive[gone]
+        self.scores[tokens] = score[gone]
+        self.exit_layers[tokens] = torch.where(passed[gone], layer, self.model.n_layers)
+        if output is not None:
+            self._store(tokens, output[gone])
+        else:
+            self.waiting.append((head, tokens, head.features(state.hidden[gone])))
+        self.alive = self.alive[stay]
+
+    def _score_and_read(self, head: ExitHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        def both(logits, tokens):
+            score.append(self.policy.rule.score(logits))
+            return self.read(logits, tokens)
+
+        score: list[Tensor] = []
+        output = head.read(head.features(hidden), self.alive, both)
+        return torch.cat(score), output
+
+    def _extend_streak(self, reading: Tensor) -> Tensor:
+        same = reading == self.reading[self.alive]
+        self.reading[self.alive] = reading
+        self.streak[self.alive] = torch.where(same, self.streak[self.alive] + 1, 0)
+        return self.streak[self.alive]
+
+    def _store(self, tokens: Tensor, output: Tensor) -> None:
+        if self.outputs is None:
+            self.outputs = output.new_empty(len(self.exit_layers), *output.shape[1:])
+        self.outputs = self.outputs.index_copy(0, tokens, output)
+
+    def finish(self) -> ExitRun:
+        by_unembedding: dict[int, list] = {}
+        for departure in self.waiting:
+            by_unembedding.setdefault(id(departure[0].unembedding), []).append(departure)
+        for departures in by_unembedding.values():
+            tokens = torch.cat([tokens for _, tokens, _ in departures])
+            if len(tokens):
+                features = torch.cat([features for *_, features in departures])
+                head = departures[0][0]
+                self._store(tokens, head.read(features, tokens, self.read))
+        return ExitRun(self.outputs, self.exit_layers, self.scores)

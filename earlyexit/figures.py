@@ -1,0 +1,486 @@
+"""Figures: each function takes tidy tables and returns the figure it drew.
+
+Sizes are inches of a paper's column (3.4) or page (7.0); colours and fonts come from the project's
+style. Seeds, where there are several, are drawn as a mean with its range.
+"""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from earlyexit.exits import CRITERIA
+
+COLUMN, PAGE = 3.4, 7.0  # inches
+REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
+MARKERS = "osD^vP*X"
+
+
+def label_of(criterion: str) -> str:
+    """How a criterion is called in a legend."""
+    return CRITERIA[criterion].label if criterion in CRITERIA else criterion
+
+
+def _exit_name(layer: int, n_layers: int) -> str:
+    return f"exit {layer}" if layer < n_layers - 1 else f"exit {layer} (last)"
+
+
+def _percent(axis, decimals: int = 0) -> None:
+    axis.set_major_formatter(PercentFormatter(1, decimals=decimals))
+
+
+# ---------------------------------------------------------------- 01 build
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """Training NLL against tokens, and the fit part's perplexity of every exit.
+
+    Args:
+        history: columns seed, tokens, train_nll, perplexity_0 … (NaN between evaluations).
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.4))
+    for seed, rows in history.groupby("seed"):
+        left.plot(rows["tokens"] / 1e6, rows["train_nll"], label=f"seed {seed}")
+    left.set(xlabel="training tokens (millions)", ylabel="training NLL (nats per token)")
+    left.legend()
+    columns = [c for c in history if c.startswith("perplexity_")]
+    measured = history.dropna(subset=columns)
+    final = measured.groupby("seed").tail(1)[columns]
+    x = np.arange(len(columns))
+    for _, values in final.iterrows():
+        right.plot(x, values, "o-", color="C0")
+    for i, value in enumerate(final.mean()):
+        right.annotate(
+            f"{value:.0f}", (i, value), (0, 6), textcoords="offset points", ha="center", fontsize=7
+        )
+    right.set(xlabel="exit (layer index)", ylabel="perplexity, validation (fit part)")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.margins(y=0.2)
+    return fig
+
+
+def leak(table: pd.DataFrame) -> Figure:
+    """Perplexity on the true text and with the future of each scored token replaced.
+
+    Args:
+        table: columns model, future ("true" or "replaced"), perplexity.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN, 2.2))
+    models, width = list(dict.fromkeys(table["model"])), 0.38
+    for k, future in enumerate(("true", "replaced")):
+        rows = table[table["future"] == future].groupby("model")["perplexity"].mean()[models]
+        bars = ax.bar(np.arange(len(models)) + (k - 0.5) * width, rows, width, label=future)
+        ax.bar_label(bars, fmt="%.0f", fontsize=7)
+    ax.set_xticks(np.arange(len(models)), models)
+    ax.set(yscale="log", ylabel="perplexity of the same tokens")
+    ax.set_ylim(1, 3 * table["perplexity"].max())
+    ax.grid(axis="x", visible=False)
+    ax.legend(title="tokens after them", loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+
+def cost_shares(costs: pd.DataFrame) -> Figure:
+    """FLOPs per token of every part, as a multiple of one whole block.
+
+    Args:
+        costs: as :func:`earlyexit.cost.cost_table` returns.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN, 2.6))
+    order = costs.iloc[::-1]
+    colors = order["group"].map({"block": "C0", "head": "C1"})
+    bars = ax.barh(order["part"], order["share_of_block"], color=colors)
+    ax.bar_label(bars, [f" {v:.2g}×" for v in order["share_of_block"]], fontsize=7)
+    ax.set(xscale="log", xlabel="FLOPs per token / FLOPs of one block")
+    ax.axvline(1, **REFERENCE)
+    ax.margins(x=0.2)
+    ax.grid(axis="y", visible=False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("C0", "C1")]
+    ax.legend(handles, ["every layer", "a head"], loc="upper right")
+    return fig
+
+
+# ---------------------------------------------------------------- 02 calibration
+
+
+def reliability(table: pd.DataFrame, errors: pd.DataFrame) -> Figure:
+    """Confidence against accuracy, one panel per exit, before and after temperature scaling.
+
+    Args:
+        table: columns seed, exit, calibration ("before"/"after"), confidence, accuracy, share.
+        errors: columns seed, exit, calibration, ece.
+    """
+    exits = sorted(table["exit"].unique())
+    fig, axes = plt.subplots(
+        2, len(exits), figsize=(PAGE, 2.9), sharex=True, sharey="row", height_ratios=[3, 1],
+        squeeze=False,
+    )  # fmt: skip
+    for top, low, layer in zip(*axes, exits, strict=True):
+        top.plot([0, 1], [0, 1], **REFERENCE)
+        notes = []
+        for k, when in enumerate(("before", "after")):
+            rows = table[(table["exit"] == layer) & (table["calibration"] == when)]
+            rows = rows[rows["seed"] == rows["seed"].min()]
+            enough = rows[rows["share"] >= 5e-4]
+            top.plot(enough["confidence"], enough["accuracy"], f"{MARKERS[k]}-", label=when)
+            low.step(rows["bin"], rows["share"], where="mid", color=f"C{k}", linewidth=0.9)
+            ece = errors[(errors["exit"] == layer) & (errors["calibration"] == when)]["ece"].mean()
+            notes.append(f"ECE {when} {100 * ece:.1f} %")
+        top.text(0.97, 0.04, "\n".join(notes), transform=top.transAxes, ha="right", fontsize=6.5)
+        top.set(title=_exit_name(layer, len(exits)), xlim=(0, 1), ylim=(0, 1))
+        low.set(yscale="log", ylim=(1e-4, 1))
+    axes[0, 0].set_ylabel("accuracy")
+    axes[0, 0].legend(loc="upper left")
+    axes[1, 0].set_ylabel("share of\ntokens")
+    fig.supxlabel("maximum probability", fontsize=8)
+    return fig
+
+
+# ---------------------------------------------------------------- 03 threshold sweep
+
+
+def pareto(
+    curves: pd.DataFrame,
+    x: str,
+    x_label: str,
+    limit: float = 0.3,
+    points: pd.DataFrame | None = None,
+) -> Figure:
+    """Quality loss against a speedup, one curve per criterion, static exits and oracles beside.
+
+    Args:
+        curves: columns criterion, quality_loss and ``x``; "static" is drawn as points, oracles dashed.
+        limit: largest quality loss shown.
+        points: extra labelled points: columns label, quality_loss, ``x``.
+    """
+    fig, ax = plt.subplots(figsize=(PAGE * 0.62, 3.0))
+    for k, (criterion, rows) in enumerate(curves.groupby("criterion", sort=False)):
+        rows = rows[rows["quality_loss"] <= limit].sort_values(x)
+        style = {"color": f"C{k}"}
+        if criterion == "static":
+            style = {"color": "black", "marker": "s", "linestyle": "none"}
+        elif criterion.startswith("oracle"):
+            style = {"color": "0.35" if "nll" in criterion else "0.6", "linestyle": "--"}
+        ax.plot(rows[x], rows["quality_loss"], label=label_of(criterion), **style)
+    if points is not None:
+        ax.plot(
+            points[x],
+            points["quality_loss"],
+            "X",
+            color="C1",
+            markersize=6,
+            label="original, claimed",
+        )
+    ax.axhline(0, **REFERENCE)
+    ax.set(xlabel=x_label, ylabel="quality loss (perplexity / full depth − 1)")
+    _percent(ax.yaxis)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return fig
+
+
+def exit_distributions(table: pd.DataFrame, criterion: str) -> Figure:
+    """Bars: share of tokens per exit layer, one panel per threshold, the average marked.
+
+    Args:
+        table: columns threshold, exit_layer, share (n_layers: no early exit), average.
+    """
+    thresholds = sorted(table["threshold"].unique())
+    fig, axes = plt.subplots(1, len(thresholds), figsize=(PAGE, 2.1), sharey=True, squeeze=False)
+    none = int(table["exit_layer"].max())
+    for ax, threshold in zip(axes[0], thresholds, strict=True):
+        rows = table[table["threshold"] == threshold].groupby("exit_layer").mean(numeric_only=True)
+        ax.bar(rows.index, rows["share"], color=["C0"] * none + ["0.6"])
+        average = rows["average"].iloc[0]
+        ax.axvline(average, color="C1", linewidth=1)
+        ax.set_title(f"threshold {threshold:g}\naverage {average:.2f}")
+        ax.set_xticks(range(none + 1), [*map(str, range(none)), "none"])
+        ax.grid(axis="x", visible=False)
+    axes[0, 0].set_ylabel("share of tokens")
+    _percent(axes[0, 0].yaxis)
+    fig.supxlabel(f"exit layer ({label_of(criterion)})", fontsize=8)
+    return fig
+
+
+def threshold_sweep(sweeps: pd.DataFrame) -> Figure:
+    """Quality loss and mean layers executed against the threshold, one column per criterion.
+
+    Args:
+        sweeps: columns criterion, threshold, quality_loss, layers.
+    """
+    names = list(dict.fromkeys(sweeps["criterion"]))
+    fig, axes = plt.subplots(
+        2, len(names), figsize=(PAGE, 3.2), sharex="col", sharey="row", squeeze=False
+    )
+    for column, (name, rows) in zip(axes.T, sweeps.groupby("criterion", sort=False), strict=True):
+        rows = rows[np.isfinite(rows["threshold"])].sort_values("threshold")
+        column[0].plot(rows["threshold"], rows["layers"], color="C0")
+        column[1].plot(rows["threshold"], rows["quality_loss"], color="C1")
+        column[1].axhline(0, **REFERENCE)
+        column[1].set_xlabel(f"threshold\n{label_of(name)}")
+    axes[0, 0].set_ylabel("mean layers\nexecuted")
+    axes[1, 0].set_ylabel("quality loss")
+    _percent(axes[1, 0].yaxis)
+    return fig
+
+
+def exit_quality(table: pd.DataFrame) -> Figure:
+    """Perplexity, agreement and KL with the last layer, per exit.
+
+    Args:
+        table: columns seed, exit, perplexity, agreement, kl.
+    """
+    fig, axes = plt.subplots(1, 3, figsize=(PAGE, 2.1))
+    labels = {
+        "perplexity": "perplexity",
+        "agreement": "same prediction as the last layer",
+        "kl": "KL to the last layer (nats)",
+    }
+    for ax, (column, text) in zip(axes, labels.items(), strict=True):
+        groups = table.groupby("exit")[column]
+        mean = groups.mean()
+        ax.plot(mean.index, mean, "o-")
+        ax.fill_between(mean.index, groups.min(), groups.max(), alpha=0.2)
+        ax.set(xlabel="exit (layer index)", ylabel=text)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _percent(axes[1].yaxis)
+    return fig
+
+
+# ---------------------------------------------------------------- 04 speedup
+
+
+def part_times(table: pd.DataFrame) -> Figure:
+    """Time of every part, and of a check by each criterion, as a share of one block.
+
+    Args:
+        table: columns part, group ("block", "check", "head"), share_of_block.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN * 1.25, 3.0))
+    parts = table[table["group"] != "whole"]
+    rows = parts.groupby(["part", "group"], sort=False)["share_of_block"].median().reset_index()
+    rows = rows.iloc[::-1]
+    colors = rows["group"].map({"block": "C0", "head": "C1", "check": "C2"})
+    bars = ax.barh(rows["part"], rows["share_of_block"], color=colors)
+    ax.bar_label(bars, [f" {100 * v:.3g} %" for v in rows["share_of_block"]], fontsize=7)
+    ax.axvline(1, **REFERENCE)
+    ax.set(xscale="log", xlabel="time / time of one block")
+    ax.margins(x=0.25)
+    ax.grid(axis="y", visible=False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("C0", "C2", "C1")]
+    fig.legend(
+        handles, ["of a block", "an exit check", "a head"], loc="outside upper right", ncols=3
+    )
+    return fig
+
+
+def speedups(table: pd.DataFrame) -> Figure:
+    """Wall-clock against layers, identity as the ideal, one colour per execution.
+
+    Args:
+        table: columns execution, speedup_layers, speedup_time, low, high.
+    """
+    fig, ax = plt.subplots(figsize=(PAGE * 0.75, 2.8))
+    for k, (name, rows) in enumerate(table.groupby("execution", sort=False)):
+        rows = rows.sort_values("speedup_layers")
+        error = [
+            rows["speedup_time"] - rows["low"], rows["high"] - rows["speedup_time"]
+        ]  # fmt: skip
+        ax.errorbar(
+            rows["speedup_layers"], rows["speedup_time"], yerr=np.clip(error, 0, None),
+            fmt=f"{MARKERS[k]}-", capsize=2, label=name,
+        )  # fmt: skip
+    high = table["speedup_layers"].max()
+    ax.plot([1, high], [1, high], **REFERENCE)
+    ax.axhline(1, **(REFERENCE | {"linestyle": ":"}))
+    ax.set(xlabel="theoretical speedup (layers)", ylabel="wall-clock speedup", yscale="log")
+    ticks = [0.1, 0.2, 0.5, 1, 2, 4]
+    low, top = ax.get_ylim()
+    ax.set_yticks([t for t in ticks if low <= t <= top], minor=False)
+    ax.set_yticks([], minor=True)
+    ax.yaxis.set_major_formatter("{x:g}×")
+    fig.legend(loc="outside right upper")
+    return fig
+
+
+def layer_equivalents(table: pd.DataFrame) -> Figure:
+    """Where the layers go: share of tokens × layers executed, stacked per threshold.
+
+    Args:
+        table: columns threshold, exit_layer, layer_equivalents; n_layers is "no early exit".
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN, 2.4))
+    grid = table.pivot_table(index="threshold", columns="exit_layer", values="layer_equivalents")
+    none, left = int(grid.columns.max()), np.zeros(len(grid))
+    names = [f"{t:g}" for t in grid.index]
+    colors = [*plt.get_cmap("viridis")(np.linspace(0.15, 0.85, none)).tolist(), "0.7"]
+    for layer, color in zip(grid.columns, colors, strict=True):
+        label = "none" if layer == none else str(layer)
+        ax.barh(names, grid[layer], left=left, color=color, label=label)
+        left = left + grid[layer].fillna(0).to_numpy()
+    for y, total in enumerate(left):
+        ax.text(total, y, f" {total:.2f}", va="center", fontsize=7)
+    ax.set(xlabel="layer-equivalents per token", ylabel="threshold", xlim=(0, none * 1.12))
+    ax.grid(axis="y", visible=False)
+    fig.legend(title="exit layer", loc="outside right upper")
+    return fig
+
+
+# ---------------------------------------------------------------- 05 memory
+
+
+def memory(table: pd.DataFrame) -> Figure:
+    """Peak tensor memory of each way of running, logits and the rest apart.
+
+    Args:
+        table: columns execution, logits_mib, rest_mib.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN * 1.3, 2.4))
+    rows = table.groupby("execution", sort=False)[["logits_mib", "rest_mib"]].mean().iloc[::-1]
+    ax.barh(rows.index, rows["rest_mib"], color="C0", label="activations")
+    ax.barh(rows.index, rows["logits_mib"], left=rows["rest_mib"], color="C1", label="logits")
+    for y, total in enumerate(rows.sum(axis=1)):
+        ax.text(total, y, f" {total:.0f}", va="center", fontsize=7)
+    ax.set(xlabel="peak tensor memory (MiB)")
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+    fig.legend(loc="outside upper right", ncols=2)
+    return fig
+
+
+def lines(
+    table: pd.DataFrame, x: str, y: str, hue: str, x_label: str, y_label: str, log: bool = True
+) -> Figure:
+    """One line per value of ``hue``, mean and range over repeated rows, log–log by default."""
+    fig, ax = plt.subplots(figsize=(PAGE * 0.75, 2.6))
+    sns.lineplot(
+        table, x=x, y=y, hue=hue, style=hue, markers=True, dashes=False, errorbar=("pi", 100), ax=ax
+    )
+    if log:
+        ax.set(xscale="log", yscale="log")
+        _plain_ticks(ax, sorted(table[x].unique()))
+    ax.set(xlabel=x_label, ylabel=y_label)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return fig
+
+
+def _plain_ticks(ax: Axes, values: list) -> None:
+    ax.set_xticks(values, [f"{v:g}" for v in values], minor=False)
+    ax.set_xticks([], minor=True)
+
+
+# ---------------------------------------------------------------- 06 guarantees
+
+
+def target_achieved(table: pd.DataFrame) -> Figure:
+    """Tolerated against achieved quality loss on the test split, with the diagonal.
+
+    Args:
+        table: columns policy ("fitted", "certified …"), epsilon, test_quality_loss.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN * 1.35, 2.8))
+    for k, (name, rows) in enumerate(table.groupby("policy", sort=False)):
+        rows = rows.dropna(subset="test_quality_loss").sort_values("epsilon")
+        ax.plot(rows["epsilon"], rows["test_quality_loss"], f"{MARKERS[k]}-", label=name)
+    top = table["epsilon"].max() * 1.1
+    ax.plot([0, top], [0, top], **REFERENCE)
+    ax.text(top, top, "target", ha="right", va="bottom", fontsize=7, color="0.35")
+    ax.set(xlabel="tolerated quality loss ε", ylabel="quality loss on the test split")
+    _percent(ax.xaxis)
+    _percent(ax.yaxis)
+    fig.legend(loc="outside right upper")
+    return fig
+
+
+def violation_rates(table: pd.DataFrame, delta: float) -> Figure:
+    """Violation rate over n with exact binomial intervals; δ marked.
+
+    Args:
+        table: columns units, procedure, n, rate, low, high.
+    """
+    groups = list(table.groupby("units", sort=False))
+    fig, axes = plt.subplots(1, len(groups), figsize=(PAGE, 2.5), sharey=True, squeeze=False)
+    for ax, (units, part) in zip(axes[0], groups, strict=True):
+        for k, (name, rows) in enumerate(part.groupby("procedure", sort=False)):
+            error = [rows["rate"] - rows["low"], rows["high"] - rows["rate"]]
+            ax.errorbar(
+                rows["n"], rows["rate"], yerr=error, fmt=f"{MARKERS[k]}-", capsize=2, label=name
+            )
+        ax.axhline(delta, **REFERENCE)
+        ax.text(rows["n"].min(), delta, " δ", va="bottom", fontsize=8, color="0.35")
+        ax.set(xscale="log", xlabel="units n", title=units)
+        _plain_ticks(ax, sorted(part["n"].unique()))
+    axes[0, 0].set_ylabel("violation rate")
+    _percent(axes[0, 0].yaxis)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig
+
+
+def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame) -> Figure:
+    """Upper bound of each method over n, with the loss itself and what ε allows.
+
+    Args:
+        table: columns method, n, mean, bound; least: columns n, level (no valid test can do better).
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN * 1.6, 2.7))
+    for k, (name, rows) in enumerate(table.groupby("method", sort=False)):
+        rows = rows.groupby("n")["bound"].mean()
+        ax.plot(rows.index, rows, f"{MARKERS[k]}-", label=name)
+    ax.plot(
+        least["n"], least["level"], ":", color="0.35", label="least any valid test\ncould certify"
+    )
+    ax.axhline(level, **REFERENCE)
+    ax.text(
+        table["n"].max(), level, "log(1 + ε)", ha="right", va="bottom", fontsize=7, color="0.35"
+    )
+    ax.axhline(table["mean"].mean(), color="0.35", linewidth=0.8, label="mean loss")
+    ax.set(
+        xscale="log", xlabel="units n", ylabel="upper bound on the mean loss (nats)", ylim=(0, None)
+    )
+    _plain_ticks(ax, sorted(table["n"].unique()))
+    fig.legend(loc="outside right upper")
+    return fig
+
+
+def price_of_certainty(table: pd.DataFrame) -> Figure:
+    """Speedup in layers of fitted and certified policies, per ε.
+
+    Args:
+        table: columns policy, epsilon, test_speedup_layers (NaN: refused).
+    """
+    fig, ax = plt.subplots(figsize=(PAGE * 0.75, 2.4))
+    names, levels = list(dict.fromkeys(table["policy"])), sorted(table["epsilon"].unique())
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        rows = table[table["policy"] == name].groupby("epsilon")["test_speedup_layers"].mean()
+        x = np.arange(len(levels)) + (k - (len(names) - 1) / 2) * width
+        values = rows.reindex(levels).to_numpy()
+        bars = ax.bar(x, np.nan_to_num(values), width, label=name)
+        labels = ["refused" if np.isnan(v) else f"{v:.2f}" for v in values]
+        ax.bar_label(bars, labels, fontsize=6, rotation=90, padding=2)
+    ax.set_xticks(range(len(levels)), [f"{100 * v:g} %" for v in levels])
+    ax.axhline(1, **REFERENCE)
+    ax.set(xlabel="tolerated quality loss ε", ylabel="speedup (layers), test split")
+    ax.margins(y=0.25)
+    ax.grid(axis="x", visible=False)
+    fig.legend(loc="outside right upper")
+    return fig
+
+
+def recipes(table: pd.DataFrame) -> Figure:
+    """Perplexity per exit of models trained in different ways.
+
+    Args:
+        table: columns recipe, exit, perplexity.
+    """
+    fig, ax = plt.subplots(figsize=(PAGE * 0.75, 2.6))
+    last = int(table["exit"].max())
+    for k, (name, rows) in enumerate(table.groupby("recipe", sort=False)):
+        mean = rows.groupby("exit")["perplexity"].mean()
+        ax.plot(mean.index, mean, f"{MARKERS[k % len(MARKERS)]}-", label=name)
+    ax.set(xlabel="exit (layer index)", ylabel="perplexity, test split", xticks=range(last + 1))
+    fig.legend(loc="outside right upper")
+    return fig

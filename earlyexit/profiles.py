@@ -1,0 +1,108 @@
+"""Profiles: one table of sizes. A profile names everything that decides how long a study takes.
+
+A profile's results live in ``results/<label>/`` and ``figures/<label>/``; the label is the profile's
+name, plus ``~key=value`` for every field changed with ``--set``, so that no run overwrites another's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes of one study: text, model, training and measurement."""
+
+    name: str
+    about: str
+    # text
+    corpus: str = "sotu"  # "sotu", "wikitext-2", "wikitext-103" or "folder"
+    tokenizer: str = "word"  # "word" or "bpe"
+    vocab_size: int = 10000
+    max_train_tokens: int = 0  # 0: the whole training split
+    max_eval_tokens: int = 0  # 0: whole splits; else whole documents up to about this many tokens
+    # model
+    d_model: int = 64
+    n_layers: int = 4
+    n_seq: int = 128
+    num_experts: int = 4
+    top_k: int = 1
+    dropout_p: float = 0.1
+    bk_heads: int = 16
+    # training
+    epochs: float = 1.0
+    batch_size: int = 32
+    learning_rate: float = 1e-2
+    exit_loss_weight: float = 0.3
+    gate_hidden: int = 0  # units of a gate's hidden layer; 0: a linear gate
+    gate_tokens: int = 100_000  # training tokens that the gates learn from
+    certify_tokens: int = 2_048  # of each certification document; 0: all
+    # measurement
+    timing_repeats: int = 15
+    seeds: tuple[int, ...] = (0,)
+
+
+PROFILES = {
+    p.name: p
+    for p in (
+        Profile(
+            "smoke",
+            "the whole series in seconds, to test that it runs; its numbers mean nothing",
+            vocab_size=500,
+            max_train_tokens=60_000,
+            max_eval_tokens=6_000,
+            d_model=32,
+            n_layers=3,
+            n_seq=32,
+            bk_heads=4,
+            gate_tokens=4_000,
+            certify_tokens=128,
+            timing_repeats=3,
+        ),
+        Profile(
+            "cpu",
+            "the default: the embedded text on a laptop CPU, one seed, minutes",
+            max_eval_tokens=50_000,
+            epochs=1.0,
+            gate_tokens=40_000,
+            dropout_p=0.0,
+        ),
+        Profile(
+            "wikitext2",
+            "the original's configuration on WikiText-2, three seeds, hours",
+            corpus="wikitext-2",
+            epochs=8.0,
+            dropout_p=0.0,
+            seeds=(0, 1, 2),
+        ),
+    )
+}
+
+
+def get_profile(name: str, overrides: dict | None = None) -> Profile:
+    """The profile called ``name``, with the fields in ``overrides`` replaced.
+
+    Raises:
+        ValueError: unknown profile, unknown field, or a value of another type than the field's.
+    """
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
+    profile = PROFILES[name]
+    known = {f.name for f in fields(Profile)} - {"name", "about"}
+    for key, value in (overrides or {}).items():
+        if key not in known:
+            raise ValueError(f"profile has no field {key!r}; it has {', '.join(sorted(known))}")
+        kind = type(getattr(profile, key))
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
+        if type(value) is not kind:
+            raise ValueError(f"{key}={value!r} is {type(value).__name__}, not {kind.__name__}")
+        profile = replace(profile, **{key: value})
+    return profile
+
+
+def label(name: str, overrides: dict | None = None) -> str:
+    """Folder name of a profile's results: ``cpu``, or ``cpu~epochs=2.0`` when fields are replaced."""
+    return "~".join([name, *(f"{k}={v}" for k, v in sorted((overrides or {}).items()))])

@@ -1,0 +1,175 @@
+"""Costly stages, computed once: trained models and exit traces.
+
+Each is kept under a digest of its configuration, its text and the code it really uses, so that neither
+a comment nor a new figure costs an hour. Deleting the cache costs time only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from earlyexit import checkpoints, digests
+from earlyexit.corpus import Corpus, Split
+from earlyexit.gates import train_gates
+from earlyexit.model import EarlyExitLanguageModel, ModelConfig
+from earlyexit.trace import ExitTrace, collect_trace
+from earlyexit.training import TrainingConfig, train
+
+# Training never runs with exits: what decides and executes them may change without retraining.
+NOT_IN_TRAINING = ("earlyexit.exits", "earlyexit.execution", "earlyexit.gates")
+
+
+class NotTrained(FileNotFoundError):
+    """A model that has not been trained yet."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and how it came about.
+
+    Attributes:
+        model: in evaluation mode.
+        history: one row per report of the training.
+        model_hash: names the checkpoint.
+        gates: one row per gate, what it explains of its target; empty without gates.
+    """
+
+    model: EarlyExitLanguageModel
+    history: pd.DataFrame
+    model_hash: str
+    gates: pd.DataFrame
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+def trained_model(
+    corpus: Corpus,
+    model_config: ModelConfig,
+    training: TrainingConfig,
+    cache: Path,
+    device: torch.device,
+    *,
+    max_tokens: int = 0,
+    backbone: Trained | None = None,
+    may_train: bool = True,
+) -> Trained:
+    """The model of this configuration: from the cache, or trained now and kept.
+
+    Args:
+        max_tokens: see :func:`earlyexit.training.train`.
+        backbone: the model whose exits are trained when ``training.freeze_backbone``.
+        may_train: otherwise a model that is not in the cache raises.
+
+    Raises:
+        NotTrained: not in the cache, and ``may_train`` is False.
+    """
+    key = {
+        "model": model_config,
+        "training": training,
+        "max_tokens": max_tokens,
+        "text": corpus.data_hash,
+        "backbone": backbone.model_hash if backbone else "",
+        "code": digests.of_modules("earlyexit.training", without=NOT_IN_TRAINING),
+    }
+    digest = digests.of_object(key)[:16]
+    path = cache / "models" / f"{digest}.safetensors"
+    if path.exists():
+        try:
+            return _load(path, model_config, device)
+        except checkpoints.CheckpointError:
+            if not may_train:
+                raise
+    if not may_train:
+        raise NotTrained(f"no trained model of {model_config} with {training}")
+    torch.manual_seed(training.seed)
+    if backbone:
+        model = checkpoints.load_model(cache / "models" / f"{backbone.model_hash}.safetensors")
+    else:
+        model = EarlyExitLanguageModel.from_config(model_config)
+    state = cache / "training" / digest
+    history = train(model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens)
+    about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
+    checkpoints.save_model(model, path, about)
+    checkpoints.TrainingState(state, {}).delete()
+    return _load(path, model_config, device)
+
+
+def gated_model(
+    trained: Trained,
+    corpus: Corpus,
+    cache: Path,
+    device: torch.device,
+    *,
+    hidden: int,
+    max_tokens: int,
+    seed: int,
+    may_train: bool = True,
+) -> Trained:
+    """``trained`` with learned gates: from the cache, or trained now on frozen weights and kept.
+
+    Raises:
+        NotTrained: not in the cache, and ``may_train`` is False.
+    """
+    config = replace(trained.config, gate_hidden=hidden)
+    key = {
+        "model": trained.model_hash,
+        "gates": [hidden, max_tokens, seed],
+        "text": corpus.data_hash,
+        "code": digests.of_modules("earlyexit.gates"),
+    }
+    path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
+    if path.exists():
+        return _load(path, config, device)
+    if not may_train:
+        raise NotTrained(f"no gates for {trained.config}")
+    model = EarlyExitLanguageModel.from_config(config).to(device)
+    model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
+    report = train_gates(model, corpus.splits["train"], corpus.eos_id, max_tokens, seed=seed)
+    about = {"history": trained.history.to_dict("records"), "gates": report}
+    checkpoints.save_model(model, path, about)
+    return _load(path, config, device)
+
+
+def _load(path: Path, config: ModelConfig, device: torch.device) -> Trained:
+    model = checkpoints.load_model(path, config, device)
+    about = checkpoints.checkpoint_about(path)
+    history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
+    return Trained(model, history, path.stem, gates)
+
+
+def exit_trace(
+    trained: Trained,
+    split: Split,
+    corpus: Corpus,
+    cache: Path,
+    temperatures: Sequence[float] | None = None,
+) -> ExitTrace:
+    """The trace of a trained model over a split: from the cache, or collected now and kept."""
+    key = {
+        "model": trained.model_hash,
+        "text": corpus.data_hash,
+        "split": split.name,
+        "tokens": split.n_tokens,
+        "temperatures": list(temperatures or ()),
+        "code": digests.of_modules("earlyexit.trace", without=("earlyexit.execution",)),
+    }
+    path = cache / "traces" / f"{digests.of_object(key)[:16]}.parquet"
+    if path.exists():
+        return ExitTrace.load(path)
+    trace = collect_trace(
+        trained.model,
+        split,
+        corpus.eos_id,
+        temperatures=temperatures,
+        model_hash=trained.model_hash,
+        data_hash=corpus.data_hash,
+    )
+    trace.save(path)
+    return trace

@@ -1,0 +1,196 @@
+"""Study: what a notebook needs of its profile: text, models, traces, and a place for its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+
+from earlyexit import stages
+from earlyexit.artifacts import Outputs, read_table, run_label, use_style
+from earlyexit.corpus import Corpus, CorpusConfig, Split, load_corpus, loader
+from earlyexit.devices import resolve_device
+from earlyexit.model import ModelConfig
+from earlyexit.paths import project
+from earlyexit.profiles import get_profile
+from earlyexit.stages import NotTrained, Trained
+from earlyexit.trace import ExitTrace
+from earlyexit.training import TrainingConfig
+
+
+class Study:
+    """One notebook's view of a profile.
+
+    Args:
+        notebook: its name, such as ``"02_calibration"``.
+        profile: a key of ``PROFILES``.
+        seeds: empty takes the profile's.
+        data_dir: local text; empty takes the hub or the embedded text.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` …
+        overrides: profile fields to replace.
+
+    Raises:
+        ValueError: unknown profile or field, or a value of the wrong type.
+    """
+
+    def __init__(
+        self,
+        notebook: str,
+        profile: str,
+        seeds: Sequence[int] = (),
+        data_dir: str = "",
+        device: str = "auto",
+        overrides: dict | None = None,
+    ):
+        self.profile = get_profile(profile, overrides)
+        self.seeds = list(seeds or self.profile.seeds)
+        self.device = resolve_device(device)
+        self.data_dir = data_dir or None
+        self.label = run_label(profile, overrides)
+        self.cache = project().cache
+        parameters = {
+            "profile": profile,
+            "seeds": self.seeds,
+            "data_dir": data_dir,
+            "device": str(self.device),
+            "overrides": overrides or {},
+        }
+        self.outputs = Outputs(self.label, notebook, parameters)
+        use_style()
+
+    # ------------------------------------------------------------------ text
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        p = self.profile
+        config = CorpusConfig(p.corpus, self.data_dir, p.vocab_size, p.tokenizer)
+        return load_corpus(config, self.cache / "corpus")
+
+    def split(self, name: str) -> Split:
+        """A split, limited to the profile's ``max_eval_tokens``."""
+        return self.corpus.splits[name].limit(self.profile.max_eval_tokens)
+
+    def loader(self, split: str, batch_size: int | None = None) -> DataLoader:
+        """Batches of :meth:`split` in order."""
+        size = batch_size or self.profile.batch_size
+        return loader(self.split(split), self.profile.n_seq, size, self.corpus.eos_id)
+
+    # ------------------------------------------------------------------ models and traces
+
+    def model_config(self, **changes) -> ModelConfig:
+        """The profile's model, with changes."""
+        p = self.profile
+        config = ModelConfig(
+            vocab_size=self.corpus.vocab_size,
+            d_model=p.d_model,
+            n_layers=p.n_layers,
+            n_seq=p.n_seq,
+            num_experts=p.num_experts,
+            top_k=p.top_k,
+            dropout_p=p.dropout_p,
+            bk_heads=p.bk_heads,
+        )
+        return replace(config, **changes)
+
+    def training_config(self, seed: int, **changes) -> TrainingConfig:
+        """The profile's training, with changes."""
+        p = self.profile
+        config = TrainingConfig(
+            epochs=p.epochs,
+            batch_size=p.batch_size,
+            learning_rate=p.learning_rate,
+            exit_loss_weight=p.exit_loss_weight,
+            seed=seed,
+        )
+        return replace(config, **changes)
+
+    def train(
+        self,
+        seed: int,
+        model: dict | None = None,
+        training: dict | None = None,
+        max_tokens: int | None = None,
+        backbone: Trained | None = None,
+        may_train: bool = True,
+    ) -> Trained:
+        """The profile's model with changes, trained now unless it is in the cache."""
+        return stages.trained_model(
+            self.corpus,
+            self.model_config(**(model or {})),
+            self.training_config(seed, **(training or {})),
+            self.cache,
+            self.device,
+            max_tokens=self.profile.max_train_tokens if max_tokens is None else max_tokens,
+            backbone=backbone,
+            may_train=may_train,
+        )
+
+    def build(self, seed: int) -> Trained:
+        """The profile's model with gates, trained now unless it is in the cache."""
+        return self.with_gates(seed, self.train(seed))
+
+    def model(self, seed: int) -> Trained:
+        """The profile's model with gates, as ``01_build`` made it.
+
+        Raises:
+            NotTrained: it has not been run for this profile and seed.
+        """
+        try:
+            return self._gated(seed, self.train(seed, may_train=False), may_train=False)
+        except NotTrained:
+            raise NotTrained(
+                f"no model of profile {self.label!r}, seed {seed}: run 01_build first, here or with"
+                f" `python -m earlyexit run --profile {self.profile.name} --only 01`"
+            ) from None
+
+    def with_gates(self, seed: int, trained: Trained) -> Trained:
+        """A model of this profile with gates trained on its frozen weights."""
+        return self._gated(seed, trained, may_train=True)
+
+    def _gated(self, seed: int, trained: Trained, may_train: bool) -> Trained:
+        p = self.profile
+        return stages.gated_model(
+            trained,
+            self.corpus,
+            self.cache,
+            self.device,
+            hidden=p.gate_hidden,
+            max_tokens=p.gate_tokens,
+            seed=seed,
+            may_train=may_train,
+        )
+
+    def trace(
+        self,
+        seed: int,
+        split: str,
+        temperatures: Sequence[float] | None = None,
+        trained: Trained | None = None,
+        max_tokens: int = 0,
+    ) -> ExitTrace:
+        """The trace of a model, by default :meth:`model`, over a split or part of it."""
+        trained, part = trained or self.model(seed), self.split(split).limit(max_tokens)
+        return stages.exit_trace(trained, part, self.corpus, self.cache, temperatures)
+
+    # ------------------------------------------------------------------ results
+
+    def table(self, df: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
+        """Write a result table; see :meth:`earlyexit.artifacts.Outputs.table`."""
+        return self.outputs.table(df, name, caption, text_hash=self.corpus.data_hash)
+
+    def figure(self, fig: Figure, name: str, caption: str) -> Figure:
+        """Write a figure; see :meth:`earlyexit.artifacts.Outputs.figure`."""
+        return self.outputs.figure(fig, name, caption, text_hash=self.corpus.data_hash)
+
+    def document(self, text: str, name: str, caption: str) -> Path:
+        """Write a JSON file; see :meth:`earlyexit.artifacts.Outputs.document`."""
+        return self.outputs.document(text, name, caption, text_hash=self.corpus.data_hash)
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        """A table that another notebook of this profile wrote."""
+        return read_table(self.label, name)

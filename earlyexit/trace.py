@@ -1,0 +1,370 @@
+"""ExitTrace: one full-depth pass over a split, then thousands of policies without the model.
+
+Per token and exit the trace holds the NLL of the target, every criterion's score, the prediction and
+its agreement with the last layer, and KL(last ‖ exit). What it cannot know is what exited tokens leave
+behind in deeper layers: its read-outs assume full-depth states, and a real run confirms or corrects
+them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+
+from earlyexit.atomic import atomic_path
+from earlyexit.corpus import Split, windows
+from earlyexit.exits import CRITERIA, ExitPolicy, ExitState
+from earlyexit.model import EarlyExitLanguageModel
+from earlyexit.vocabulary import CHUNK_ELEMENTS, IGNORE
+
+COMPUTED = ("depth", "patience")  # follow from what the trace holds anyway
+GATED = ("gate", "agreement")
+
+
+@dataclass(frozen=True, eq=False)
+class ExitTrace:
+    """What every exit would have said of T tokens.
+
+    Attributes:
+        split: name of the split it was taken on.
+        document, position, target: of each token ``(T,)``; position counts inside the window.
+        nll: nats ``(T, L)``.
+        kl: KL(last layer ‖ exit) in nats ``(T, L)``.
+        prediction: most probable token ``(T, L)``.
+        scores: criterion name → ``(T, L)``.
+        n_seq: window length of the model.
+        model_hash, data_hash: of the weights and the text.
+    """
+
+    split: str
+    document: np.ndarray
+    position: np.ndarray
+    target: np.ndarray
+    nll: np.ndarray
+    kl: np.ndarray
+    prediction: np.ndarray
+    scores: dict[str, np.ndarray]
+    n_seq: int
+    model_hash: str = ""
+    data_hash: str = ""
+
+    @property
+    def n_layers(self) -> int:
+        return self.nll.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.nll.shape[0]
+
+    @property
+    def agreement(self) -> np.ndarray:
+        """Whether an exit predicts what the last layer predicts ``(T, L)``."""
+        return self.prediction == self.prediction[:, -1:]
+
+    # ------------------------------------------------------------------ read-outs
+
+    def read_out(self, exit_layers: np.ndarray) -> dict[str, float]:
+        """Quality and depth if token i left at ``exit_layers[i]`` (n_layers: not at all).
+
+        Returns:
+            ``perplexity``, ``quality_loss`` (against the same weights at full depth), ``layers`` (mean
+            layers executed), ``speedup_layers``, ``agreement`` with the last layer.
+        """
+        reached = np.minimum(exit_layers, self.n_layers - 1)
+        rows = np.arange(self.n_tokens)
+        return self._summary(
+            self.nll[rows, reached].mean(dtype=np.float64),
+            reached.mean() + 1,
+            self.agreement[rows, reached].mean(),
+        )
+
+    def evaluate(self, policy: ExitPolicy) -> dict[str, float]:
+        """:meth:`read_out` of a policy."""
+        return self.read_out(self.exit_layers(policy))
+
+    def exit_layers(self, policy: ExitPolicy) -> np.ndarray:
+        """Where each token would leave ``(T,)``."""
+        if len(policy.thresholds) != self.n_layers:
+            raise ValueError(
+                f"the policy has {len(policy.thresholds)} thresholds, the trace {self.n_layers} exits"
+            )
+        return policy.exit_layers(self.score(policy.criterion), self.position / self.n_seq)
+
+    def score(self, criterion: str) -> np.ndarray:
+        """Scores of a criterion ``(T, L)``.
+
+        Raises:
+            KeyError: the trace does not hold it.
+        """
+        if criterion == "depth":
+            return np.broadcast_to(np.arange(self.n_layers, dtype=np.float32), self.nll.shape)
+        if criterion == "patience":
+            return self._streaks
+        if criterion not in self.scores:
+            raise KeyError(f"the trace holds no {criterion!r}; it holds {', '.join(self.scores)}")
+        return self.scores[criterion]
+
+    @cached_property
+    def _streaks(self) -> np.ndarray:
+        streaks = np.zeros(self.nll.shape, dtype=np.float32)
+        for layer in range(1, self.n_layers):
+            same = self.prediction[:, layer] == self.prediction[:, layer - 1]
+            streaks[:, layer] = np.where(same, streaks[:, layer - 1] + 1, 0)
+        return streaks
+
+    @property
+    def criteria(self) -> list[str]:
+        """Criteria the trace can answer for, but for the constant depth."""
+        return [*self.scores, "patience"]
+
+    def exit_distribution(self, exit_layers: np.ndarray) -> np.ndarray:
+        """Share of tokens per exit layer ``(L + 1,)``, the last for "no early exit"."""
+        return np.bincount(exit_layers, minlength=self.n_layers + 1) / self.n_tokens
+
+    def sweep(self, criterion: str, thresholds: Iterable[float] | None = None) -> pd.DataFrame:
+        """Read-outs of one global threshold after another, exact, in O(log T) each.
+
+        A token has left by exit l when the best score up to l passes. Sorting those running bests
+        once, with cumulative sums of what leaving at l rather than l + 1 changes, answers every
+        threshold by bisection.
+
+        Args:
+            thresholds: by default 200 quantiles of the scores and "never".
+        """
+        rule = CRITERIA[criterion]
+        sign = 1.0 if rule.exit_above else -1.0
+        # Leaving at the last exit is full depth; a model of one layer has no other.
+        early = slice(0, max(1, self.n_layers - 1))
+        scores = self.score(criterion)
+        best = np.maximum.accumulate(sign * scores[:, early], axis=1)  # (T, L − 1)
+        if thresholds is None:
+            found = np.quantile(scores[:, early], np.linspace(0, 1, 200))
+            thresholds = [*np.unique(found).tolist(), rule.never]
+        thresholds = np.asarray(list(thresholds), dtype=best.dtype)
+
+        totals = np.zeros((3, len(thresholds)))  # Σ NLL, Σ layers, Σ agreement
+        totals[0] = self.nll[:, -1].sum(dtype=np.float64)
+        totals[1] = self.n_tokens * self.n_layers
+        totals[2] = self.n_tokens
+        agreement = self.agreement
+        for layer in range(self.n_layers - 1):
+            order = np.argsort(best[:, layer])
+            ranked = best[order, layer]
+            here, after = self.nll[order, layer], self.nll[order, layer + 1]
+            change = np.stack(
+                [
+                    here.astype(np.float64) - after,
+                    np.full(self.n_tokens, -1.0),
+                    agreement[order, layer].astype(float) - agreement[order, layer + 1],
+                ]
+            )
+            tail = np.concatenate(
+                [np.cumsum(change[:, ::-1], axis=1)[:, ::-1], np.zeros((3, 1))], 1
+            )
+            totals += tail[:, np.searchsorted(ranked, sign * thresholds, side="left")]
+        nll, layers, agree = totals / self.n_tokens
+        rows = [self._summary(*row) for row in zip(nll, layers, agree, strict=True)]
+        return pd.DataFrame({"criterion": criterion, "threshold": thresholds, **_columns(rows)})
+
+    def static(self) -> pd.DataFrame:
+        """Every token leaves at the same layer."""
+        rows = [self.evaluate(ExitPolicy.static(i, self.n_layers)) for i in range(self.n_layers)]
+        return pd.DataFrame(
+            {"criterion": "static", "threshold": range(self.n_layers), **_columns(rows)}
+        )
+
+    def oracle(self, loss: str = "nll", n_points: int = 60) -> pd.DataFrame:
+        """Best front with hindsight: per token the exit that minimises depth + λ · loss.
+
+        Args:
+            loss: ``"nll"`` (the target is known) or ``"kl"`` (the last layer is known).
+        """
+        if loss not in ("nll", "kl"):
+            raise ValueError(f"loss={loss!r} must be 'nll' or 'kl'")
+        harm = self.nll - self.nll[:, -1:] if loss == "nll" else self.kl
+        depth = np.arange(1, self.n_layers + 1)
+        rows = []
+        multipliers = np.concatenate([[0.0], np.logspace(-2, 4, n_points - 1)])
+        for multiplier in multipliers:
+            rows.append(self.read_out((depth + multiplier * harm).argmin(axis=1)))
+        return pd.DataFrame(
+            {"criterion": f"oracle ({loss})", "threshold": multipliers, **_columns(rows)}
+        )
+
+    @cached_property
+    def full_nll(self) -> float:
+        """Mean NLL at full depth, nats per token."""
+        return self.nll[:, -1].mean(dtype=np.float64)
+
+    def _summary(self, nll: float, layers: float, agreement: float) -> dict[str, float]:
+        return {
+            "perplexity": float(np.exp(nll)),
+            "quality_loss": float(np.exp(nll - self.full_nll) - 1),
+            "layers": float(layers),
+            "speedup_layers": float(self.n_layers / layers),
+            "agreement": float(agreement),
+        }
+
+    # ------------------------------------------------------------------ files
+
+    def to_frame(self) -> pd.DataFrame:
+        """Tidy: one row per token and exit."""
+        n, exits = self.nll.shape
+        frame = {
+            "token": np.repeat(np.arange(n, dtype=np.int32), exits),
+            "exit": np.tile(np.arange(exits, dtype=np.int8), n),
+        }
+        for name in ("document", "position", "target"):
+            frame[name] = np.repeat(getattr(self, name).astype(np.int32), exits)
+        for name in ("nll", "kl", "prediction"):
+            frame[name] = getattr(self, name).ravel()
+        return pd.DataFrame(frame | {name: score.ravel() for name, score in self.scores.items()})
+
+    def save(self, path: Path) -> None:
+        """Write Parquet, one row per token and exit."""
+        about = {k: getattr(self, k) for k in ("split", "n_seq", "model_hash", "data_hash")}
+        about |= {"n_layers": self.n_layers, "scores": list(self.scores)}
+        table = pa.Table.from_pandas(self.to_frame(), preserve_index=False)
+        table = table.replace_schema_metadata({"exit_trace": json.dumps(about)})
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+
+    @classmethod
+    def load(cls, path: Path) -> ExitTrace:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: not a trace.
+        """
+        table = pq.read_table(path)
+        if b"exit_trace" not in (table.schema.metadata or {}):
+            raise ValueError(f"{path} is not an exit trace")
+        about = json.loads(table.schema.metadata[b"exit_trace"])
+        exits = about.pop("n_layers")
+        columns = {
+            name: table[name].to_numpy().reshape(-1, exits)
+            for name in table.column_names
+            if name not in ("token", "exit")
+        }
+        per_token = {k: columns.pop(k)[:, 0] for k in ("document", "position", "target")}
+        scores = {name: columns.pop(name) for name in about.pop("scores")}
+        return cls(scores=scores, **about, **per_token, **columns)
+
+
+def best_within(curve: pd.DataFrame, tolerance: float) -> float:
+    """Largest speedup in layers at a quality loss ≤ ``tolerance``, between points of a curve.
+
+    Args:
+        curve: columns quality_loss and speedup_layers, as :meth:`ExitTrace.oracle` returns.
+    """
+    front = curve.sort_values("quality_loss")
+    speedup = np.maximum.accumulate(front["speedup_layers"].to_numpy())
+    return float(np.interp(tolerance, front["quality_loss"], speedup))
+
+
+def by_document(values: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """Mean of per-token values ``(T,)`` over each document ``(documents,)``."""
+    _, index = np.unique(document, return_inverse=True)
+    return np.bincount(index, values) / np.bincount(index)
+
+
+@torch.no_grad()
+def collect_trace(
+    model: EarlyExitLanguageModel,
+    split: Split,
+    eos_id: int,
+    *,
+    temperatures: Sequence[float] | None = None,
+    batch_size: int = 32,
+    model_hash: str = "",
+    data_hash: str = "",
+) -> ExitTrace:
+    """Run ``model`` at full depth over ``split`` and record what every exit says.
+
+    Args:
+        temperatures: divide the logits of each exit, by default 1.
+
+    Raises:
+        FloatingPointError: an NLL is not finite.
+    """
+    device, exits = next(model.parameters()).device, model.n_layers
+    temperatures = list(temperatures or [1.0] * exits)
+    if len(temperatures) != exits:
+        raise ValueError(f"{len(temperatures)} temperatures for {exits} exits")
+    was_training = model.training
+    model.eval()
+    gated = model.gates is not None and bool(model.gates.trained)
+    names = [c.name for c in CRITERIA.values() if c.name not in COMPUTED]
+    names = [name for name in names if gated or name not in GATED]
+    kept: dict[str, list[np.ndarray]] = {k: [] for k in ("nll", "kl", "prediction", *names)}
+    w = windows(split, model.n_seq, eos_id)
+    inputs, targets = (torch.as_tensor(a) for a in (w.inputs, w.targets))
+    for start in tqdm(range(0, len(inputs), batch_size), desc=f"trace {split.name}", mininterval=2):
+        x, y = (a[start : start + batch_size].to(device) for a in (inputs, targets))
+        scored = (y.flatten() != IGNORE).nonzero().squeeze(1)
+        states = [h.flatten(0, 1)[scored] for h in model.hidden_states(x)]
+        target = y.flatten()[scored]
+        rows = max(1, CHUNK_ELEMENTS // (model.vocab_size * exits))
+        for chunk in torch.arange(len(scored), device=device).split(rows):
+            part = _judge(model, [h[chunk] for h in states], target[chunk], temperatures, names)
+            for name, values in part.items():
+                kept[name].append(torch.stack(values, dim=1).cpu().numpy())
+    model.train(was_training)
+    arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
+    if not np.isfinite(arrays["nll"]).all():
+        raise FloatingPointError("the model's NLL is not finite: its weights hold NaN or infinity")
+    scored = w.targets != IGNORE
+    position = np.broadcast_to(np.arange(model.n_seq), scored.shape)[scored]
+    document = np.broadcast_to(np.asarray(w.document)[:, None], scored.shape)[scored]
+    return ExitTrace(
+        split=split.name,
+        document=document.astype(np.int32),
+        position=position.astype(np.int32),
+        target=np.asarray(w.targets)[scored].astype(np.int32),
+        nll=arrays.pop("nll"),
+        kl=arrays.pop("kl"),
+        prediction=arrays.pop("prediction").astype(np.int32),
+        scores=arrays,
+        n_seq=model.n_seq,
+        model_hash=model_hash,
+        data_hash=data_hash,
+    )
+
+
+def _judge(model, states, target, temperatures, names) -> dict[str, list]:
+    """Everything the trace keeps of one chunk: name → per exit ``(T,)``."""
+    out: dict[str, list] = {k: [] for k in ("nll", "kl", "prediction", *names)}
+    logits = [
+        block.exit_classifier(states[layer + 1]) / temperatures[layer]
+        for layer, block in enumerate(model.blocks)
+    ]
+    log_last = logits[-1].log_softmax(dim=-1)
+    last = log_last.exp()
+    negentropy = (last * log_last).sum(dim=-1)
+    for layer, scores in enumerate(logits):
+        log_total = scores.logsumexp(dim=-1)
+        out["nll"].append(log_total - scores.gather(1, target[:, None]).squeeze(1))
+        kl = negentropy - (last * scores).sum(dim=-1) + log_total
+        out["kl"].append(kl.clamp_min(0))
+        out["prediction"].append(scores.argmax(dim=-1))
+        h = states[layer + 1]
+        below = model.blocks[layer + 1].layer_norm(h) if layer + 1 < model.n_layers else None
+        state = ExitState(layer, h, states[layer], below, model.gates)
+        for name in names:
+            rule = CRITERIA[name]
+            out[name].append(rule.score(scores if rule.reads == "logits" else state))
+    return out
+
+
+def _columns(rows: list[dict]) -> dict[str, list]:
+    return {name: [row[name] for row in rows] for name in rows[0]}

@@ -1,0 +1,172 @@
+"""The analytic costs against torch's own count of matrix products and of parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from earlyexit.cost import (
+    BLOCK,
+    EXIT_HEAD,
+    PROPAGATION,
+    break_even_depth,
+    check_flops,
+    cost_table,
+    exit_costs,
+    part_flops,
+    policy_flops,
+    total,
+)
+from earlyexit.exits import CRITERIA, ExitPolicy
+
+CHANGES = [
+    {},
+    {"top_k": 3},
+    {"expert_hidden": 5, "bk_heads": 7},
+    {"exit_head": "full", "tie_embeddings": False},
+    {"gate_hidden": 6},
+]
+
+
+def counted(function) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops()
+
+
+def products(config) -> dict[str, float]:
+    """The matrix products of ``part_flops``: what is left without the element-wise operations."""
+    parts, d = part_flops(config), config.d_model
+    hidden = config.expert_hidden or 2 * d
+    return {
+        "potentials": parts["potentials"],
+        "projection": parts["projection"] - 2 * d,  # scale and residual
+        "router": parts["router"] - 5 * config.num_experts,  # softmax
+        "experts": parts["experts"] - config.top_k * hidden,  # activation
+        "translator": parts["translator"],
+        "unembedding": parts["unembedding"],
+    }
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_matrix_products_are_those_that_torch_counts(make_model, make_tokens, change):
+    model, x = make_model(**change), make_tokens(4, 11)
+    parts, h = products(model.config), model.embed(x)
+    block = sum(parts[name] for name in BLOCK if name in parts)
+    assert counted(lambda: model.blocks[0].hidden(h)) == 44 * block
+    head = parts["translator"] + parts["unembedding"]
+    assert counted(lambda: model.blocks[0].exit_classifier(h)) == 44 * head
+    assert counted(lambda: model(x)) == 44 * (3 * block + parts["unembedding"])
+
+
+@pytest.mark.parametrize("criterion", ["saturation", "gate", "agreement"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_costs_the_matrix_products_it_is_said_to(
+    make_model, make_tokens, make_policy, change, criterion
+):
+    """Layers, state propagation, checks by a gate, and one projection per token."""
+    model, x = make_model(**change), make_tokens(8, 11)
+    policy = make_policy(model, x, criterion)
+    parts, exits = products(model.config), model.predict(x, policy)[1].flatten()
+    executed = (exits + 1).clamp_max(3).double().mean().item()
+    early = (exits < 2).double().mean().item()
+    block = sum(parts[name] for name in BLOCK if name in parts)
+    checks = 0.0
+    if criterion != "saturation":  # a cosine has no matrix product
+        each = check_flops(model.config, criterion)
+        checks = each * (exits + 1).clamp_max(2).double().mean().item()
+    truth = (
+        executed * block
+        + (3 - executed) * parts["potentials"]
+        + checks
+        + early * parts["translator"]
+        + parts["unembedding"]
+    )
+    assert counted(lambda: model.predict(x, policy)) == pytest.approx(88 * truth, rel=1e-6)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_table_has_the_modules_own_parameters(make_model, change):
+    model = make_model(**change)
+    table = cost_table(model.config).set_index("part")
+    block, head = model.blocks[0], model.blocks[0].exit_classifier
+
+    def count(*modules) -> int:
+        return sum(p.numel() for m in modules for p in m.parameters())
+
+    layer = block.bk_layer
+    assert table.parameters.to_dict() == {
+        "layer norm": count(block.layer_norm),
+        "potentials": count(layer.v_proj),
+        "BK-Core": count(layer.bk_core),
+        "projection": count(layer.output_proj) + layer.bk_scale.numel(),
+        "router": count(layer.moe.gating_network),
+        "experts": count(layer.moe.experts),
+        "translator": count(head.translator) if head.translator is not None else 0,
+        "head norm": count(head.layer_norm),
+        "unembedding": count(head.unembedding),
+        "softmax": 0,
+    }
+    inside = table[table.group == "block"]
+    assert inside.parameters.sum() == count(block.layer_norm, layer)
+    assert inside.share_of_block.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_full_depth_is_full_price_plus_the_checks(make_model, criterion):
+    config = make_model().config
+    for distribution in ([0, 0, 1, 0], [0, 0, 0, 1]):
+        cost = policy_flops(config, distribution, criterion)
+        assert cost["checks"] == 2 * check_flops(config, criterion)
+        assert cost["propagation"] == 0
+        # A check that projects is wasted at the exits before the last; the last is paid as ever.
+        assert cost["total"] == cost["full_depth"] + cost["checks"]
+        assert cost["speedup_flops"] == pytest.approx(cost["full_depth"] / cost["total"])
+    assert (check_flops(config, criterion) == 0) == (criterion == "depth")
+    free = policy_flops(config, [0, 0, 0, 1], "depth")
+    assert free["speedup_flops"] == 1.0
+
+
+def test_leaving_at_once_pays_one_layer_one_head_and_the_propagation(make_model):
+    config = make_model().config
+    parts = part_flops(config)
+    cost = policy_flops(config, [1, 0, 0, 0], "depth")
+    propagation = 2 * total(parts, PROPAGATION)
+    assert cost["total"] == total(parts, BLOCK) + propagation + total(parts, EXIT_HEAD)
+    projected = policy_flops(config, [1, 0, 0, 0], "max_probability")
+    assert projected["head"] == 0  # the exit reads the check's own logits
+    assert projected["checks"] == total(parts, EXIT_HEAD)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_policy_costs_the_mean_of_its_exits(make_model, criterion):
+    config = make_model().config
+    each = exit_costs(config, criterion)
+    assert each.shape == (3,)
+    assert (np.diff(each) > 0).all()
+    mixed = policy_flops(config, [0.5, 0.2, 0.1, 0.2], criterion)
+    assert mixed["total"] == pytest.approx(each @ [0.5, 0.2, 0.3])
+
+
+def test_checking_with_a_full_head_caps_the_speedup(make_model):
+    """The bound (L + r) / (1 + r): everybody leaves at the first exit and pays for one check."""
+    for layers, ratio in ((4, 39.0), (12, 0.5)):
+        assert break_even_depth(layers, ratio) == pytest.approx((layers + ratio) / (1 + ratio))
+    assert break_even_depth(4, 39.0) == pytest.approx(1.075)
+    config = make_model(exit_head="full").config
+    parts = part_flops(config)
+    ratio = total(parts, EXIT_HEAD) / total(parts, BLOCK)
+    best = policy_flops(config, [1, 0, 0, 0], "max_probability")["speedup_flops"]
+    assert best < break_even_depth(3, ratio)
+    exact = (3 + ratio) / (1 + ratio + 2 * total(parts, PROPAGATION) / total(parts, BLOCK))
+    assert best == pytest.approx(exact)
+
+
+def test_static_policies_check_nothing(make_model, make_tokens):
+    model, x = make_model(), make_tokens(4, 11)
+    parts = products(model.config)
+    block = sum(parts[name] for name in BLOCK if name in parts)
+    once = block + parts["translator"] + parts["unembedding"]
+    assert counted(lambda: model.predict(x, ExitPolicy.static(0, 3))) == 44 * once

@@ -1,0 +1,292 @@
+"""The runner on a project of two notebooks: what runs, why, and what a killed run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+import nbformat
+import psutil
+import pytest
+from tiny_project import write_notebook, write_project
+
+from earlyexit import artifacts, estimates, profiles, receipts, runner
+from earlyexit.__main__ import main
+from earlyexit.paths import HOME_VARIABLE, PACKAGE, project
+from earlyexit.profiles import get_profile
+from earlyexit.receipts import RunError
+from earlyexit.settings import Settings, UsageError, parse_value, resolve
+
+SMOKE = Settings("smoke")
+COMMAND = [sys.executable, "-m", "earlyexit", "run", "--profile", "smoke"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A project whose series has run, although another ``python3`` kernel is registered first.
+
+    Tests leave it as it was.
+    """
+    root = write_project(tmp_path_factory.mktemp("project"))
+    other = tmp_path_factory.mktemp("jupyter")
+    spec = other / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["false"], "display_name": "?", "language": "python"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(other))
+        assert runner.run(SMOKE, root=root) == ["01_build", "02_plot"]
+    return root
+
+
+def why(root, settings=SMOKE, only=()):
+    """Notebook → reasons to run it."""
+    return {step.notebook: step.reasons for step in runner.plan(settings, only, root).steps}
+
+
+def environment(root):
+    return os.environ | {HOME_VARIABLE: str(root), "PYTHONPATH": str(PACKAGE.parent)}
+
+
+def assert_nothing_half_written(root):
+    """What is there is whole, or refused by the one function that reads it."""
+    with suppress(artifacts.MissingResult):
+        assert list(artifacts.read_table("smoke", "numbers", root).x) == [0, 1, 2]
+    for path in [*root.rglob("*.json"), *root.glob("build/*/[!.]*.ipynb")]:
+        json.loads(path.read_text())
+
+
+def test_a_finished_series_is_fresh_and_says_where_it_ran(finished):
+    assert why(finished) == {"01_build": [], "02_plot": []}
+    assert runner.run(SMOKE, root=finished) == []
+    executed = nbformat.read(finished / "build/smoke/01_build.ipynb", as_version=4)
+    printed = [o.text.strip() for c in executed.cells for o in c.get("outputs", []) if "text" in o]
+    assert printed == [sys.executable]
+    meta = artifacts.read_json(finished / "results/smoke/numbers.meta.json")
+    receipt = artifacts.read_json(finished / "results/smoke/01_build.run.json")
+    assert meta["run_id"] == receipt["run_id"]
+    assert meta["command"] == "python -m earlyexit run --profile smoke --only=01_build"
+    assert not list(finished.rglob("*.tmp*"))
+
+
+def test_status_names_what_is_stale_and_why(finished, monkeypatch):
+    assert why(finished, Settings("smoke", seeds=(0, 1)))["01_build"] == [
+        "parameter seeds: [0] -> [0, 1]"
+    ]
+    csv = finished / "results/smoke/numbers.csv"
+    before = csv.read_bytes()
+    csv.write_bytes(before + b"0,9\n")
+    assert why(finished) == {
+        "01_build": ["results/smoke/numbers.csv changed since its run"],
+        "02_plot": ["input 01_build will be made again"],
+    }
+    csv.unlink()
+    assert why(finished)["01_build"] == ["results/smoke/numbers.csv missing"]
+    csv.write_bytes(before)
+
+    receipt = finished / "results/smoke/02_plot.run.json"
+    kept = receipt.read_text()
+    changed = json.loads(kept)
+    changed["fingerprint"]["code"]["earlyexit/artifacts.py"] = "other"
+    changed["fingerprint"]["inputs"]["01_build"] = "other"
+    receipt.write_text(json.dumps(changed))
+    assert why(finished)["02_plot"] == ["earlyexit/artifacts.py changed", "input 01_build changed"]
+    receipt.write_text(kept)
+
+    copy = finished / "build/smoke/02_plot.ipynb"
+    copy.rename(copy.with_suffix(".aside"))
+    assert why(finished)["02_plot"] == ["not run here: no build/smoke/02_plot.ipynb"]
+    copy.with_suffix(".aside").rename(copy)
+    monkeypatch.setitem(
+        profiles.PROFILES, "smoke", replace(get_profile("smoke"), epochs=9.0, about="longer")
+    )
+    assert why(finished)["01_build"] == ["parameter epochs: 1.0 -> 9.0"]
+    monkeypatch.undo()
+    assert [plan.label for plan in runner.status(root=finished)] == ["smoke"]
+    assert why(finished) == {"01_build": [], "02_plot": []}
+
+
+def test_a_run_makes_only_what_changed_and_removes_what_is_no_longer_made(tmp_path):
+    root = write_project(tmp_path)
+    cell = (
+        "import pandas as pd\n"
+        "from earlyexit.artifacts import Outputs, run_label\n"
+        "table = pd.DataFrame({'seed': [0], 'x': [1]})\n"
+        "Outputs(run_label(profile, overrides), '01_build', {}).table(table, 'first', 'T')"
+    )
+    write_notebook(root, "01_build", [cell])
+    assert runner.run(SMOKE, only=("1",), root=root) == ["01_build"]
+    write_notebook(root, "01_build", [cell.replace("first", "second")])
+    assert why(root, only=("01",)) == {"01_build": ["code cells changed"]}
+    assert runner.run(SMOKE, only=("01_build",), root=root) == ["01_build"]
+    names = {path.name for path in (root / "results/smoke").iterdir()}
+    assert names == {"second.csv", "second.tex", "second.meta.json", "01_build.run.json"}
+
+
+def test_a_failed_notebook_is_kept_aside_and_the_cell_named(tmp_path, monkeypatch, capsys):
+    root = write_project(tmp_path)
+    write_notebook(root, "01_build", ["x = 1", "raise ValueError('no\\nluck')"])
+    monkeypatch.setenv(HOME_VARIABLE, str(root))
+    assert main(["run", "--profile", "smoke"]) == 1
+    said = capsys.readouterr().err
+    assert "01_build failed in cell In [4]: ValueError: no" in said
+    assert "see build/smoke/01_build.failed.ipynb" in said
+    assert [p.name for p in (root / "build/smoke").glob("*.ipynb")] == ["01_build.failed.ipynb"]
+    assert not (root / "results").exists()
+
+    write_notebook(root, "01_build", ["x = ("])
+    with pytest.raises(UsageError, match=r"01_build\.ipynb: .*never closed"):
+        runner.run(SMOKE, root=root)
+    write_notebook(root, "01_build", ["import sys\nsys.exit(0)"])
+    with pytest.raises(RunError, match="without writing any table or figure"):
+        runner.run(SMOKE, root=root)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--profile", "huge"], "unknown profile 'huge'; choose one of smoke, cpu"),
+        (["--set", "rowz=3"], "no such key; profile fields: corpus"),
+        (["--set", "rows=3.5"], "--set rows=3.5: expected int"),
+        (["--set", "rows"], "expected key=value"),
+        (["--set", "epochs=many"], "expected float"),
+        (["--set", "seeds=[1]"], "use --seeds"),
+        (["--set", "overrides={}"], "name the profile's fields"),
+        (["--only", "7"], "--only 7: no such notebook; 01_build, 02_plot"),
+        (["--only", "02", "--set", "epochs=2"], "02_plot needs 01_build"),
+        (["--data-dir", "nowhere"], "no folder nowhere"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line_before_anything_runs(
+    finished, monkeypatch, capsys, arguments, complaint
+):
+    monkeypatch.setenv(HOME_VARIABLE, str(finished))
+    files = sorted(finished.rglob("*"))
+    assert main(["run", "--profile", "smoke", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.count("\n") == 1
+    assert sorted(finished.rglob("*")) == files
+
+
+def test_settings_reach_the_right_place(tmp_path):
+    notebooks = receipts.discover(project(write_project(tmp_path)))
+    resolved = resolve(Settings("smoke", (1, 2), ("epochs=2", "rows=7")), notebooks)
+    assert resolved.label == "smoke~epochs=2.0~rows=7"
+    assert resolved.parameters["01_build"] == {
+        "profile": "smoke",
+        "seeds": [1, 2],
+        "data_dir": "",
+        "device": "auto",
+        "overrides": {"epochs": 2.0},
+        "rows": 7,
+    }
+    assert "rows" not in resolved.parameters["02_plot"]
+    assert resolved.profile == get_profile("smoke", {"epochs": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("int", "3", 3), ("float", "1e-3", 1e-3), ("float", "2", 2.0), ("bool", "true", True),
+        ("bool", "False", False), ("str", "3", "3"), ("list", "[0.5, 1]", [0.5, 1]),
+        ("dict", '{"a": 1}', {"a": 1}),
+    ],
+)  # fmt: skip
+def test_values_are_parsed_by_type(kind, text, value):
+    parsed = parse_value("key", text, kind)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("int", "3.0"), ("int", "true"), ("float", "nan"), ("bool", "1"), ("list", "3"),
+     ("list", "[1"), ("dict", "[]"), ("set", "{}")],
+)  # fmt: skip
+def test_values_of_another_type_are_refused(kind, text):
+    with pytest.raises(UsageError, match=f"expected {kind}"):
+        parse_value("key", text, kind)
+
+
+def test_local_text_counts_by_its_content(tmp_path):
+    place = project(write_project(tmp_path / "project"))
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("one")
+    path = receipts.discover(place)[0]
+
+    def now(data_dir):
+        resolved = resolve(Settings("smoke", data_dir=str(data_dir)), [path])
+        return receipts.fingerprint(place, path, resolved, [])
+
+    first = now(text)
+    assert str(tmp_path) not in json.dumps(first)
+    text = text.rename(tmp_path / "elsewhere")
+    assert receipts.differences(first, now(text)) == []
+    assert receipts.differences(first, now("")) == []
+    (text / "a.txt").write_text("two")
+    assert receipts.differences(first, now(text)) == ["input text in data_dir changed"]
+
+
+def test_a_notebook_must_take_the_common_parameters(tmp_path):
+    path = write_notebook(tmp_path, "01_x", [])
+    path.write_text(path.read_text().replace("device: str", "device: int"))
+    with pytest.raises(UsageError, match="01_x: its parameters cell needs `device: str`"):
+        resolve(SMOKE, [path])
+
+
+def test_the_estimate_is_the_last_time_or_scaled_by_work():
+    def receipt(label, seconds, work):
+        return {"notebook": "01", "label": label, "seconds": seconds, "work": work}
+
+    known = [receipt("cpu", 120, 4.0), receipt("smoke", 6, 0.1)]
+    assert estimates.minutes("01", "cpu", 4.0, known) == (2.0, "last run")
+    assert estimates.minutes("01", "wikitext2", 40.0, known) == (20.0, "rough")
+    assert estimates.minutes("01", "cpu~corpus=folder", None, known) == (None, "unknown")
+    assert estimates.minutes("02", "cpu", 4.0, known) == (None, "unknown")
+    profile = get_profile("cpu")
+    assert estimates.training_work(profile, 3) == 3 * estimates.training_work(profile, 1)
+    assert estimates.training_work(get_profile("cpu", {"corpus": "folder"}), 1) is None
+
+
+def test_only_one_run_writes_a_label(tmp_path):
+    root = write_project(tmp_path)
+    with (
+        runner._only_writer(project(root), "smoke"),
+        pytest.raises(RunError, match="another run is writing smoke"),
+    ):
+        runner.run(SMOKE, root=root)
+
+
+def test_killed_at_any_moment_the_next_run_completes(tmp_path):
+    """SIGKILL at seeded moments of the series, SIGINT at last; then a run to the end."""
+    root = write_project(tmp_path)
+    moments = random.Random(0)
+    for _ in range(3):
+        started = subprocess.Popen(COMMAND, env=environment(root), stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(1.5, 6.0))
+        kernels = psutil.Process(started.pid).children(recursive=True)
+        started.kill()  # the system releases its lock
+        started.wait()
+        assert not psutil.wait_procs(kernels, timeout=10)[1]  # they watch their parent
+        assert_nothing_half_written(root)
+    copy = root / "build/smoke/.01_build.tmp.ipynb"
+    copy.unlink(missing_ok=True)  # of a killed run
+    started = subprocess.Popen([*COMMAND, "--force"], env=environment(root), stderr=subprocess.PIPE)
+    while not copy.exists():
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    assert b"interrupted" in started.communicate(timeout=30)[1]
+    assert started.returncode == 130
+    assert_nothing_half_written(root)
+    assert not copy.exists()
+    assert subprocess.run(COMMAND, env=environment(root), check=False).returncode == 0
+    assert why(root) == {"01_build": [], "02_plot": []}
+    assert not list(root.rglob("*.tmp*"))

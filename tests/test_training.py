@@ -1,0 +1,262 @@
+"""Training learns, repeats itself exactly, and survives an interruption to the bit."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from earlyexit import training
+from earlyexit.checkpoints import CheckpointError
+from earlyexit.corpus import loader
+from earlyexit.training import TrainingConfig, perplexity_per_exit, train, training_loss
+from earlyexit.vocabulary import IGNORE
+
+FAST = {"epochs": 0.5, "batch_size": 8, "learning_rate": 1e-2}  # 8 steps
+HEADS = ("translator", "full")
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("exit_head", HEADS)
+def test_a_learnable_sequence_is_learnt_at_every_exit(make_model, corpus, exit_head):
+    model = make_model(exit_head=exit_head, dropout_p=0.0)
+    history = train(
+        model, corpus, TrainingConfig(**FAST | {"epochs": 12, "exit_loss_weight": 1.0}), "cpu"
+    )
+    first, last = history[0], history[-1]
+    assert last["step"] == 12 * 15 and last["tokens"] == 12 * corpus.splits["train"].n_tokens
+    assert last["train_nll"] < first["train_nll"] - 1
+    for layer in range(3):
+        assert last[f"perplexity_{layer}"] < 0.3 * first[f"perplexity_{layer}"]
+    assert last["perplexity_2"] < 20  # of 53 words; the first word of a document is anyone's guess
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_the_seed_fixes_the_weights(make_model, corpus, freeze):
+    results = []
+    for seed in (0, 0, 1):
+        model, config = make_model(), TrainingConfig(**FAST, seed=seed, freeze_backbone=freeze)
+        torch.manual_seed(len(results))  # what happened before does not matter
+        history = train(model, corpus, config, "cpu")
+        results.append((weights(model), history))
+    assert not differing(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert differing(results[0][0], results[2][0])
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("sampling", ["one", "all"])
+def test_an_interrupted_training_goes_on_to_the_same_result(
+    make_model, corpus, tmp_path, monkeypatch, sampling
+):
+    config = TrainingConfig(**FAST | {"epochs": 1.6}, exit_sampling=sampling)
+    whole = make_model()
+    history = train(whole, corpus, config, "cpu")
+
+    def interrupt(model, x, y, config, step, **rest):
+        if step == 20:
+            raise Interrupted
+        return training_loss(model, x, y, config, step, **rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(training, "training_loss", interrupt)
+        train(make_model(), corpus, config, "cpu", tmp_path, checkpoint_every=9)
+    steps = []
+
+    def watch(model, x, y, config, step, **rest):
+        steps.append(step)
+        return training_loss(model, x, y, config, step, **rest)
+
+    monkeypatch.setattr(training, "training_loss", watch)
+    resumed = make_model(seed=5)  # its own weights do not matter
+    torch.manual_seed(99)
+    resumed_history = train(resumed, corpus, config, "cpu", tmp_path, checkpoint_every=9)
+    assert steps == list(range(18, 24))
+    assert not differing(weights(whole), weights(resumed))
+    assert resumed_history == history
+
+
+def test_a_state_saved_before_the_first_report_loses_no_tokens(
+    make_model, corpus, tmp_path, monkeypatch
+):
+    config = TrainingConfig(**FAST)
+    history = train(make_model(), corpus, config, "cpu")
+
+    def interrupt(model, x, y, config, step, **rest):
+        if step == 5:
+            raise Interrupted
+        return training_loss(model, x, y, config, step, **rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(training, "training_loss", interrupt)
+        train(make_model(), corpus, config, "cpu", tmp_path, checkpoint_every=4)
+    assert train(make_model(), corpus, config, "cpu", tmp_path) == history
+
+
+def test_a_state_of_another_configuration_is_not_resumed(make_model, corpus, tmp_path):
+    train(make_model(), corpus, TrainingConfig(**FAST, seed=1), "cpu", tmp_path, checkpoint_every=3)
+    fresh, beside = make_model(), make_model()
+    train(fresh, corpus, TrainingConfig(**FAST), "cpu")
+    train(beside, corpus, TrainingConfig(**FAST), "cpu", tmp_path)
+    assert not differing(weights(fresh), weights(beside))
+    other = [make_model(d_model=8) for _ in range(2)]
+    train(other[0], corpus, TrainingConfig(**FAST), "cpu", tmp_path)
+    train(other[1], corpus, TrainingConfig(**FAST), "cpu")
+    assert not differing(*map(weights, other))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle"])
+def test_a_damaged_state_is_said_to_be_damaged(make_model, corpus, tmp_path, damage):
+    config = TrainingConfig(**FAST)
+    train(make_model(), corpus, config, "cpu", tmp_path, checkpoint_every=3)
+    (state,) = tmp_path.iterdir()
+    if damage == "truncated":
+        state.write_bytes(state.read_bytes()[:-100])
+    elif damage == "pickle":
+        torch.save({"key": random.Random(0)}, state)
+    with pytest.raises(CheckpointError):
+        train(make_model(), corpus, config, "cpu", tmp_path)
+
+
+@pytest.mark.parametrize("sampling", ["one", "all"])
+@pytest.mark.parametrize("exit_head", HEADS)
+def test_a_frozen_backbone_is_not_touched(make_model, corpus, exit_head, sampling):
+    model = make_model(exit_head=exit_head)
+    before = weights(model)
+    own = {n for n in before for k in (0, 1) if n.startswith(f"blocks.{k}.exit_classifier.")}
+    x, _ = next(iter(loader(corpus.splits["fit"], 12, 8, corpus.eos_id)))
+    full, exits = model(x), perplexity_per_exit(model, corpus.splits["fit"], corpus.eos_id)
+    config = TrainingConfig(**FAST | {"epochs": 3}, freeze_backbone=True, exit_sampling=sampling)
+    train(model, corpus, config, "cpu")
+    assert set(differing(before, weights(model))) == own | {"gates.trained"}  # of other exits
+    assert torch.equal(model(x), full)
+    after = perplexity_per_exit(model, corpus.splits["fit"], corpus.eos_id)
+    assert after[0] < exits[0] and after[1] < exits[1] and after[2] == exits[2]
+
+
+def test_exits_of_a_frozen_backbone_are_trained_on_the_states_they_will_see(make_model, corpus):
+    """Dropout in a backbone that does not learn would only be noise on the exits' input."""
+    model = make_model(dropout_p=0.5)
+    config, seen = TrainingConfig(**FAST | {"epochs": 0.1}, freeze_backbone=True), []
+    model.blocks[0].bk_layer.moe.experts[0][2].register_forward_hook(
+        lambda module, *_: seen.append(module.training)
+    )
+    train(model, corpus, config, "cpu")
+    assert seen and not any(seen)
+
+
+def test_after_frozen_exits_the_whole_model_can_be_trained_again(make_model, corpus):
+    model = make_model()
+    train(model, corpus, TrainingConfig(**FAST, freeze_backbone=True), "cpu")
+    before = weights(model)
+    train(model, corpus, TrainingConfig(**FAST, exit_sampling="all"), "cpu")
+    assert "blocks.0.bk_layer.v_proj.weight" in differing(before, weights(model))
+
+
+def test_the_joint_loss_is_the_sum_it_says(make_model, corpus):
+    model = make_model()
+    x, y = next(iter(loader(corpus.splits["fit"], 12, 8, corpus.eos_id)))
+    states = model.hidden_states(x)
+    nll = [
+        F.cross_entropy(b.exit_classifier(h).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+        for b, h in zip(model.blocks, states[1:], strict=True)
+    ]
+    balance = sum(b.bk_layer.moe.load_balancing_loss for b in model.blocks) / 3
+    config = TrainingConfig(exit_loss_weight=0.7, exit_sampling="all", balance_weight=0.05)
+    loss, last = training_loss(model, x, y, config, 0)
+    truth = nll[2] + 0.7 * (nll[0] + nll[1]) / 2 + 0.05 * balance
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert last.item() == pytest.approx(nll[2].item(), rel=1e-5)
+    one = TrainingConfig(exit_loss_weight=0.7, exit_sampling="one", balance_weight=0.05)
+    sampled = {round(training_loss(model, x, y, one, step)[0].item(), 4) for step in range(20)}
+    assert sampled == {round((nll[2] + 0.7 * nll[k] + 0.05 * balance).item(), 4) for k in (0, 1)}
+
+
+def test_no_exit_loss_trains_no_exit(make_model, corpus):
+    model = make_model()
+    before = weights(model)
+    train(model, corpus, TrainingConfig(**FAST, exit_loss_weight=0.0, weight_decay=0.0), "cpu")
+    changed = differing(before, weights(model))
+    assert changed and not any("translator" in n for n in changed)
+
+
+def test_perplexity_per_exit_is_token_weighted(make_model, corpus):
+    model, split = make_model().train(), corpus.splits["fit"]
+    found = perplexity_per_exit(model, split, corpus.eos_id, batch_size=5)
+    assert model.training
+    assert found == pytest.approx(perplexity_per_exit(model, split, corpus.eos_id), rel=1e-6)
+    model.eval()
+    ((x, y),) = loader(split, 12, 10**6, corpus.eos_id)
+    for layer, h in enumerate(model.hidden_states(x)[1:]):
+        logits = model.blocks[layer].exit_classifier(h).flatten(0, 1)
+        nll = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE)
+        assert found[layer] == pytest.approx(math.exp(nll.item()), rel=1e-5)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_nan_stops_the_training(make_model, corpus, freeze):
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[0].layer_norm.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match="nan"):
+        train(model, corpus, TrainingConfig(**FAST, freeze_backbone=freeze), "cpu")
+
+
+def test_a_broken_state_is_never_kept(make_model, corpus, tmp_path, monkeypatch):
+    def explode(model, x, y, config, step, **rest):
+        loss, nll = training_loss(model, x, y, config, step, **rest)
+        return (loss * math.nan, nll * math.nan) if step == 4 else (loss, nll)
+
+    monkeypatch.setattr(training, "training_loss", explode)
+    with pytest.raises(FloatingPointError):
+        train(make_model(), corpus, TrainingConfig(**FAST), "cpu", tmp_path, checkpoint_every=2)
+    for state in tmp_path.iterdir():
+        tensors = torch.load(state, weights_only=True)["model"].values()
+        assert all(torch.isfinite(t).all() for t in tensors)
+
+
+def test_bfloat16_learns_too(make_model, corpus):
+    history = train(make_model(), corpus, TrainingConfig(**FAST | {"epochs": 3}, bf16=True), "cpu")
+    assert history[-1]["perplexity_2"] < 0.8 * history[0]["perplexity_2"]
+
+
+def test_max_tokens_limits_the_text_and_a_fraction_of_an_epoch_is_allowed(make_model, corpus):
+    history = train(
+        make_model(), corpus, TrainingConfig(**FAST | {"epochs": 1}), "cpu", max_tokens=300
+    )
+    assert history[-1]["tokens"] == 300
+    history = train(make_model(), corpus, TrainingConfig(**FAST | {"epochs": 0.01}), "cpu")
+    assert history[-1]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epochs": 0}, {"batch_size": 0}, {"learning_rate": -1.0}, {"learning_rate": math.nan},
+        {"exit_sampling": "some"}, {"freeze_backbone": True, "exit_loss_weight": 0.0},
+    ],
+)  # fmt: skip
+def test_impossible_configurations_are_refused(bad):
+    with pytest.raises(ValueError):
+        TrainingConfig(**bad)
+
+
+def test_a_single_layer_trains_and_has_no_exit_to_train_alone(make_model, corpus):
+    history = train(make_model(n_layers=1), corpus, TrainingConfig(**FAST), "cpu")
+    assert set(history[-1]) == {"step", "tokens", "train_nll", "perplexity_0"}
+    with pytest.raises(ValueError, match="exit"):
+        train(make_model(n_layers=1), corpus, TrainingConfig(**FAST, freeze_backbone=True), "cpu")

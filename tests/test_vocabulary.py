@@ -1,0 +1,103 @@
+"""The chunked vocabulary loss is torch's cross-entropy, without its memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from earlyexit import vocabulary
+from earlyexit.timing import peak_tensor_bytes
+from earlyexit.vocabulary import IGNORE, linear_cross_entropy, logit_chunks, softmax_, token_nll
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[1, 7 * 30, 10**9], ids=["row by row", "7 rows", "one chunk"])
+def chunked(request, monkeypatch):
+    """Chunks of one row, of seven rows (the last one ragged), and no chunks at all."""
+    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", request.param)
+
+
+def problem(bias: bool, tokens: int = 37, vocabulary: int = 30, dtype=torch.float32):
+    torch.manual_seed(0)
+    features = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, 8, dtype=dtype, requires_grad=True)
+    offset = torch.randn(vocabulary, dtype=dtype, requires_grad=True) if bias else None
+    targets = torch.randint(vocabulary, (tokens,))
+    targets[::5] = IGNORE
+    return features, weight, offset, targets
+
+
+def grads(loss, *args):
+    return torch.autograd.grad(3 * loss, [a for a in args if a is not None])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_value_and_gradients_are_those_of_cross_entropy(chunked, bias):
+    *args, targets = problem(bias)
+    truth = F.cross_entropy(F.linear(*args), targets, ignore_index=IGNORE)
+    found = linear_cross_entropy(*args, targets)
+    torch.testing.assert_close(found, truth)
+    for a, b in zip(grads(found, *args), grads(truth, *args), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_is_close():
+    *args, targets = problem(True, tokens=200)
+    truth = F.cross_entropy(F.linear(*args), targets, ignore_index=IGNORE)
+    found = linear_cross_entropy(*args, targets, bf16=True)
+    assert found.dtype == torch.float32
+    assert abs(found - truth) < 0.02 * truth
+    for a, b in zip(grads(found, *args), grads(truth, *args), strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+def test_nothing_scored_is_no_loss_and_no_gradient():
+    *args, targets = problem(True)
+    loss = linear_cross_entropy(*args, torch.full_like(targets, IGNORE))
+    assert loss == 0
+    assert all(not g.any() for g in grads(loss, *args))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_token_nll_is_cross_entropy_per_token(chunked, bias):
+    *args, targets = problem(bias)
+    truth = F.cross_entropy(F.linear(*args), targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(token_nll(*args, targets), truth.detach())
+
+
+def test_chunks_cover_every_row_once(chunked):
+    features, weight, bias, _ = problem(True)
+    parts = list(logit_chunks(features, weight, bias))
+    rows = torch.cat([torch.arange(len(features))[part] for part, _ in parts])
+    assert rows.tolist() == list(range(len(features)))
+    torch.testing.assert_close(
+        torch.cat([logits for _, logits in parts]), F.linear(features, weight, bias)
+    )
+
+
+def test_softmax_in_place_survives_large_logits():
+    logits = torch.tensor([[1e4, 0.0], [-1e4, -1e4], [1.0, 2.0]])
+    probability, log_total = logits.softmax(-1), logits.logsumexp(-1)
+    in_place, found = softmax_(logits)
+    assert in_place.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(in_place, probability)
+    torch.testing.assert_close(found, log_total)
+
+
+def test_the_logits_of_a_batch_are_never_held(monkeypatch):
+    *args, targets = problem(True, tokens=2000, vocabulary=1000)
+    whole = 2000 * 1000 * 4
+    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", 50 * 1000)
+
+    def ours():
+        grads(linear_cross_entropy(*args, targets), *args)
+
+    def theirs():
+        grads(F.cross_entropy(F.linear(*args), targets, ignore_index=IGNORE), *args)
+
+    assert peak_tensor_bytes(ours, CPU) < whole / 4
+    assert peak_tensor_bytes(lambda: token_nll(*args, targets), CPU) < whole / 4
+    assert peak_tensor_bytes(theirs, CPU) >= 2 * whole  # the control: logits and their gradient
