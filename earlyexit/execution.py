@@ -254,9 +254,9 @@ class _Tally:
 
     def _extend_streak(self, reading: Tensor) -> Tensor:
         same = reading == self.reading[self.alive]
-        self.reading[self.alive] = reading
-        self.streak[self.alive] = torch.where(same, self.streak[self.alive] + 1, 0)
-        return self.streak[self.alive]
+        streak = torch.where(same, self.streak[self.alive] + 1, 0)
+        self.reading[self.alive], self.streak[self.alive] = reading, streak
+        return torch.where(reading.isnan(), reading, streak)  # a broken reading stays visible
 
     def _store(self, tokens: Tensor, output: Tensor) -> None:
         if self.outputs is None:
