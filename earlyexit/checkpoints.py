@@ -39,12 +39,16 @@ def save_model(model: EarlyExitLanguageModel, path: Path, about: dict | None = N
 
 
 def load_model(
-    path: Path, config: ModelConfig | None = None, device: str | torch.device = "cpu"
+    path: Path,
+    config: ModelConfig | None = None,
+    device: str | torch.device = "cpu",
+    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
 ) -> EarlyExitLanguageModel:
     """The model stored by :func:`save_model`, in evaluation mode.
 
     Args:
         config: what the checkpoint must hold; None takes what it says.
+        kind: class of the model; its ``config_type`` describes it.
 
     Raises:
         CheckpointError: missing, truncated, not safetensors (a pickle, say), of another
@@ -53,8 +57,8 @@ def load_model(
     path = Path(path)
     metadata, tensors = _read(path)
     try:
-        stored = ModelConfig(**json.loads(metadata["config"]))
-        model = EarlyExitLanguageModel.from_config(stored)
+        stored = kind.config_type(**json.loads(metadata["config"]))
+        model = kind.from_config(stored)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no model configuration that works: {error}") from error
     if config is not None and config != stored:

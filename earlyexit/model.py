@@ -61,6 +61,8 @@ class EarlyExitLanguageModel(nn.Module):
         ValueError: unknown ``exit_head``, top_k > num_experts, n_layers < 1, threshold not in [0, 1].
     """
 
+    config_type = ModelConfig
+
     def __init__(
         self,
         vocab_size: int,

@@ -21,6 +21,8 @@ from earlyexit.vocabulary import IGNORE, Teacher, linear_cross_entropy, token_nl
 REPORT_EVERY = 50  # steps averaged in one row of the history
 VALIDATION_TOKENS = 50_000  # of the fit part, read after every epoch
 
+LossFunction = Callable[..., tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -147,6 +149,7 @@ def train(
     checkpoint_dir: Path | None = None,
     checkpoint_every: int = 500,
     max_tokens: int = 0,
+    loss: LossFunction | None = None,
 ) -> list[dict]:
     """Train ``model`` in place on ``corpus.splits["train"]``.
 
@@ -154,6 +157,7 @@ def train(
         checkpoint_dir: where to keep a resumable state, written every ``checkpoint_every`` steps. If it
             holds one of the same configuration, training goes on from it, to the same result.
         max_tokens: use only documents up to about this many training tokens; 0 uses all.
+        loss: what a step minimises, by default :func:`training_loss`, with its signature.
 
     Returns:
         One row per evaluation: step, tokens, train_nll, and the fit part's perplexity per exit.
@@ -187,9 +191,9 @@ def train(
     for x, y in _batches(split, model.n_seq, config, corpus.eos_id, start=step, stop=total):
         x, y = x.to(device), y.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            loss, nll = training_loss(model, x, y, config, step, progress=step / total)
+            objective, nll = (loss or training_loss)(model, x, y, config, step, step / total)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        objective.backward()
         nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         schedule.step()
