@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 
 from earlyexit.exits import ExitPolicy, ExitState
+from earlyexit.vocabulary import Reader
 
 if TYPE_CHECKING:
     from earlyexit.layers import ExitHead
     from earlyexit.model import EarlyExitLanguageModel
 
 Execution = Literal["compacted", "dense"]
-Reader = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -51,8 +50,7 @@ def run(
     Args:
         x: token ids ``(B, N)``.
         policy: thresholds for this model's depth.
-        read: ``read(logits (T', V), tokens (T',))`` → one row per token; ``tokens`` are indices
-            into the flattened batch.
+        read: what to take from each token's prediction.
         execution: ``"compacted"`` or ``"dense"``.
     """
     if execution not in ("compacted", "dense"):
@@ -147,7 +145,7 @@ def generate(
                 h = model.token_embedding(ids[:, position])
                 h = h + model.position_embedding.weight[position]
             progress = h.new_full((batch,), position / model.n_seq)
-            tally = _Tally(model, progress, policy, lambda logits, _: logits)
+            tally = _Tally(model, progress, policy, Reader())
             _step(model, h, states, tally)
             run = tally.finish()
             exits.append(run.exit_layers)
@@ -244,13 +242,11 @@ class _Tally:
         self.alive = self.alive[stay]
 
     def _score_and_read(self, head: ExitHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        def both(logits, tokens):
+        score, output = [], []
+        for part, logits in head.unembedding.chunks(head.features(hidden)):
             score.append(self.policy.rule.score(logits))
-            return self.read(logits, tokens)
-
-        score: list[Tensor] = []
-        output = head.read(head.features(hidden), self.alive, both)
-        return torch.cat(score), output
+            output.append(self.read(logits, self.alive[part]))
+        return torch.cat(score), torch.cat(output)
 
     def _extend_streak(self, reading: Tensor) -> Tensor:
         same = reading == self.reading[self.alive]
@@ -272,5 +268,5 @@ class _Tally:
             if len(tokens):
                 features = torch.cat([features for *_, features in departures])
                 head = departures[0][0]
-                self._store(tokens, head.read(features, tokens, self.read))
+                self._store(tokens, self.read.from_features(head.unembedding, features, tokens))
         return ExitRun(self.outputs, self.exit_layers, self.scores)
