@@ -153,19 +153,25 @@ def pareto(
     """Quality loss against a speedup, one curve per criterion, static exits and oracles beside.
 
     Args:
-        curves: columns criterion, quality_loss and ``x``; "static" is drawn as points, oracles dashed.
+        curves: columns seed, criterion, quality_loss and ``x``; "static" is drawn as points, oracles
+            dashed. Several seeds are drawn as their mean and range.
         limit: largest quality loss shown.
         points: extra labelled points: columns label, quality_loss, ``x``.
     """
     fig, ax = plt.subplots(figsize=(PAGE * 0.62, 3.0))
     for k, (criterion, rows) in enumerate(curves.groupby("criterion", sort=False)):
-        rows = rows[rows["quality_loss"] <= limit].sort_values(x)
-        style = {"color": f"C{k}"}
+        style = {"color": f"C{k}", "label": label_of(criterion)}
         if criterion == "static":
-            style = {"color": "black", "marker": "s", "linestyle": "none"}
-        elif criterion.startswith("oracle"):
-            style = {"color": "0.35" if "nll" in criterion else "0.6", "linestyle": "--"}
-        ax.plot(rows[x], rows["quality_loss"], label=label_of(criterion), **style)
+            exits = rows[rows["quality_loss"] <= limit].groupby("threshold")[[x, "quality_loss"]]
+            mean, spread = exits.mean(), exits.max() - exits.mean()
+            style |= {"color": "black", "fmt": "s", "markersize": 4}
+            ax.errorbar(mean[x], mean["quality_loss"], yerr=spread["quality_loss"], **style)
+            continue
+        if criterion.startswith("oracle"):
+            style |= {"color": "0.35" if "nll" in criterion else "0.6", "linestyle": "--"}
+        speedup, mean, low, high = _over_seeds(rows, x, limit)
+        ax.plot(speedup, mean, **style)
+        ax.fill_between(speedup, low, high, color=style["color"], alpha=0.2, linewidth=0)
     if points is not None:
         ax.plot(
             points[x],
@@ -180,6 +186,18 @@ def pareto(
     _percent(ax.yaxis)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return fig
+
+
+def _over_seeds(rows: pd.DataFrame, x: str, limit: float) -> tuple[np.ndarray, ...]:
+    """A common grid of ``x``, and the quality loss there: mean, least, largest over the seeds."""
+    grid, losses = np.linspace(rows[x].min(), rows[x].max(), 400), []
+    for _, one in rows.groupby("seed"):
+        one = one.sort_values(x)
+        losses.append(np.interp(grid, one[x], one["quality_loss"], left=np.nan, right=np.nan))
+    losses = np.stack(losses)
+    shown = np.isfinite(losses).all(axis=0) & (losses.mean(axis=0) <= limit)
+    losses = losses[:, shown]
+    return grid[shown], losses.mean(axis=0), losses.min(axis=0), losses.max(axis=0)
 
 
 def exit_distributions(table: pd.DataFrame, criterion: str) -> Figure:
@@ -209,7 +227,7 @@ def threshold_sweep(sweeps: pd.DataFrame) -> Figure:
     """Quality loss and mean layers executed against the threshold, one column per criterion.
 
     Args:
-        sweeps: columns criterion, threshold, quality_loss, layers.
+        sweeps: columns seed, criterion, threshold, quality_loss, layers.
     """
     names = list(dict.fromkeys(sweeps["criterion"]))
     fig, axes = plt.subplots(
@@ -217,8 +235,9 @@ def threshold_sweep(sweeps: pd.DataFrame) -> Figure:
     )
     for column, (name, rows) in zip(axes.T, sweeps.groupby("criterion", sort=False), strict=True):
         rows = rows[np.isfinite(rows["threshold"])].sort_values("threshold")
-        column[0].plot(rows["threshold"], rows["layers"], color="C0")
-        column[1].plot(rows["threshold"], rows["quality_loss"], color="C1")
+        for _, one in rows.groupby("seed"):
+            column[0].plot(one["threshold"], one["layers"], color="C0")
+            column[1].plot(one["threshold"], one["quality_loss"], color="C1")
         column[1].axhline(0, **REFERENCE)
         column[1].set_xlabel(f"threshold\n{label_of(name)}")
     axes[0, 0].set_ylabel("mean layers\nexecuted")
@@ -482,5 +501,30 @@ def recipes(table: pd.DataFrame) -> Figure:
         mean = rows.groupby("exit")["perplexity"].mean()
         ax.plot(mean.index, mean, f"{MARKERS[k % len(MARKERS)]}-", label=name)
     ax.set(xlabel="exit (layer index)", ylabel="perplexity, test split", xticks=range(last + 1))
+    fig.legend(loc="outside right upper")
+    return fig
+
+
+def equal_cost(table: pd.DataFrame) -> Figure:
+    """Perplexity of an adaptive against a shallow model of the same cost, with paired intervals.
+
+    Args:
+        table: columns seed, depth, difference, low, high.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN * 1.2, 2.2))
+    depths = sorted(table["depth"].unique())
+    for k, (seed, rows) in enumerate(table.groupby("seed")):
+        x = np.array([depths.index(d) for d in rows["depth"]]) + 0.12 * k
+        error = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+        ax.errorbar(
+            x, rows["difference"], yerr=error, fmt=MARKERS[k % 8], capsize=2, label=f"seed {seed}"
+        )
+    ax.axhline(0, **REFERENCE)
+    names = [f"{d} layer" + "s" * (d > 1) for d in depths]
+    ax.set_xticks(np.arange(len(depths)) + 0.06 * (table["seed"].nunique() - 1), names)
+    ax.set(xlabel="cost of a model with", ylabel="adaptive / shallow\nperplexity − 1")
+    ax.margins(x=0.4)
+    _percent(ax.yaxis, 1)
+    ax.grid(axis="x", visible=False)
     fig.legend(loc="outside right upper")
     return fig

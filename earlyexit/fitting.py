@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -61,6 +61,34 @@ def fit_policy(
     return policy
 
 
+def fit_policy_to_cost(
+    trace: ExitTrace, criterion: str, cost: float, costs: Sequence[float]
+) -> ExitPolicy:
+    """The policy of least loss on the trace whose mean cost is at most ``cost``; per-layer thresholds.
+
+    Args:
+        trace: of the fit part; never of the test split.
+        cost: per token, in the unit of ``costs``; see :func:`fit_policy`.
+
+    Raises:
+        ValueError: a trace of the test split.
+        Unreachable: even leaving at exit 0 costs more.
+    """
+    refuse_test(trace.split)
+    costs = np.asarray(costs, dtype=float)
+
+    def affordable(policy: ExitPolicy) -> bool:
+        return mean_cost(trace, policy, costs) <= cost
+
+    path = _path(trace, criterion, costs, lambda policy: not affordable(policy))
+    found = [p for p in path if affordable(p)]
+    if not found:
+        raise Unreachable(
+            f"no policy of {criterion!r} costs {cost:.4g} or less: exit 0 costs {costs[0]:.4g}"
+        )
+    return min(found, key=lambda p: trace.evaluate(p)["quality_loss"])
+
+
 def mean_cost(trace: ExitTrace, policy: ExitPolicy, costs: np.ndarray) -> float:
     """Mean cost per token of a policy on the trace."""
     return float(costs[np.minimum(trace.exit_layers(policy), trace.n_layers - 1)].mean())
@@ -93,25 +121,29 @@ def _decaying(trace, criterion, budget, costs) -> ExitPolicy | None:
 
 
 def _per_layer(trace, criterion, budget, costs) -> ExitPolicy | None:
-    """Bisection over the price λ of a nat, with the best thresholds at each price."""
-    best, cheapest = None, costs[-1]
+    """The cheapest on the path of prices that keeps to the budget, or a global threshold."""
+
+    def within(policy: ExitPolicy) -> bool:
+        return trace.evaluate(policy)["quality_loss"] <= budget
+
+    found = [p for p in _path(trace, criterion, costs, within) if within(p)]
+    found += [p for p in [_global(trace, criterion, budget, costs)] if p is not None]
+    best = min(found, key=lambda p: mean_cost(trace, p, costs), default=None)
+    return best if best and mean_cost(trace, best, costs) < costs[-1] else None
+
+
+def _path(trace, criterion, costs, cheaper: Callable[[ExitPolicy], bool]) -> Iterator[ExitPolicy]:
+    """Bisection over the price λ of a nat, with the best thresholds at each price.
+
+    After each policy ``cheaper`` says whether the next one may spend less.
+    """
     low, high = np.log10(costs[-1]) - 2, np.log10(costs[-1]) + 4
-    start = None
+    policy = None
     for _ in range(18):
         middle = (low + high) / 2
-        policy = _at_price(trace, criterion, 10**middle, costs, start)
-        cost = mean_cost(trace, policy, costs)
-        if trace.evaluate(policy)["quality_loss"] <= budget:
-            high = middle  # a nat may be cheaper
-            if cost < cheapest:
-                best, cheapest = policy, cost
-        else:
-            low = middle
-        start = policy
-    single = _global(trace, criterion, budget, costs)
-    if single is not None and mean_cost(trace, single, costs) < cheapest:
-        return single
-    return best
+        policy = _at_price(trace, criterion, 10**middle, costs, policy)
+        yield policy
+        low, high = (low, middle) if cheaper(policy) else (middle, high)
 
 
 def _at_price(trace, criterion, price, costs, start=None) -> ExitPolicy:

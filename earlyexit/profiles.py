@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+# Ways of training exits, as changes to a profile's training.
+RECIPES: dict[str, dict] = {
+    "joint": {},
+    "frozen": {"exit_sampling": "one", "exit_loss_weight": 1.0, "freeze_backbone": True},
+    "joint, one exit a step": {"exit_sampling": "one"},
+    "joint, weight 1.5": {"exit_loss_weight": 1.5},
+    "joint, weight ramped up": {"exit_ramp": 0.5},
+    "joint, self-distilled": {
+        "exit_sampling": "one", "exit_loss_weight": 1.5, "distillation": 0.5
+    },
+    "joint, layer dropout": {"exit_sampling": "one", "layer_dropout": 0.2},
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -34,9 +47,15 @@ class Profile:
     batch_size: int = 32
     learning_rate: float = 1e-2
     exit_loss_weight: float = 0.3
+    exit_sampling: str = "tokens"
     gate_hidden: int = 0  # units of a gate's hidden layer; 0: a linear gate
     gate_tokens: int = 100_000  # training tokens that the gates learn from
     certify_tokens: int = 2_048  # of each certification document; 0: all
+    # ways of training exits, each against a twin without any
+    recipe_tokens: int = 0  # training tokens of each; 0: the whole split
+    recipe_seeds: int = 1  # how many of the seeds they are compared on
+    recipes: tuple[str, ...] = tuple(RECIPES)
+    shallow_depths: tuple[int, ...] = (1, 2)  # layers of models trained without exits
     # measurement
     timing_repeats: int = 15
     seeds: tuple[int, ...] = (0,)
@@ -57,6 +76,8 @@ PROFILES = {
             bk_heads=4,
             gate_tokens=4_000,
             certify_tokens=128,
+            recipe_tokens=4_000,
+            shallow_depths=(1,),
             timing_repeats=3,
         ),
         Profile(
@@ -66,13 +87,18 @@ PROFILES = {
             epochs=1.0,
             gate_tokens=40_000,
             dropout_p=0.0,
+            recipe_tokens=300_000,
+            recipes=("joint", "frozen", "joint, one exit a step", "joint, weight 1.5"),
+            shallow_depths=(2,),
         ),
         Profile(
             "wikitext2",
             "the original's configuration on WikiText-2, three seeds, hours",
             corpus="wikitext-2",
-            epochs=8.0,
+            epochs=3.0,
             dropout_p=0.0,
+            recipe_seeds=3,
+            recipes=("joint", "frozen"),
             seeds=(0, 1, 2),
         ),
     )

@@ -17,7 +17,7 @@ from earlyexit.corpus import Corpus, CorpusConfig, Split, load_corpus, loader
 from earlyexit.devices import resolve_device
 from earlyexit.model import ModelConfig
 from earlyexit.paths import project
-from earlyexit.profiles import get_profile
+from earlyexit.profiles import RECIPES, get_profile
 from earlyexit.stages import NotTrained, Trained
 from earlyexit.trace import ExitTrace
 from earlyexit.training import TrainingConfig
@@ -105,6 +105,7 @@ class Study:
             batch_size=p.batch_size,
             learning_rate=p.learning_rate,
             exit_loss_weight=p.exit_loss_weight,
+            exit_sampling=p.exit_sampling,
             seed=seed,
         )
         return replace(config, **changes)
@@ -114,7 +115,7 @@ class Study:
         seed: int,
         model: dict | None = None,
         training: dict | None = None,
-        max_tokens: int | None = None,
+        max_tokens: int = 0,
         backbone: Trained | None = None,
         may_train: bool = True,
     ) -> Trained:
@@ -125,10 +126,29 @@ class Study:
             self.training_config(seed, **(training or {})),
             self.cache,
             self.device,
-            max_tokens=self.profile.max_train_tokens if max_tokens is None else max_tokens,
+            max_tokens=max_tokens or self.profile.max_train_tokens,
             backbone=backbone,
             may_train=may_train,
         )
+
+    def recipe(self, seed: int, name: str) -> Trained:
+        """A model with gates whose exits were trained in one of the ``RECIPES``.
+
+        Raises:
+            ValueError: no such recipe.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
+        backbone = self.twin(seed) if RECIPES[name].get("freeze_backbone") else None
+        tokens = self.profile.recipe_tokens
+        trained = self.train(seed, None, RECIPES[name], max_tokens=tokens, backbone=backbone)
+        return self.with_gates(seed, trained)
+
+    def twin(self, seed: int, n_layers: int | None = None) -> Trained:
+        """The model trained without exits, same data, seed and steps, at any depth."""
+        depth = {"n_layers": n_layers or self.profile.n_layers}
+        recipe = {"exit_loss_weight": 0.0, "exit_sampling": "one"}
+        return self.train(seed, depth, recipe, max_tokens=self.profile.recipe_tokens)
 
     def build(self, seed: int) -> Trained:
         """The profile's model with gates, trained now unless it is in the cache."""

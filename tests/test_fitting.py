@@ -7,7 +7,7 @@ import pytest
 
 from earlyexit.cost import exit_costs, policy_flops
 from earlyexit.exits import CRITERIA, ExitPolicy
-from earlyexit.fitting import Unreachable, fit_policy, mean_cost
+from earlyexit.fitting import Unreachable, fit_policy, fit_policy_to_cost, mean_cost
 from earlyexit.trace import ExitTrace
 
 KINDS = ("global", "per_layer", "decaying")
@@ -52,6 +52,22 @@ def test_comes_close_to_brute_force():
         if (read := trace.evaluate(ExitPolicy("gate", (*pair, -np.inf))))["quality_loss"] <= 0.05
     )
     assert trace.evaluate(fit_policy(trace, "gate", 0.05))["layers"] <= best + 0.03
+
+
+def test_a_given_cost_is_kept_and_spent_well():
+    trace, costs = made_up_trace(), np.array([1.0, 2.5, 3.0, 6.0])
+    losses = []
+    for cost in (1.0, 2.0, 4.0, 6.0):
+        policy = fit_policy_to_cost(trace, "gate", cost, costs)
+        assert mean_cost(trace, policy, costs) <= cost
+        losses.append(trace.evaluate(policy)["quality_loss"])
+    assert losses == sorted(losses, reverse=True) and losses[0] > 0.05 and losses[-1] <= 1e-9
+    static = trace.static().set_index("threshold")["quality_loss"]
+    assert losses[0] == pytest.approx(static[0])  # one unit buys exit 0 and nothing else
+    with pytest.raises(Unreachable, match="exit 0 costs 1"):
+        fit_policy_to_cost(trace, "gate", 0.9, costs)
+    with pytest.raises(ValueError, match="test split"):
+        fit_policy_to_cost(made_up_trace("test"), "gate", 2.0, costs)
 
 
 def test_refusals():
