@@ -95,7 +95,7 @@ PROFILES = {
             "wikitext2",
             "the original's configuration on WikiText-2, three seeds, hours",
             corpus="wikitext-2",
-            epochs=3.0,
+            epochs=2.0,
             dropout_p=0.0,
             recipe_seeds=3,
             recipes=("joint", "frozen"),
