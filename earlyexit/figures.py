@@ -6,6 +6,8 @@ style. Seeds, where there are several, are drawn as a mean with its range.
 
 from __future__ import annotations
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -30,7 +32,7 @@ def _exit_name(layer: int, n_layers: int) -> str:
     return f"exit {layer}" if layer < n_layers - 1 else f"exit {layer} (last)"
 
 
-def _percent(axis, decimals: int = 0) -> None:
+def _percent(axis, decimals: int | None = None) -> None:
     axis.set_major_formatter(PercentFormatter(1, decimals=decimals))
 
 
@@ -182,6 +184,10 @@ def pareto(
             label="original, claimed",
         )
     ax.axhline(0, **REFERENCE)
+    top = min(limit, curves["quality_loss"].max()) * 1.05
+    ax.set_ylim(
+        max(-0.6 * top, ax.get_ylim()[0]), top
+    )  # hindsight about the target falls far below
     ax.set(xlabel=x_label, ylabel="quality loss (perplexity / full depth − 1)")
     _percent(ax.yaxis)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -239,7 +245,8 @@ def threshold_sweep(sweeps: pd.DataFrame) -> Figure:
             column[0].plot(one["threshold"], one["layers"], color="C0")
             column[1].plot(one["threshold"], one["quality_loss"], color="C1")
         column[1].axhline(0, **REFERENCE)
-        column[1].set_xlabel(f"threshold\n{label_of(name)}")
+        column[1].set_xlabel("threshold\n" + textwrap.fill(label_of(name), 14), fontsize=7)
+        column[1].xaxis.set_major_locator(MaxNLocator(3))
     axes[0, 0].set_ylabel("mean layers\nexecuted")
     axes[1, 0].set_ylabel("quality loss")
     _percent(axes[1, 0].yaxis)

@@ -1,0 +1,68 @@
+"""The real notebooks on the smallest profile. Slow, because it is the whole series, really run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import nbformat
+import pytest
+
+from earlyexit import runner
+from earlyexit.artifacts import certificates, read_json
+from earlyexit.paths import project
+from earlyexit.receipts import discover, executed_path, receipt_path
+from earlyexit.settings import Settings
+
+NOTEBOOKS = [path.stem for path in discover(project())]
+WRITES = re.compile(r"\*\*Writes\*\*.*")
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """A project with the notebooks and nothing else, after one run."""
+    place = project(tmp_path_factory.mktemp("series"))
+    shutil.copytree(project().notebooks, place.notebooks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        assert runner.run(Settings("smoke"), root=place.root) == NOTEBOOKS
+    return place
+
+
+def test_the_series_is_fresh_after_its_run(series):
+    steps = runner.plan(Settings("smoke"), root=series.root).steps
+    assert [(step.notebook, step.reasons) for step in steps] == [(n, []) for n in NOTEBOOKS]
+    assert not list(series.build.glob("*/*.failed.ipynb"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_writes_what_it_announces(series, name):
+    source = nbformat.read(series.notebooks / f"{name}.ipynb", as_version=4)
+    (announced,) = WRITES.findall(source.cells[0].source)
+    outputs = read_json(receipt_path(series, "smoke", name))["outputs"]
+    kinds = {"results": set(), "figures": set()}
+    for path in outputs:
+        kinds[path.split("/")[0]].add(path.split("/")[-1].split(".")[0])
+    tables, _, figures = announced.partition("figure")
+    assert set(re.findall(r"`(\w+)`", tables)) <= kinds["results"]
+    said = set(re.findall(r"`(\w+)(?:\.json)?`", announced))
+    assert said == kinds["results"] | kinds["figures"]
+    assert set(re.findall(r"`(\w+)`", figures)) >= kinds["figures"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_says_numbers_and_complains_of_nothing(series, name):
+    executed = nbformat.read(executed_path(series, "smoke", name), as_version=4)
+    outputs = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
+    said = [o.data["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
+    assert said and not [text for text in said if re.search(r"\b(nan|inf|None)\b", text)]
+    heard = [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]
+    assert not [text for text in heard if "Warning" in text]
+
+
+def test_every_result_names_its_command_text_and_machine(series):
+    found = list(certificates("smoke", series.root))
+    assert len(found) > 30
+    for path, meta in found:
+        assert meta["command"].startswith("python -m earlyexit run --profile smoke"), path
+        assert meta["text_hash"] and meta["hardware"]["cpu"] and meta["versions"]["torch"], path
