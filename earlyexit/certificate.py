@@ -83,12 +83,20 @@ class WindowLosses:
         Raises:
             ValueError: the unit is neither document nor window; tokens are never units.
         """
+        index, tokens = self._units(unit)
+        return np.stack([np.bincount(index, gap) for gap in self.gaps.T], axis=1) / tokens[:, None]
+
+    def longest(self, unit: Unit) -> int:
+        """Tokens of the longest unit."""
+        return int(self._units(unit)[1].max())
+
+    def _units(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+        """The unit of each window, and the tokens of each unit."""
         if unit not in ("document", "window"):
             raise ValueError(f"unit={unit!r} must be 'document' or 'window'")
         label = self.document if unit == "document" else np.arange(len(self.tokens))
         _, index = np.unique(label, return_inverse=True)
-        tokens = np.bincount(index, self.tokens)
-        return np.stack([np.bincount(index, gap) for gap in self.gaps.T], axis=1) / tokens[:, None]
+        return index, np.bincount(index, self.tokens)
 
     @property
     def per_token(self) -> np.ndarray:
@@ -103,7 +111,8 @@ class Certificate:
     Attributes:
         policy: the certified policy.
         epsilon, delta: tolerated quality loss, and the probability with which it may be broken.
-        unit, n: what the units are, and how many.
+        unit, n: what the units are, and how many; longest_unit: tokens of the longest, which tells
+            whether documents were cut.
         ceiling: B in nats; clipped_share: of units above it.
         method: the test; p_value: of the certified policy.
         bound: upper bound (1 − δ) on its mean clipped loss, nats; only the certified level is covered
@@ -120,6 +129,7 @@ class Certificate:
     delta: float
     unit: str
     n: int
+    longest_unit: int
     ceiling: float
     clipped_share: float
     method: str
@@ -331,6 +341,7 @@ def decide(
         delta=delta,
         unit=unit,
         n=n,
+        longest_unit=losses.longest(unit),
         ceiling=ceiling,
         clipped_share=float((gaps > ceiling).mean()),
         method=method,

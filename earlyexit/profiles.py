@@ -46,6 +46,7 @@ class Profile:
     epochs: float = 1.0
     batch_size: int = 32
     learning_rate: float = 1e-2
+    bf16: bool = False
     exit_loss_weight: float = 0.3
     exit_sampling: str = "tokens"
     gate_hidden: int = 0  # units of a gate's hidden layer; 0: a linear gate
@@ -100,6 +101,37 @@ PROFILES = {
             recipe_seeds=3,
             recipes=("joint", "frozen"),
             seeds=(0, 1, 2),
+        ),
+        Profile(
+            "wikitext2-d256",
+            "eight layers of width 256 on WikiText-2, one seed, hours",
+            corpus="wikitext-2",
+            d_model=256,
+            n_layers=8,
+            bk_heads=32,
+            gate_hidden=8,
+            epochs=2.0,
+            learning_rate=3e-3,
+            recipes=("joint", "frozen"),
+            shallow_depths=(4,),
+        ),
+        Profile(
+            "gpu",
+            "the same study larger, for a GPU: twelve layers of width 512 on WikiText-103; not run yet",
+            corpus="wikitext-103",
+            vocab_size=50_000,
+            max_eval_tokens=250_000,
+            d_model=512,
+            n_layers=12,
+            n_seq=512,
+            num_experts=8,
+            bk_heads=64,
+            gate_hidden=16,
+            gate_tokens=1_000_000,
+            learning_rate=1e-3,
+            bf16=True,
+            recipes=("joint", "frozen"),
+            shallow_depths=(6,),
         ),
     )
 }

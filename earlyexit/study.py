@@ -104,6 +104,7 @@ class Study:
             epochs=p.epochs,
             batch_size=p.batch_size,
             learning_rate=p.learning_rate,
+            bf16=p.bf16,
             exit_loss_weight=p.exit_loss_weight,
             exit_sampling=p.exit_sampling,
             seed=seed,

@@ -35,7 +35,7 @@ def losses(means, n=80, spread=0.01, seed=0):
 def test_returns_the_riskiest_accepted_policy():
     found = decide(POLICIES, losses([0.0, 0.02, 0.2]), 0.05, 0.05)
     assert found.policy == POLICIES[1] and found.accepted == 2 and found.candidates == 3
-    assert found.n == 40 and found.unit == "document"
+    assert found.n == 40 and found.unit == "document" and found.longest_unit == 20
     assert found.mean_gap <= found.bound <= math.log1p(0.05) < found.ceiling
     assert found.p_value <= 0.05 and found.speedup_layers == pytest.approx(3 / found.layers)
     by_window = decide(POLICIES, losses([0.0, 0.02, 0.2]), 0.05, 0.05, unit="window")
