@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from earlyexit.exits import CRITERIA
+from earlyexit.reading import layer_colours
 
 COLUMN, PAGE = 3.4, 7.0  # inches
 REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
@@ -534,4 +535,72 @@ def equal_cost(table: pd.DataFrame) -> Figure:
     _percent(ax.yaxis, 1)
     ax.grid(axis="x", visible=False)
     fig.legend(loc="outside right upper")
+    return fig
+
+
+# ---------------------------------------------------------------- 08 study
+
+
+def depth_by_class(table: pd.DataFrame) -> Figure:
+    """Mean layers executed by class of the predicted word, with the class's share of the tokens.
+
+    Args:
+        table: columns seed, word_class, share, layers.
+    """
+    mean = table.groupby("word_class")[["layers", "share"]].mean().sort_values("layers")
+    spread = table.groupby("word_class")["layers"]
+    error = [mean["layers"] - spread.min()[mean.index], spread.max()[mean.index] - mean["layers"]]
+    fig, ax = plt.subplots(figsize=(COLUMN * 1.3, 2.4))
+    bars = ax.barh(mean.index, mean["layers"], xerr=np.clip(error, 0, None), capsize=2)
+    ax.bar_label(bars, [f" {100 * s:.1f} % of tokens" for s in mean["share"]], fontsize=7)
+    ax.set(xlabel="mean layers executed")
+    ax.margins(x=0.35)
+    ax.grid(axis="y", visible=False)
+    return fig
+
+
+def depth_by_position(table: pd.DataFrame) -> Figure:
+    """Mean layers executed and NLL over the position in the window.
+
+    Args:
+        table: columns seed, position, layers, nll.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(PAGE * 0.8, 2.1))
+    for ax, column, label in zip(
+        axes, ("layers", "nll"), ("mean layers executed", "NLL at full depth (nats)"), strict=True
+    ):
+        groups = table.groupby("position")[column]
+        ax.plot(groups.mean().index, groups.mean())
+        ax.fill_between(groups.mean().index, groups.min(), groups.max(), alpha=0.2)
+        ax.set(xlabel="position in the window", ylabel=label)
+    return fig
+
+
+def coloured_text(words: list[str], layers: np.ndarray, n_layers: int, width: int = 84) -> Figure:
+    """Words on the colour of the layers their prediction took, as running text.
+
+    Args:
+        words: in order; layers: executed for each ``(T,)``; width: characters per line.
+    """
+    colours, lines, column = layer_colours(n_layers), [[]], 0
+    for word, depth in zip(words, layers.tolist(), strict=True):
+        shown = "¶" if word == "<eos>" else word
+        if column + len(shown) > width:
+            lines.append([])
+            column = 0
+        lines[-1].append((column, shown, depth))
+        column += len(shown) + 1
+    fig, ax = plt.subplots(figsize=(PAGE, 0.19 * (len(lines) + 2)))
+    ax.set(xlim=(0, width), ylim=(len(lines) + 1, -1))
+    ax.axis("off")
+    style = {"family": "monospace", "fontsize": 6.6, "va": "center"}
+    for y, line in enumerate(lines):
+        for x, text, depth in line:
+            box = plt.Rectangle((x - 0.2, y - 0.42), len(text) + 0.4, 0.84)
+            box.set(facecolor=colours[depth - 1], linewidth=0)
+            ax.add_patch(box)
+            ax.text(x + len(text) / 2, y, text, ha="center", **style)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours]
+    names = [f"{k + 1} layer" + "s" * (k > 0) for k in range(n_layers)]
+    fig.legend(handles, names, loc="outside lower center", ncols=n_layers)
     return fig
