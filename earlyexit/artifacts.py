@@ -125,16 +125,22 @@ class Outputs:
         self._certify("figure", name, caption, text_hash, [pdf, png])
         return fig
 
-    def document(self, text: str, name: str, caption: str, text_hash: str | None = None) -> Path:
-        """Write a JSON file among the tables, and return its path.
+    def document(
+        self, text: str, name: str, caption: str, text_hash: str | None = None, suffix: str = "json"
+    ) -> Path:
+        """Write a JSON file among the tables, or a page (``suffix="html"``) among the figures.
+
+        Returns:
+            Its path.
 
         Raises:
             ValueError: another notebook writes a result of that name.
         """
-        self._check_owner(self.project.results, name)
-        path = self.project.results / self.label / f"{name}.json"
+        kind = self.project.figures if suffix == "html" else self.project.results
+        self._check_owner(kind, name)
+        path = kind / self.label / f"{name}.{suffix}"
         with atomic_path(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
         self._certify("document", name, caption, text_hash, [path])
         return path
 

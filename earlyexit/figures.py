@@ -541,6 +541,56 @@ def equal_cost(table: pd.DataFrame) -> Figure:
 # ---------------------------------------------------------------- 08 study
 
 
+def front(table: pd.DataFrame, claims: pd.DataFrame) -> Figure:
+    """Quality loss against layers, FLOPs and time, policies run for real, claims marked.
+
+    Args:
+        table: columns seed, criterion, threshold, quality_loss, speedup_layers, speedup_flops,
+            speedup_time.
+        claims: columns speedup, quality_loss of the original; it does not say which speedup.
+    """
+    kinds = {
+        "speedup_layers": "speedup (layers)",
+        "speedup_flops": "speedup (FLOPs)",
+        "speedup_time": "speedup (wall-clock)",
+    }
+    fig, axes = plt.subplots(1, 3, figsize=(PAGE, 2.9), sharey=True)
+    points = {"static": "ks", "shallow twin": "k^", "original's threshold": "rX"}
+    for ax, (x, label) in zip(axes, kinds.items(), strict=True):
+        groups = table.groupby("criterion", sort=False)
+        lines = [name for name in groups.groups if name not in points]
+        for name, rows in groups:
+            settings = rows.groupby("threshold")[[x, "quality_loss"]]
+            mean, low, high = settings.mean(), settings.min(), settings.max()
+            style = {"fmt": points.get(name), "markersize": 4}
+            if name in lines:
+                style |= {"fmt": f"C{lines.index(name)}{MARKERS[lines.index(name)]}-"}
+            ax.errorbar(
+                mean[x], mean["quality_loss"], label=label_of(name), linewidth=1, **style,
+                xerr=[mean[x] - low[x], high[x] - mean[x]],
+                yerr=[
+                    mean["quality_loss"] - low["quality_loss"],
+                    high["quality_loss"] - mean["quality_loss"],
+                ],
+            )  # fmt: skip
+        ax.plot(
+            claims["speedup"], claims["quality_loss"], "P", color="C6", label="original, claimed"
+        )
+        ax.axhline(0, **REFERENCE)
+        ax.axvline(1, **REFERENCE)
+        ax.set(xlabel=label, xscale="log")
+        _plain_ticks(ax, [t for t in (0.25, 0.5, 1, 2, 4) if _inside(ax, t)])
+    axes[0].set_ylabel("quality loss, test split")
+    _percent(axes[0].yaxis)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig
+
+
+def _inside(ax: Axes, x: float) -> bool:
+    low, high = ax.get_xlim()
+    return low <= x <= high
+
+
 def depth_by_class(table: pd.DataFrame) -> Figure:
     """Mean layers executed by class of the predicted word, with the class's share of the tokens.
 

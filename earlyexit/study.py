@@ -212,6 +212,10 @@ class Study:
         """Write a JSON file; see :meth:`earlyexit.artifacts.Outputs.document`."""
         return self.outputs.document(text, name, caption, text_hash=self.corpus.data_hash)
 
+    def page(self, text: str, name: str, caption: str) -> Path:
+        """Write an HTML page beside the figures; see :meth:`earlyexit.artifacts.Outputs.document`."""
+        return self.outputs.document(text, name, caption, self.corpus.data_hash, suffix="html")
+
     def read_table(self, name: str) -> pd.DataFrame:
         """A table that another notebook of this profile wrote."""
         return read_table(self.label, name)
