@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -176,15 +177,20 @@ def _digest_files(
         key = f"{package.name}/{path.relative_to(package).as_posix()}" if path else None
         if key is None or key in found or name in without:
             continue
-        source = path.read_text(encoding="utf-8")
-        found[key] = of_source(source)
-        tree = ast.parse(source)
         inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        waiting += _imports(tree, inside, package)
-        for style in package.glob("*.mplstyle"):
-            if style.name in _strings(tree):
-                found[f"{package.name}/{style.name}"] = of_file(style)
+        found[key], imported, styles = _read_module(path.read_text("utf-8"), inside, package)
+        waiting += imported
+        found |= {f"{package.name}/{style}": of_file(package / style) for style in styles}
     return dict(sorted(found.items()))
+
+
+@lru_cache(maxsize=512)
+def _read_module(source: str, inside: str, package: Path) -> tuple[str, list[str], list[str]]:
+    """Digest of a module's code, the package's modules it imports, and the styles it names."""
+    tree = ast.parse(source)
+    strings = set(_strings(tree))
+    styles = [p.name for p in package.glob("*.mplstyle") if p.name in strings]
+    return of_source(source), list(_imports(tree, inside, package)), styles
 
 
 def _strings(tree: ast.AST) -> Iterator[str]:

@@ -528,7 +528,7 @@ def equal_cost(table: pd.DataFrame) -> Figure:
             x, rows["difference"], yerr=error, fmt=MARKERS[k % 8], capsize=2, label=f"seed {seed}"
         )
     ax.axhline(0, **REFERENCE)
-    names = [f"{d} layer" + "s" * (d > 1) for d in depths]
+    names = [f"{d} layer" if d == 1 else f"{d} layers" for d in depths]
     ax.set_xticks(np.arange(len(depths)) + 0.06 * (table["seed"].nunique() - 1), names)
     ax.set(xlabel="cost of a model with", ylabel="adaptive / shallow\nperplexity − 1")
     ax.margins(x=0.4)

@@ -78,6 +78,7 @@ PROFILES = {
             gate_tokens=4_000,
             certify_tokens=128,
             recipe_tokens=4_000,
+            recipes=("joint", "frozen"),
             shallow_depths=(1,),
             timing_repeats=3,
         ),
