@@ -94,8 +94,7 @@ def run(
             title = f"[{position}/{len(chosen)}] {path.stem}"
             make(place, path, resolved, settings.command(path.stem), current, title)
             done.append(path.stem)
-    if not only:
-        _refresh_readme(place, resolved.label)
+    _refresh_readme(place, resolved.label)
     return done
 
 
@@ -197,7 +196,7 @@ def _warn_of_stale_inputs(
 
 
 def _refresh_readme(place: Project, label: str) -> None:
-    """The README quotes some profiles; after a full run of one, its numbers are the new ones."""
+    """The README quotes some profiles; after a run of one, its numbers are the new ones."""
     from earlyexit import readme
 
     if label in readme.QUOTED and place.readme.is_file():
