@@ -123,10 +123,11 @@ def test_the_ponder_cost_pulls_every_used_unit_towards_halting(make_act, make_to
 @pytest.mark.parametrize("execution", ["compacted", "dense"])
 @pytest.mark.parametrize("exit_head", ["translator", "full"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_the_conversion_reproduces_act_at_its_threshold(
-    make_act, make_tokens, dtype, exit_head, execution
+    make_act, make_tokens, keep, dtype, exit_head, execution
 ):
-    act, x = make_act(exit_head=exit_head).to(dtype), make_tokens(5, 12)
+    act, x = make_act(exit_head=exit_head, keep=keep).to(dtype), make_tokens(5, 12)
     model = convert_act_to_early_exit(act)
     truth, steps = act(x), act.steps(act.hidden_states(x))
     logits, info = model(x, use_early_exit=True, policy=model.act_policy(), execution=execution)

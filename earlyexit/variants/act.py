@@ -30,20 +30,23 @@ from torch.nn import functional as F
 from earlyexit.exits import ExitPolicy
 from earlyexit.gates import AGREE
 from earlyexit.layers import ExitHead, MoEResNetBKLayer
-from earlyexit.model import EarlyExitLanguageModel, ModelConfig
-from earlyexit.training import TrainingConfig, training_loss
+from earlyexit.model import EarlyExitLanguageModel
+from earlyexit.training import TrainingConfig
 from earlyexit.variants.generation import generate_by_rerunning
+from earlyexit.variants.sparse_bk import SparseBKLanguageModel, SparseConfig, sparse_loss
 
 
 @dataclass(frozen=True)
-class ACTConfig(ModelConfig):
+class ACTConfig(SparseConfig):
     """Constructor arguments of :class:`ACTLanguageModel`.
 
     Attributes:
+        keep: below 1, its layers are sparse ones; see :class:`SparseConfig`.
         epsilon: a token halts once its cumulative halting probability reaches 1 − ε.
         ponder_weight: of the mean ponder cost in the loss, nats per layer (τ in eq. 12).
     """
 
+    keep: float = 1.0
     epsilon: float = 0.01
     ponder_weight: float = 0.01
 
@@ -187,15 +190,15 @@ def add_halting(model: EarlyExitLanguageModel) -> None:
 # ---------------------------------------------------------------- the models
 
 
-class ACTEarlyExitModel(EarlyExitLanguageModel):
+class ACTEarlyExitModel(SparseBKLanguageModel):
     """An early-exit model whose exits read the running ACT average and whose gates are its units.
 
     Its criterion is ``"agreement"``: the cumulative halting probability. See
     :func:`convert_act_to_early_exit`.
 
     Args:
-        epsilon, ponder_weight: see :class:`ACTConfig`.
-        others: see :class:`earlyexit.model.EarlyExitLanguageModel`.
+        keep, epsilon, ponder_weight: see :class:`ACTConfig`.
+        others: see :class:`earlyexit.variants.sparse_bk.SparseBKLanguageModel`.
 
     Raises:
         ValueError: epsilon not in (0, 1), a negative ponder weight, gates asked for, or see above.
@@ -203,8 +206,15 @@ class ACTEarlyExitModel(EarlyExitLanguageModel):
 
     config_type = ACTConfig
 
-    def __init__(self, *args, epsilon: float = 0.01, ponder_weight: float = 0.01, **others):
-        super().__init__(*args, **others)
+    def __init__(
+        self,
+        *args,
+        keep: float = 1.0,
+        epsilon: float = 0.01,
+        ponder_weight: float = 0.01,
+        **others,
+    ):
+        super().__init__(*args, keep=keep, **others)
         if not 0 < epsilon < 1 or not ponder_weight >= 0:
             raise ValueError(f"epsilon={epsilon} must lie in (0, 1), ponder_weight be ≥ 0")
         if self.gates is not None:
@@ -278,8 +288,8 @@ class ACTLanguageModel(ACTEarlyExitModel):
 def act_loss(
     model: ACTLanguageModel, x: Tensor, y: Tensor, config: TrainingConfig, step: int, progress=1.0
 ) -> tuple[Tensor, Tensor]:
-    """:func:`earlyexit.training.training_loss` plus ``ponder_weight`` × mean ponder cost."""
-    objective, nll = training_loss(model, x, y, config, step, progress)
+    """:func:`sparse_loss` (of dense layers: ``training_loss``) plus ``ponder_weight`` × mean ρ."""
+    objective, nll = sparse_loss(model, x, y, config, step, progress)
     return objective + model.config.ponder_weight * model.ponder.mean(), nll
 
 
