@@ -303,6 +303,12 @@ def convert_act_to_early_exit(act_model: ACTLanguageModel) -> ACTEarlyExitModel:
     """
     model = ACTEarlyExitModel.from_config(act_model.config).to(next(act_model.parameters()))
     model.load_state_dict(act_model.state_dict())
+    copy_final_head(model)
+    return model.train(act_model.training)
+
+
+def copy_final_head(model: EarlyExitLanguageModel) -> None:
+    """Make every exit read as the last layer does, in place: what ACT's one head reads."""
     final = model.blocks[-1].exit_classifier
     for block in model.blocks[:-1]:
         head = block.exit_classifier
@@ -312,4 +318,3 @@ def convert_act_to_early_exit(act_model: ACTLanguageModel) -> ACTEarlyExitModel:
             nn.init.zeros_(head.translator.bias)
         if head.linear is not None:
             head.linear.load_state_dict(final.linear.state_dict())
-    return model.train(act_model.training)

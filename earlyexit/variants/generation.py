@@ -8,6 +8,8 @@ from torch import Tensor
 from earlyexit.exits import ExitPolicy
 from earlyexit.model import EarlyExitLanguageModel
 
+STATISTICS = ("avg_exit_layer", "exit_layer_counts")
+
 
 @torch.no_grad()
 def generate_by_rerunning(
@@ -28,15 +30,17 @@ def generate_by_rerunning(
         raise ValueError(
             f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
         )
-    policy = policy or ExitPolicy.static(model.n_layers, model.n_layers)
-    ids, was_training = prompt, model.training
-    exits = prompt.new_zeros(batch, 0)
+    ids, exits = prompt, prompt.new_full((batch, max(0, length + n_new - 1)), model.n_layers)
+    was_training = model.training
+    kept = {name: getattr(model, name).clone() for name in STATISTICS}
     model.eval()
     try:
         for _ in range(n_new):
-            logits, info = model(ids, use_early_exit=True, policy=policy)
-            exits = info["exit_layers"]
-            logits = logits[:, -1]
+            if policy is None:
+                logits = model(ids)[:, -1]
+            else:
+                logits, info = model(ids, use_early_exit=True, policy=policy)
+                logits, exits = logits[:, -1], info["exit_layers"]
             if temperature == 0:
                 new = logits.argmax(dim=-1, keepdim=True)
             else:
@@ -45,4 +49,6 @@ def generate_by_rerunning(
             ids = torch.cat([ids, new], dim=1)
     finally:
         model.train(was_training)
+        for name, value in kept.items():  # a token that ran many times would count many times
+            getattr(model, name).copy_(value)
     return ids, exits
