@@ -68,16 +68,10 @@ def some_mask(kind: str, shape, seed=0):
 @pytest.mark.parametrize("kind", ["half", "one row empty", "empty"])
 def test_features_are_those_of_the_loop(kind):
     torch.manual_seed(0)
-    core = SparseBKCore(5).double()
+    core = SparseBKCore(5, torch.nn.Identity()).double()
     v, mask = torch.randn(3, 11, 5).double(), some_mask(kind, (3, 11))
     out = core(torch.cat([v, mask[..., None]], dim=-1))
-    truth = slow_features(core, v, mask)
-    torch.testing.assert_close(out[..., :-1], truth)
-    source = out[..., -1].flatten()
-    assert (source.diff() >= 0).all()
-    same = truth.flatten(0, 1)
-    for i, j in [(0, 1), (4, 5), (12, 13)]:  # the same source is the same state
-        assert (source[i] != source[j]) or torch.equal(same[i], same[j])
+    torch.testing.assert_close(out, slow_features(core, v, mask))
     for backend in ("cpu", "torch"):
         again = core(torch.cat([v, mask[..., None]], dim=-1), backend)
         torch.testing.assert_close(again, out)
@@ -85,11 +79,11 @@ def test_features_are_those_of_the_loop(kind):
 
 def test_gradients_of_potentials_and_of_the_physics_are_those_of_the_loop():
     torch.manual_seed(0)
-    core = SparseBKCore(3).double()
+    core = SparseBKCore(3, torch.nn.Identity()).double()
     v, mask = torch.randn(2, 9, 3).double().requires_grad_(), some_mask("half", (2, 9))
     weight = torch.randn(2, 9, 6).double()
     inputs = (v, *core.parameters())
-    out = core(torch.cat([v, mask[..., None]], dim=-1))[..., :-1]
+    out = core(torch.cat([v, mask[..., None]], dim=-1))
     found = torch.autograd.grad((weight * out).sum(), inputs)
     truth = torch.autograd.grad((weight * slow_features(core, v, mask)).sum(), inputs)
     for a, b in zip(found, truth, strict=True):
@@ -99,11 +93,11 @@ def test_gradients_of_potentials_and_of_the_physics_are_those_of_the_loop():
 def test_the_mask_gets_the_change_that_keeping_a_position_makes():
     """Up to the next kept position: the difference of the features with and without it."""
     torch.manual_seed(0)
-    core = SparseBKCore(3).double()
+    core = SparseBKCore(3, torch.nn.Identity()).double()
     v, weight = torch.randn(1, 8, 3).double(), torch.randn(1, 8, 6).double()
     mask = torch.tensor([[1.0, 0, 0, 1, 1, 0, 0, 0]]).double().requires_grad_()
-    out = core(torch.cat([v, mask[..., None]], dim=-1))[..., :-1]
-    assert torch.equal(out, core(torch.cat([v, mask.detach()[..., None]], dim=-1))[..., :-1])
+    out = core(torch.cat([v, mask[..., None]], dim=-1))
+    assert torch.equal(out, core(torch.cat([v, mask.detach()[..., None]], dim=-1)))
     (grad,) = torch.autograd.grad((weight * out).sum(), mask)
     for i, end in [(0, 3), (1, 3), (2, 3), (3, 4), (4, 8), (5, 8), (7, 8)]:
         on, off = mask.detach().clone(), mask.detach().clone()
@@ -164,7 +158,7 @@ def test_the_recursion_is_shorter_and_its_projections_are_skipped(make_sparse, m
         model(x)
     assert seen[0] == kept.sum(1).max() < 12
     assert rows["v_proj"] == kept.sum()
-    assert rows["output_proj"] == kept.sum() + (~kept[:, 0]).sum()  # and the state before the first
+    assert rows["output_proj"] == 3 * (kept.sum(1).max() + 1)  # padded, with the state before all
     assert layer.kept() == pytest.approx(kept.double().mean().item())
 
 

@@ -5,7 +5,8 @@ were not there; a skipped position hands on the state before it:
 
     g_i = 1 / (α_i − t² g_{i−1})  if kept,        g_i = g_{i−1}  if not,        g_{−1} = 0.
 
-Potentials are made for kept positions only, and a state that several positions share is projected once.
+Potentials are made for kept positions only, and a state that several positions share is projected once,
+before it is filled in.
 Kept positions are gathered per sequence, so the recursion is shorter; its results are filled forward by
 index: what a position reads comes from no later one.
 
@@ -18,7 +19,7 @@ left out. A loss (kept share − target)² on the mask without noise holds the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -47,31 +48,37 @@ class SparseConfig(ModelConfig):
 
 
 class SparseBKCore(BKCore):
-    """BK-Core over the positions whose mask is set."""
+    """BK-Core over the positions whose mask is set, its features already projected.
 
-    def __init__(self, n_heads: int):
+    Args:
+        n_heads: potentials per position H.
+        project: features ``(…, 2H)`` → ``(…, D)``.
+    """
+
+    def __init__(self, n_heads: int, project: Callable[[Tensor], Tensor]):
         super().__init__(n_heads, causal=True)
+        self.project = project
 
     def forward(self, v: Tensor, backend: str = "auto") -> Tensor:
-        """Potentials and mask ``(B, N, H + 1)`` → features and their source ``(B, N, 2H + 1)``.
+        """Potentials and mask ``(B, N, H + 1)`` → projected features ``(B, N, D)``.
 
-        The source is a number that positions with the same state share; it rises with the position.
         The mask is 0 or 1; where it carries a gradient, the features pass one back to it.
         """
         mask, v = v[..., -1], v[..., :-1]
         (B, N, H), kept = v.shape, mask > 0.5
         rank = kept.cumsum(dim=1)  # (B, N): kept positions up to here, 0 … K
         K = int(rank[:, -1].max())
+        sequence = torch.arange(B, device=v.device)[:, None]
         rows = kept.flatten().nonzero().squeeze(1)
-        place = (rank - 1 + K * torch.arange(B, device=v.device)[:, None]).flatten()[rows]
+        place = (rank - 1 + K * sequence).flatten()[rows]
         compact = v.new_zeros(B * K, H).index_copy(0, place, v.reshape(B * N, H)[rows])
         g = causal_resolvent(compact.view(B, K, H), self.eta, self.t, backend)  # (B, K, H)
-        parts = F.pad(torch.cat([g.real, g.imag], dim=-1).to(v.dtype), (0, 0, 1, 0))  # g_{−1} = 0
-        source = rank + (K + 1) * torch.arange(B, device=v.device)[:, None]
-        filled = parts.flatten(0, 1)[source]  # (B, N, 2H)
-        if mask.requires_grad:
-            filled = filled + self._through_mask(v, mask, kept, filled)
-        return torch.cat([filled, source[..., None].to(v.dtype)], dim=-1)
+        g = F.pad(torch.cat([g.real, g.imag], dim=-1).to(v.dtype), (0, 0, 1, 0))  # g_{−1} = 0
+        source = rank + (K + 1) * sequence
+        if not mask.requires_grad:
+            return self.project(g.flatten(0, 1))[source]
+        filled = g.flatten(0, 1)[source]  # (B, N, 2H)
+        return self.project(filled + self._through_mask(v, mask, kept, filled))
 
     def _through_mask(self, v: Tensor, mask: Tensor, kept: Tensor, filled: Tensor) -> Tensor:
         """Zeros ``(B, N, 2H)`` that carry the features' derivative with respect to the mask."""
@@ -88,12 +95,11 @@ class SparseBKCore(BKCore):
         return run - (run - own).gather(1, start[..., None].expand_as(run))
 
     def step(self, state: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
-        """One position: ``(B, H)`` and ``(B, H + 1)`` → the state, and features ``(B, 2H + 1)``."""
+        """One position: ``(B, H)`` and ``(B, H + 1)`` → the state, and projected features ``(B, D)``."""
         mask, v = v[..., -1:], v[..., :-1]
         new, _ = super().step(state, v)
         g = torch.where(mask > 0.5, new, torch.zeros_like(new) if state is None else state)
-        source = torch.arange(len(v), device=v.device)[:, None]
-        return g, torch.cat([g.real, g.imag, source], dim=-1).to(v.dtype)
+        return g, self.project(torch.cat([g.real, g.imag], dim=-1).to(v.dtype))
 
 
 class SparseBKLayer(MoEResNetBKLayer):
@@ -110,7 +116,7 @@ class SparseBKLayer(MoEResNetBKLayer):
         # An untrained LN(h) has unit components: scores start spread over ±1, about keep above 0.
         nn.init.normal_(self.importance.weight, std=d_model**-0.5)
         nn.init.constant_(self.importance.bias, torch.tensor(keep).logit().item() / 1.7)
-        core = SparseBKCore(self.bk_core.n_heads)
+        core = SparseBKCore(self.bk_core.n_heads, self.project)
         core.load_state_dict(self.bk_core.state_dict())
         self.bk_core = core
         self.kept_share: Tensor | None = None  # of the last batch, without noise
@@ -137,18 +143,12 @@ class SparseBKLayer(MoEResNetBKLayer):
         ready = F.pad(self.v_proj(u.reshape(-1, u.shape[-1])[rows]), (0, 1), value=1.0)
         return out.index_copy(0, rows, ready).view(*u.shape[:-1], -1)
 
-    def transform(self, u: Tensor, features: Tensor) -> Tensor:
-        """See the base class; features ``(…, 2H + 1)`` with their source.
+    def project(self, features: Tensor) -> Tensor:
+        """BK features ``(…, 2H)`` → what they add to the stream ``(…, D)``."""
+        return self.bk_scale * self.output_proj(features)
 
-        Positions that share a source and follow each other are projected once.
-        """
-        if self.training and torch.is_grad_enabled():
-            return super().transform(u, features[..., :-1])
-        rows = features.reshape(-1, features.shape[-1])
-        _, run, length = rows[:, -1].unique_consecutive(return_inverse=True, return_counts=True)
-        first = length.cumsum(0) - length
-        mixed = self.bk_scale * self.output_proj(rows[first, :-1])
-        mixed = mixed[run].view(u.shape)
+    def transform(self, u: Tensor, mixed: Tensor) -> Tensor:
+        """Update of the stream from u and the core's projected features, both ``(…, D)``."""
         return mixed + self.moe(u + mixed)
 
     def kept(self) -> float:
