@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pandas as pd
@@ -206,21 +206,20 @@ def system_times(
     """Seconds per batch of every run, interleaved: of its layers, and in total.
 
     Returns:
-        ``"layers"`` and ``"total"``, each name → seconds ``(repeats,)``.
+        ``"layers"`` and ``"total"``, each name → seconds.
     """
     whole = {
         name: lambda m=model, p=policy: m.nll(x, y, p) for name, (model, policy) in runs.items()
     }
+    short = {
+        name: lambda m=model, p=policy: m.predict(x, p) for name, (model, policy) in runs.items()
+    }
     out = {"total": interleaved_times(whole, x.device, repeats)}
-    short = {}
-    for name, (model, policy) in runs.items():
-
-        def body(m=model, p=policy):
-            with few_words(m):
-                return m.predict(x, p)
-
-        short[name] = body
-    return out | {"layers": interleaved_times(short, x.device, repeats)}
+    with ExitStack() as stack:
+        for model in {id(model): model for model, _ in runs.values()}.values():
+            stack.enter_context(few_words(model))
+        # Short runs feel every disturbance, and cost little to repeat.
+        return out | {"layers": interleaved_times(short, x.device, 3 * repeats)}
 
 
 @torch.no_grad()
@@ -277,3 +276,37 @@ def sparse_times(
             }
         )
     return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------- choosing and comparing
+
+
+def choose(fit: pd.DataFrame, reference: float, tolerance: float) -> tuple[int, str]:
+    """The cheapest row within ``tolerance`` of the reference's perplexity, or else of the best row.
+
+    Args:
+        fit: a system's :func:`sweep` over the fit part.
+        reference: the plain model's perplexity on the same part.
+
+    Returns:
+        The row, and ``"the plain model"`` or ``"itself"``: what its quality is matched to.
+    """
+    row = cheapest_within(fit, (1 + tolerance) * reference)
+    if row is not None:
+        return row, "the plain model"
+    return cheapest_within(fit, (1 + tolerance) * fit["perplexity"].min()), "itself"
+
+
+def speedups(rows: pd.DataFrame, reference: pd.Series) -> pd.DataFrame:
+    """``rows`` of :func:`run_policy` with what they save against a reference row.
+
+    Returns:
+        Also quality_loss, speedup_layers (positions), speedup_flops (of the layers) and
+        speedup_flops_total.
+    """
+    return rows.assign(
+        quality_loss=rows["perplexity"] / reference["perplexity"] - 1,
+        speedup_layers=reference["layers"] / rows["layers"],
+        speedup_flops=reference["flops_layers"] / rows["flops_layers"],
+        speedup_flops_total=reference["flops_total"] / rows["flops_total"],
+    )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from earlyexit import stages
+from earlyexit.corpus import Corpus
+from earlyexit.exits import ExitPolicy
 from earlyexit.model import EarlyExitLanguageModel
 from earlyexit.stages import Trained
 from earlyexit.study import Study
@@ -16,6 +20,7 @@ from earlyexit.variants.act_multi_scale import (
     act_multi_scale_loss,
     convert_act_multi_scale,
 )
+from earlyexit.variants.measuring import quantile_policies
 from earlyexit.variants.multi_scale import MultiScaleLanguageModel, multi_scale_loss
 from earlyexit.variants.sparse_bk import SparseBKLanguageModel, sparse_loss
 
@@ -78,6 +83,7 @@ class Budget:
         tokens: training tokens, 0: the whole split; epochs: passes over them.
         batch_size: windows per step.
         gate_tokens: training tokens of gates; calibration_tokens: of a converted model's exits.
+        validation_tokens: of the fit part, read after a training for its history.
         keep: share of positions that sparse cores visit.
         ponder_weight: nats per layer in ACT's loss.
         scales: layers of a model of several scales.
@@ -88,6 +94,7 @@ class Budget:
     batch_size: int
     gate_tokens: int
     calibration_tokens: int
+    validation_tokens: int
     keep: float = 0.5
     ponder_weight: float = 0.05
     scales: int = 5
@@ -106,15 +113,33 @@ def train_system(study: Study, system: System, seed: int, budget: Budget) -> Tra
         training["exit_loss_weight"] = 0.0  # its one head reads averages; exits come afterwards
     if system is REFERENCE:
         training["exit_loss_weight"] = 0.0
-    return study.train(
-        seed, changes, training, budget.tokens, kind=system.kind, loss=system.loss
-    )  # fmt: skip
+    return stages.trained_model(
+        _corpus(study, budget),
+        study.model_config(system.kind, **changes),
+        study.training_config(seed, **training),
+        study.cache,
+        study.device,
+        max_tokens=budget.tokens,
+        kind=system.kind,
+        loss=system.loss,
+    )
+
+
+def _corpus(study: Study, budget: Budget) -> Corpus:
+    """The text with a short fit part: reading all of it would take longer than a short training."""
+    fit = study.corpus.splits["fit"].limit(budget.validation_tokens)
+    return replace(study.corpus, splits=study.corpus.splits | {"fit": fit})
 
 
 def with_exits(
     study: Study, system: System, seed: int, trained: Trained, budget: Budget
 ) -> Trained:
-    """The system ready to exit: with learned gates, or converted from ACT and calibrated."""
+    """The system ready to exit: with learned gates, or converted from ACT and calibrated.
+
+    The reference is returned as it is.
+    """
+    if system is REFERENCE:
+        return trained
     if system.convert is None:
         return stages.gated_model(
             trained,
@@ -131,9 +156,27 @@ def with_exits(
     return stages.converted_model(
         trained,
         system.convert,
-        study.corpus,
+        _corpus(study, budget),
         training,
         study.cache,
         study.device,
         max_tokens=budget.calibration_tokens,
     )
+
+
+def candidate_policies(
+    system: System, model: EarlyExitLanguageModel, x: Tensor, shares: Sequence[float]
+) -> dict[str, list[ExitPolicy | None]]:
+    """What a system may do, by kind: full depth, a threshold per share of passing scores, one exit.
+
+    Args:
+        x: token ids ``(B, N)`` whose scores set the thresholds.
+    """
+    if system is REFERENCE:
+        return {"full depth": [None]}
+    layers = range(model.n_layers - 1)
+    return {
+        "full depth": [None],
+        "adaptive": quantile_policies(model, x, system.criterion, shares),
+        "static": [ExitPolicy.static(k, model.n_layers) for k in layers],
+    }
