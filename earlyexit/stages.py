@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache as remember
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,14 @@ from earlyexit.training import LossFunction, TrainingConfig, train
 
 # Training never runs with exits: what decides and executes them may change without retraining.
 NOT_IN_TRAINING = ("earlyexit.exits", "earlyexit.execution", "earlyexit.gates")
+GATE_STEPS = 600
 NOT_IN_VARIANTS = (*NOT_IN_TRAINING, "earlyexit.trace", "earlyexit.variants.generation")
+
+
+@remember
+def _code(*names: str, without: tuple[str, ...]) -> dict[str, str]:
+    """Digests of the code that this process has loaded: read once, it cannot change."""
+    return digests.of_modules(*names, without=without)
 
 
 class NotTrained(FileNotFoundError):
@@ -80,12 +88,12 @@ def trained_model(
         "max_tokens": max_tokens,
         "text": corpus.data_hash,
         "backbone": backbone.model_hash if backbone else "",
-        "code": digests.of_modules("earlyexit.training", without=NOT_IN_TRAINING),
+        "code": _code("earlyexit.training", without=NOT_IN_TRAINING),
     }
     if kind is not EarlyExitLanguageModel:
         key["kind"] = kind.__name__
         key["loss"] = f"{loss.__module__}.{loss.__name__}" if loss else ""
-        key["code"] |= digests.of_modules(kind.__module__, without=NOT_IN_VARIANTS)
+        key["code"] = key["code"] | _code(kind.__module__, without=NOT_IN_VARIANTS)
     digest = digests.of_object(key)[:16]
     path = cache / "models" / f"{digest}.safetensors"
     if path.exists():
@@ -137,7 +145,7 @@ def converted_model(
         "training": training,
         "max_tokens": max_tokens,
         "text": corpus.data_hash,
-        "code": digests.of_modules(*modules, without=NOT_IN_VARIANTS),
+        "code": _code(*modules, without=NOT_IN_VARIANTS),
     }
     path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
     model = convert(trained.model)
@@ -157,8 +165,12 @@ def gated_model(
     max_tokens: int,
     seed: int,
     may_train: bool = True,
+    steps: int = GATE_STEPS,
 ) -> Trained:
     """``trained`` with learned gates: from the cache, or trained now on frozen weights and kept.
+
+    Args:
+        hidden, max_tokens, seed, steps: see :func:`earlyexit.gates.train_gates`.
 
     Raises:
         NotTrained: not in the cache, and ``may_train`` is False.
@@ -166,9 +178,9 @@ def gated_model(
     config = replace(trained.config, gate_hidden=hidden)
     key = {
         "model": trained.model_hash,
-        "gates": [hidden, max_tokens, seed],
+        "gates": [hidden, max_tokens, seed, *([steps] if steps != GATE_STEPS else [])],
         "text": corpus.data_hash,
-        "code": digests.of_modules("earlyexit.gates"),
+        "code": _code("earlyexit.gates", without=()),
     }
     path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
     kind = type(trained.model)
@@ -178,7 +190,9 @@ def gated_model(
         raise NotTrained(f"no gates for {trained.config}")
     model = kind.from_config(config).to(device)
     model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
-    report = train_gates(model, corpus.splits["train"], corpus.eos_id, max_tokens, seed=seed)
+    report = train_gates(
+        model, corpus.splits["train"], corpus.eos_id, max_tokens, steps=steps, seed=seed
+    )
     about = {"history": trained.history.to_dict("records"), "gates": report}
     checkpoints.save_model(model, path, about)
     return _load(path, config, device, kind)

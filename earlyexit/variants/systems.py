@@ -149,6 +149,7 @@ def with_exits(
             hidden=study.profile.gate_hidden,
             max_tokens=budget.gate_tokens,
             seed=seed,
+            steps=min(stages.GATE_STEPS, max(50, budget.gate_tokens // 10)),
         )
     training = study.training_config(
         seed, epochs=1.0, batch_size=budget.batch_size, freeze_backbone=True
