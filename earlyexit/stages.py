@@ -23,7 +23,7 @@ from earlyexit.training import LossFunction, TrainingConfig, train
 
 # Training never runs with exits: what decides and executes them may change without retraining.
 NOT_IN_TRAINING = ("earlyexit.exits", "earlyexit.execution", "earlyexit.gates")
-GATE_STEPS = 600
+GATE_STEPS = 600  # as many as train_gates takes by default
 NOT_IN_VARIANTS = (*NOT_IN_TRAINING, "earlyexit.trace", "earlyexit.variants.generation")
 
 

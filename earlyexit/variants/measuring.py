@@ -234,7 +234,7 @@ def sparse_times(
 
     Returns:
         Columns batch, positions, d_model, heads, kept, dense_ms and sparse_ms of a layer,
-        core_share (of a dense layer's time: BK-Core; with both projections: skippable_share),
+        core_share (BK-Core's of a dense layer's parts; with both projections: skippable_share),
         at_most (speedup if skipping cost nothing) and measured.
     """
     rows = []
@@ -253,11 +253,12 @@ def sparse_times(
             "core": lambda dense=dense, v=v: dense.bk_core(v),
             "potentials": lambda dense=dense, u=u: dense.potentials(u),
             "projection": lambda dense=dense, f=features: dense.bk_scale * dense.output_proj(f),
+            "experts": lambda dense=dense, u=u: dense.moe(u),
         }
         seconds = interleaved_times(calls, device, repeats)
         ms = {name: 1e3 * float(np.median(s)) for name, s in seconds.items()}
-        skippable = ms["core"] + ms["potentials"] + ms["projection"]
-        share = min(1.0, skippable / ms["dense"])
+        parts = sum(ms[name] for name in ("core", "potentials", "projection", "experts"))
+        share = 1 - ms["experts"] / parts
         sparse.reset_kept()
         sparse(u)
         rows.append(
@@ -269,7 +270,7 @@ def sparse_times(
                 "kept": sparse.kept(),
                 "dense_ms": ms["dense"],
                 "sparse_ms": ms["sparse"],
-                "core_share": ms["core"] / ms["dense"],
+                "core_share": ms["core"] / parts,
                 "skippable_share": share,
                 "at_most": 1 / (1 - share * (1 - sparse.kept())),
                 "measured": ms["dense"] / ms["sparse"],
