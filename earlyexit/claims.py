@@ -34,3 +34,8 @@ def claimed_test_rows() -> pd.DataFrame:
         threshold=lambda t: pd.to_numeric(t["threshold"], errors="coerce")
     )
     return claims.dropna(subset="threshold").reset_index(drop=True)
+
+
+# Of combinations, as documented: each factor, and their product.
+MULTI_SCALE, SPARSE, EXITS = 4.0, 1.8, 2.0
+MULTI_SCALE_AND_EXITS, SPARSE_AND_EXITS = 8.0, 3.6

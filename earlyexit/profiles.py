@@ -52,6 +52,8 @@ class Profile:
     gate_hidden: int = 0  # units of a gate's hidden layer; 0: a linear gate
     gate_tokens: int = 100_000  # training tokens that the gates learn from
     certify_tokens: int = 2_048  # of each certification document; 0: all
+    combination_tokens: int = 0  # training tokens of each system in 07; 0: max_train_tokens
+    combination_eval: int = 0  # tokens of the fit part and the test split that 07 reads; 0: all
     # ways of training exits, each against a twin without any
     recipe_tokens: int = 0  # training tokens of each; 0: the whole split
     recipe_seeds: int = 1  # how many of the seeds they are compared on
@@ -77,6 +79,8 @@ PROFILES = {
             bk_heads=4,
             gate_tokens=4_000,
             certify_tokens=128,
+            combination_tokens=3_000,
+            combination_eval=800,
             recipe_tokens=4_000,
             recipes=("joint", "frozen"),
             shallow_depths=(1,),
@@ -88,10 +92,21 @@ PROFILES = {
             max_eval_tokens=50_000,
             epochs=1.0,
             gate_tokens=40_000,
+            combination_tokens=60_000,
+            combination_eval=6_000,
             dropout_p=0.0,
             recipe_tokens=300_000,
             recipes=("joint", "frozen", "joint, one exit a step", "joint, weight 1.5"),
             shallow_depths=(2,),
+        ),
+        Profile(
+            "combinations",
+            "07 long enough for conclusions: the embedded text, two seeds, an hour or two",
+            max_eval_tokens=50_000,
+            gate_tokens=40_000,
+            combination_eval=30_000,
+            dropout_p=0.0,
+            seeds=(0, 1),
         ),
         Profile(
             "wikitext2",

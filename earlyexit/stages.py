@@ -6,8 +6,9 @@ a comment nor a new figure costs an hour. Deleting the cache costs time only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache as remember
 from pathlib import Path
 
 import pandas as pd
@@ -18,10 +19,18 @@ from earlyexit.corpus import Corpus, Split
 from earlyexit.gates import train_gates
 from earlyexit.model import EarlyExitLanguageModel, ModelConfig
 from earlyexit.trace import ExitTrace, collect_trace
-from earlyexit.training import TrainingConfig, train
+from earlyexit.training import LossFunction, TrainingConfig, train
 
 # Training never runs with exits: what decides and executes them may change without retraining.
 NOT_IN_TRAINING = ("earlyexit.exits", "earlyexit.execution", "earlyexit.gates")
+GATE_STEPS = 600  # as many as train_gates takes by default
+NOT_IN_VARIANTS = (*NOT_IN_TRAINING, "earlyexit.trace", "earlyexit.variants.generation")
+
+
+@remember
+def _code(*names: str, without: tuple[str, ...]) -> dict[str, str]:
+    """Digests of the code that this process has loaded: read once, it cannot change."""
+    return digests.of_modules(*names, without=without)
 
 
 class NotTrained(FileNotFoundError):
@@ -59,11 +68,14 @@ def trained_model(
     max_tokens: int = 0,
     backbone: Trained | None = None,
     may_train: bool = True,
+    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
+    loss: LossFunction | None = None,
 ) -> Trained:
     """The model of this configuration: from the cache, or trained now and kept.
 
     Args:
-        max_tokens: see :func:`earlyexit.training.train`.
+        max_tokens, loss: see :func:`earlyexit.training.train`.
+        kind: class of the model; its module must define or import all that its training runs.
         backbone: the model whose exits are trained when ``training.freeze_backbone``.
         may_train: otherwise a model that is not in the cache raises.
 
@@ -76,13 +88,17 @@ def trained_model(
         "max_tokens": max_tokens,
         "text": corpus.data_hash,
         "backbone": backbone.model_hash if backbone else "",
-        "code": digests.of_modules("earlyexit.training", without=NOT_IN_TRAINING),
+        "code": _code("earlyexit.training", without=NOT_IN_TRAINING),
     }
+    if kind is not EarlyExitLanguageModel:
+        key["kind"] = kind.__name__
+        key["loss"] = f"{loss.__module__}.{loss.__name__}" if loss else ""
+        key["code"] = key["code"] | _code(kind.__module__, without=NOT_IN_VARIANTS)
     digest = digests.of_object(key)[:16]
     path = cache / "models" / f"{digest}.safetensors"
     if path.exists():
         try:
-            return _load(path, model_config, device)
+            return _load(path, model_config, device, kind)
         except checkpoints.CheckpointError:
             if not may_train:
                 raise
@@ -92,13 +108,51 @@ def trained_model(
     if backbone:
         model = checkpoints.load_model(cache / "models" / f"{backbone.model_hash}.safetensors")
     else:
-        model = EarlyExitLanguageModel.from_config(model_config)
+        model = kind.from_config(model_config)
     state = cache / "training" / digest
-    history = train(model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens)
+    history = train(
+        model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens, loss=loss
+    )
     about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
     checkpoints.save_model(model, path, about)
     checkpoints.TrainingState(state, {}).delete()
-    return _load(path, model_config, device)
+    return _load(path, model_config, device, kind)
+
+
+def converted_model(
+    trained: Trained,
+    convert: Callable[[EarlyExitLanguageModel], EarlyExitLanguageModel],
+    corpus: Corpus,
+    training: TrainingConfig,
+    cache: Path,
+    device: torch.device,
+    *,
+    max_tokens: int,
+) -> Trained:
+    """``convert(trained.model)`` with its exits trained on the frozen backbone: cached, or now.
+
+    Args:
+        training: of the exits; it must freeze the backbone.
+        max_tokens: see :func:`earlyexit.training.train`.
+    """
+    if not training.freeze_backbone:
+        raise ValueError("a converted model keeps its backbone: training.freeze_backbone")
+    kind = type(trained.model)
+    modules = ("earlyexit.training", kind.__module__)
+    key = {
+        "model": trained.model_hash,
+        "convert": convert.__name__,
+        "training": training,
+        "max_tokens": max_tokens,
+        "text": corpus.data_hash,
+        "code": _code(*modules, without=NOT_IN_VARIANTS),
+    }
+    path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
+    model = convert(trained.model)
+    if not path.exists():
+        history = train(model, corpus, training, device, max_tokens=max_tokens)
+        checkpoints.save_model(model, path, {"history": history})
+    return _load(path, trained.config, device, type(model))
 
 
 def gated_model(
@@ -111,8 +165,12 @@ def gated_model(
     max_tokens: int,
     seed: int,
     may_train: bool = True,
+    steps: int = GATE_STEPS,
 ) -> Trained:
     """``trained`` with learned gates: from the cache, or trained now on frozen weights and kept.
+
+    Args:
+        hidden, max_tokens, seed, steps: see :func:`earlyexit.gates.train_gates`.
 
     Raises:
         NotTrained: not in the cache, and ``may_train`` is False.
@@ -120,25 +178,33 @@ def gated_model(
     config = replace(trained.config, gate_hidden=hidden)
     key = {
         "model": trained.model_hash,
-        "gates": [hidden, max_tokens, seed],
+        "gates": [hidden, max_tokens, seed, *([steps] if steps != GATE_STEPS else [])],
         "text": corpus.data_hash,
-        "code": digests.of_modules("earlyexit.gates"),
+        "code": _code("earlyexit.gates", without=("earlyexit.execution",)),
     }
     path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
+    kind = type(trained.model)
     if path.exists():
-        return _load(path, config, device)
+        return _load(path, config, device, kind)
     if not may_train:
         raise NotTrained(f"no gates for {trained.config}")
-    model = EarlyExitLanguageModel.from_config(config).to(device)
+    model = kind.from_config(config).to(device)
     model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
-    report = train_gates(model, corpus.splits["train"], corpus.eos_id, max_tokens, seed=seed)
+    report = train_gates(
+        model, corpus.splits["train"], corpus.eos_id, max_tokens, steps=steps, seed=seed
+    )
     about = {"history": trained.history.to_dict("records"), "gates": report}
     checkpoints.save_model(model, path, about)
-    return _load(path, config, device)
+    return _load(path, config, device, kind)
 
 
-def _load(path: Path, config: ModelConfig, device: torch.device) -> Trained:
-    model = checkpoints.load_model(path, config, device)
+def _load(
+    path: Path,
+    config: ModelConfig,
+    device: torch.device,
+    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
+) -> Trained:
+    model = checkpoints.load_model(path, config, device, kind)
     about = checkpoints.checkpoint_about(path)
     history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
     return Trained(model, history, path.stem, gates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from earlyexit import stages
 from earlyexit.artifacts import Outputs, read_table, run_label, use_style
 from earlyexit.corpus import Corpus, CorpusConfig, Split, load_corpus, loader
 from earlyexit.devices import resolve_device
-from earlyexit.model import ModelConfig
+from earlyexit.model import EarlyExitLanguageModel, ModelConfig
 from earlyexit.paths import project
 from earlyexit.profiles import RECIPES, get_profile
 from earlyexit.stages import NotTrained, Trained
 from earlyexit.trace import ExitTrace
-from earlyexit.training import TrainingConfig
+from earlyexit.training import LossFunction, TrainingConfig
 
 
 class Study:
@@ -82,8 +82,10 @@ class Study:
 
     # ------------------------------------------------------------------ models and traces
 
-    def model_config(self, **changes) -> ModelConfig:
-        """The profile's model, with changes."""
+    def model_config(
+        self, kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel, **changes
+    ) -> ModelConfig:
+        """The profile's model, with changes, as a configuration of ``kind``."""
         p = self.profile
         config = ModelConfig(
             vocab_size=self.corpus.vocab_size,
@@ -95,7 +97,7 @@ class Study:
             dropout_p=p.dropout_p,
             bk_heads=p.bk_heads,
         )
-        return replace(config, **changes)
+        return kind.config_type(**asdict(config) | changes)
 
     def training_config(self, seed: int, **changes) -> TrainingConfig:
         """The profile's training, with changes."""
@@ -119,17 +121,21 @@ class Study:
         max_tokens: int = 0,
         backbone: Trained | None = None,
         may_train: bool = True,
+        kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
+        loss: LossFunction | None = None,
     ) -> Trained:
         """The profile's model with changes, trained now unless it is in the cache."""
         return stages.trained_model(
             self.corpus,
-            self.model_config(**(model or {})),
+            self.model_config(kind, **(model or {})),
             self.training_config(seed, **(training or {})),
             self.cache,
             self.device,
             max_tokens=max_tokens or self.profile.max_train_tokens,
             backbone=backbone,
             may_train=may_train,
+            kind=kind,
+            loss=loss,
         )
 
     def recipe(self, seed: int, name: str) -> Trained:

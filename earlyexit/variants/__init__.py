@@ -1,0 +1,1 @@
+"""Other computations behind the same exits: ACT, several scales, a sparse BK-Core."""

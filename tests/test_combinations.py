@@ -1,0 +1,154 @@
+"""Systems and their measures: in the same units for all, and what the plain cost table says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SIZES
+
+from earlyexit import figures
+from earlyexit.cost import policy_flops
+from earlyexit.exits import ExitPolicy
+from earlyexit.variants.act import ACTLanguageModel, convert_act_to_early_exit
+from earlyexit.variants.measuring import (
+    cheapest_within,
+    choose,
+    few_words,
+    flops,
+    quantile_policies,
+    run_policy,
+    run_positions,
+    sparse_times,
+    speedups,
+    sweep,
+    system_times,
+)
+from earlyexit.variants.multi_scale import MultiScaleLanguageModel
+from earlyexit.variants.sparse_bk import SparseBKLanguageModel
+from earlyexit.variants.systems import EXITS, REFERENCE, SYSTEMS, candidate_policies
+
+
+@pytest.fixture
+def batch(make_tokens):
+    return [(make_tokens(6, 12), make_tokens(6, 12, 1))]
+
+
+def test_of_a_plain_model_flops_are_those_of_the_cost_table(make_model, make_policy, batch):
+    model = make_model()
+    policy = make_policy(model, batch[0][0], "gate")
+    _, exits = model.nll(*batch[0], policy)
+    shares = exits.flatten().bincount(minlength=4).double().numpy() / exits.numel()
+    truth = policy_flops(model.config, shares, "gate")
+    early = (exits < 2).double().mean().item()
+    found = flops(model, run_positions(model, exits), early, "gate")
+    assert found["total"] == pytest.approx(truth["total"])
+    assert found["layers"] == pytest.approx(truth["total"] - truth["head"])
+    full = flops(model, np.ones(3), 0.0, None)
+    assert full["total"] == pytest.approx(truth["full_depth"])
+    row = run_policy(model, batch, policy)
+    assert row["flops_total"] == pytest.approx(truth["total"])
+    assert row["layers"] == pytest.approx(shares @ np.minimum(np.arange(4) + 1, 3))
+    assert row["layers"] == pytest.approx(row["mean_exit"])
+
+
+def test_a_sparse_core_saves_what_it_skips_and_several_scales_count_positions():
+    plain = flops(SparseBKLanguageModel(**SIZES | {"keep": 1.0}), np.ones(3), 0.0, None)["layers"]
+    sparse = SparseBKLanguageModel(**SIZES)
+    d, h = 16, 4
+    skipped = 2 * d * h + 18 * h + 4 * h * d + 2 * d  # two projections and a recursion
+    half = flops(sparse, np.ones(3), 0.0, None, [0.5] * 3)["layers"]
+    assert half == pytest.approx(plain - 3 * (0.5 * skipped - 2 * d))
+    scales = MultiScaleLanguageModel(**SIZES | {"n_layers": 5})
+    positions = run_positions(scales, torch.full((2, 12), 5))
+    assert positions == pytest.approx([1, 0.5, 0.25, 0.5, 1])
+    # Pooling: 4 d² at N/2 and at N/4; raising: 2 d² at N/4 and at N/2.
+    moved = (0.5 + 0.25) * 4 * d * d + (0.25 + 0.5) * 2 * d * d
+    found = flops(scales, positions, 0.0, None)["layers"]
+    assert found == pytest.approx(3.25 * plain / 3 + moved)
+    gone = flops(scales, np.array([1, 0, 0, 0, 0]), 1.0, None)["layers"]
+    assert plain / 3 < gone < found
+
+
+def test_thresholds_are_quantiles_of_the_scores(make_model, batch):
+    model = make_model()
+    for criterion in ("gate", "agreement"):
+        policies = quantile_policies(model, batch[0][0], criterion, [0.1, 0.5, 0.9])
+        layers = sweep(model, batch, policies)["layers"]
+        assert layers.is_monotonic_decreasing and layers.iloc[0] > layers.iloc[-1]
+    kinds = candidate_policies(EXITS, model, batch[0][0], [0.5])
+    assert [len(group) for group in kinds.values()] == [1, 1, 2]
+    assert candidate_policies(REFERENCE, model, batch[0][0], [0.5]) == {"full depth": [None]}
+
+
+def test_choosing_is_by_the_reference_if_it_can_be_reached():
+    curve = pd.DataFrame({"perplexity": [100.0, 103, 120], "flops_layers": [3.0, 2, 1]})
+    assert cheapest_within(curve, 105) == 1 and cheapest_within(curve, 99) is None
+    assert choose(curve, 100, 0.05) == (1, "the plain model")
+    assert choose(curve, 80, 0.05) == (1, "itself")
+    rows = curve.assign(layers=[4.0, 2, 1], flops_total=[9.0, 8, 7])
+    found = speedups(rows, rows.iloc[0])
+    assert found["quality_loss"].tolist() == pytest.approx([0, 0.03, 0.2])
+    assert found["speedup_layers"].tolist() == [1, 2, 4]
+    assert found["speedup_flops"].tolist() == [1, 1.5, 3]
+
+
+@torch.no_grad()
+def test_with_few_words_the_layers_are_the_same_and_the_model_is_put_back(make_model, batch):
+    model, (x, y) = make_model(), batch[0]
+    policy = quantile_policies(model, x, "gate", [0.5])[0]
+    before, exits = model(x), model.predict(x, policy)[1]
+    with few_words(model, 7):
+        assert model(x).shape[-1] == 7
+        torch.testing.assert_close(model(x), before[..., :7])
+        assert torch.equal(model.predict(x, policy)[1], exits)
+    assert torch.equal(model(x), before)
+    assert model.blocks[-1].exit_classifier.unembedding.weight is model.token_embedding.weight
+    seconds = system_times({"full": (model, None), "exits": (model, policy)}, x, y, repeats=2)
+    assert {len(v) for v in seconds["total"].values()} == {2}
+    assert all((v > 0).all() for part in seconds.values() for v in part.values())
+
+
+def test_every_system_sweeps_and_is_drawn(batch):
+    tables = []
+    for system in SYSTEMS:
+        torch.manual_seed(0)
+        sizes = SIZES | {"n_layers": 3}
+        if system.convert:
+            sizes["gate_hidden"] = None
+        if "sparse" in system.parts:
+            sizes["keep"] = 0.5
+        model = system.kind(**sizes).eval()
+        if system.convert:
+            model = system.convert(model)
+        else:
+            model.gates.trained.fill_(True)
+        kinds = candidate_policies(system, model, batch[0][0], [0.3, 0.7])
+        rows = sweep(model, batch, [policy for group in kinds.values() for policy in group])
+        assert np.isfinite(rows["perplexity"]).all() and math.isnan(rows["threshold"].iloc[0])
+        names = [name for name, group in kinds.items() for _ in group]
+        rows = speedups(rows, (tables or [rows])[0].iloc[0])
+        tables.append(rows.assign(system=system.name, policy=names))
+    curves = pd.concat(tables)
+    alone = curves[curves["policy"] == "full depth"]
+    figures.plt.close(figures.combinations(curves[curves["policy"] == "adaptive"], alone, 0.05))
+
+
+def test_sparse_times_say_what_could_be_gained():
+    table = sparse_times([(2, 16, 8, 4)], 0.5, 2, torch.device("cpu"))
+    row = table.iloc[0]
+    assert row["kept"] == pytest.approx(0.5, abs=0.05)
+    share = row["skippable_share"] * (1 - row["kept"])
+    assert row["at_most"] == pytest.approx(1 / (1 - share))
+    assert 0 < row["core_share"] < row["skippable_share"] <= 1
+    figures.plt.close(figures.sparse_limits(table))
+
+
+def test_an_act_policy_beyond_its_threshold_runs_deeper(batch):
+    torch.manual_seed(0)
+    model = convert_act_to_early_exit(ACTLanguageModel(**SIZES | {"gate_hidden": None}).eval())
+    policies = [ExitPolicy.constant(t, 3, "agreement") for t in (0.1, 0.5, 0.99)]
+    assert sweep(model, batch, policies)["layers"].is_monotonic_increasing
