@@ -70,7 +70,7 @@ PROFILES = {
             epochs=1.0,
             gate_tokens=40_000,
             combination_tokens=60_000,
-            combination_eval=6_000,
+            combination_eval=5_000,
             dropout_p=0.0,
         ),
         Profile(
@@ -78,7 +78,7 @@ PROFILES = {
             "07 long enough for conclusions: the embedded text, two seeds, an hour or two",
             max_eval_tokens=50_000,
             epochs=1.0,
-            gate_tokens=40_000,
+            gate_tokens=200_000,
             combination_eval=30_000,
             dropout_p=0.0,
             seeds=(0, 1),
