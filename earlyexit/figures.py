@@ -618,7 +618,7 @@ def claimed_measured(table: pd.DataFrame) -> Figure:
         at = x + (k - len(measures) / 2) * width
         color = "0.6" if column == "claimed" else f"C{k - 1}"
         bars = ax.bar(at, table[column].fillna(1) - 1, width, bottom=1, color=color, label=column)
-        texts = ["–" if np.isnan(v) else f"{v:.2g}" for v in table[column]]
+        texts = ["–" if np.isnan(v) else f"{v:.3g}" for v in table[column]]
         for bar, text, value in zip(bars, texts, table[column].fillna(1), strict=True):
             up = value >= 1
             ax.annotate(

@@ -108,7 +108,7 @@ def test_with_few_words_the_layers_are_the_same_and_the_model_is_put_back(make_m
     assert torch.equal(model(x), before)
     assert model.blocks[-1].exit_classifier.unembedding.weight is model.token_embedding.weight
     seconds = system_times({"full": (model, None), "exits": (model, policy)}, x, y, repeats=2)
-    assert {len(v) for v in seconds["total"].values()} == {2}
+    assert {len(v) for v in seconds["total"].values()} == {1}
     assert all((v > 0).all() for part in seconds.values() for v in part.values())
 
 

@@ -214,12 +214,12 @@ def system_times(
     short = {
         name: lambda m=model, p=policy: m.predict(x, p) for name, (model, policy) in runs.items()
     }
-    out = {"total": interleaved_times(whole, x.device, repeats)}
+    out = {"total": interleaved_times(whole, x.device, (repeats + 1) // 2)}
     with ExitStack() as stack:
         for model in {id(model): model for model, _ in runs.values()}.values():
             stack.enter_context(few_words(model))
         # Short runs feel every disturbance, and cost little to repeat.
-        return out | {"layers": interleaved_times(short, x.device, 3 * repeats)}
+        return out | {"layers": interleaved_times(short, x.device, 2 * repeats)}
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ Kept positions are gathered per sequence, so the recursion is shorter; its resul
 index: what a position reads comes from no later one.
 
 Training samples the mask, m_i = [s_i + logistic noise > 0], and differentiates it as a sigmoid (the
-binary concrete distribution of Maddison et al. 2017 and Jang et al. 2017, straight-through). The
+binary concrete distribution of Maddison et al. 2017 and Jang et al. 2017, straight-through). The noise
+fades over the training, so that it ends with the mask that will be used. The
 derivative with respect to m_i is exact in the features up to the next kept position, where keeping i
 would have changed g by 1/(α_i − t² g_{i−1}) − g_{i−1}; what it changes in the recursion beyond that is
 left out. A loss (kept share − target)² on the mask without noise holds the share.
@@ -44,7 +45,7 @@ class SparseConfig(ModelConfig):
     """
 
     keep: float = 0.5
-    sparsity_weight: float = 10.0
+    sparsity_weight: float = 1.0
 
 
 class SparseBKCore(BKCore):
@@ -119,6 +120,7 @@ class SparseBKLayer(MoEResNetBKLayer):
         core = SparseBKCore(self.bk_core.n_heads, self.project)
         core.load_state_dict(self.bk_core.state_dict())
         self.bk_core = core
+        self.noise = 1.0  # scale of the noise in training; see sparse_loss
         self.kept_share: Tensor | None = None  # of the last batch, without noise
         self.register_buffer("_kept_counts", torch.zeros(2), persistent=False)  # kept, all
 
@@ -135,7 +137,7 @@ class SparseBKLayer(MoEResNetBKLayer):
             soft = score.sigmoid()
             self.kept_share = (hard + soft - soft.detach()).mean()
             uniform = torch.rand_like(score).clamp(1e-6, 1 - 1e-6)
-            soft = ((score + uniform.logit()) / TEMPERATURE).sigmoid()
+            soft = ((score + self.noise * uniform.logit()) / TEMPERATURE).sigmoid()
             mask = (soft > 0.5).to(u.dtype) + soft - soft.detach()
             return torch.cat([self.v_proj(u), mask], dim=-1)
         out = u.new_zeros(hard.numel(), self.v_proj.out_features + 1)
@@ -172,7 +174,7 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
 
     config_type = SparseConfig
 
-    def __init__(self, *args, keep: float = 0.5, sparsity_weight: float = 10.0, **others):
+    def __init__(self, *args, keep: float = 0.5, sparsity_weight: float = 1.0, **others):
         super().__init__(*args, **others)
         if not 0 < keep <= 1 or not sparsity_weight >= 0:
             raise ValueError(f"keep={keep} must lie in (0, 1], sparsity_weight be ≥ 0")
@@ -202,7 +204,13 @@ def sparse_loss(
     step: int,
     progress: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`earlyexit.training.training_loss` plus w · mean over layers of (kept − keep)²."""
+    """:func:`earlyexit.training.training_loss` plus w · mean over layers of (kept − keep)².
+
+    Args:
+        progress: share of the training that is done; the noise of the masks falls to 0 with it.
+    """
+    for layer in sparse_layers(model):
+        layer.noise = 1 - progress
     objective, nll = training_loss(model, x, y, config, step, progress)
     shares = [s.kept_share for s in sparse_layers(model) if s.kept_share is not None]
     if shares:

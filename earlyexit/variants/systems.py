@@ -75,6 +75,9 @@ SYSTEMS = (
 )  # fmt: skip
 
 
+CALIBRATION_RATE = 3e-3  # of exits that start as copies of a trained head
+
+
 @dataclass(frozen=True)
 class Budget:
     """What every system gets, the reference included.
@@ -152,7 +155,12 @@ def with_exits(
             steps=min(stages.GATE_STEPS, max(50, budget.gate_tokens // 10)),
         )
     training = study.training_config(
-        seed, epochs=1.0, batch_size=budget.batch_size, freeze_backbone=True
+        seed,
+        epochs=1.0,
+        batch_size=budget.batch_size,
+        learning_rate=CALIBRATION_RATE,
+        exit_sampling="all",
+        freeze_backbone=True,
     )
     return stages.converted_model(
         trained,
