@@ -114,8 +114,9 @@ PROFILES = {
             corpus="wikitext-2",
             epochs=2.0,
             dropout_p=0.0,
-            recipe_seeds=3,
+            recipe_seeds=2,
             recipes=("joint", "frozen"),
+            shallow_depths=(2,),
             seeds=(0, 1, 2),
         ),
         Profile(
