@@ -10,7 +10,7 @@ from torch import Tensor
 from earlyexit.corpus import Split, loader
 from earlyexit.model import EarlyExitLanguageModel
 from earlyexit.trace import ExitTrace
-from earlyexit.vocabulary import IGNORE, logit_chunks
+from earlyexit.vocabulary import IGNORE
 
 N_BINS = 15  # as in Guo et al. 2017
 
@@ -53,10 +53,10 @@ def fit_temperatures(
 
 
 def _newton(block, features: Tensor, target: Tensor, tolerance: float) -> float:
-    linear, beta = block.exit_classifier.unembedding, 1.0
+    unembedding, beta = block.exit_classifier.unembedding, 1.0
     for _ in range(10):
         slope = curvature = 0.0
-        for part, logits in logit_chunks(features, linear.weight, linear.bias):
+        for part, logits in unembedding.chunks(features):
             p = (beta * logits).softmax(dim=-1)
             mean = (p * logits).sum(dim=-1)
             slope += (mean - logits.gather(1, target[part, None]).squeeze(1)).double().sum().item()

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from earlyexit.atomic import atomic_path
 from earlyexit.bounds import METHODS, fixed_sequence, smallest_level, upper_bound
-from earlyexit.corpus import Split, windows
+from earlyexit.corpus import Corpus, Split, windows
 from earlyexit.exits import ExitPolicy
 from earlyexit.fitting import Thresholds, Unreachable, fit_policy
 from earlyexit.model import EarlyExitLanguageModel
@@ -66,12 +66,16 @@ class WindowLosses:
         tokens: scored tokens per window ``(windows,)``.
         document: of each window ``(windows,)``.
         layers: mean layers executed per token, per candidate ``(candidates,)``.
+        n_layers: of the model; model_hash, data_hash: of its weights and the text.
     """
 
     gaps: np.ndarray
     tokens: np.ndarray
     document: np.ndarray
     layers: np.ndarray
+    n_layers: int
+    model_hash: str = ""
+    data_hash: str = ""
 
     def per_unit(self, unit: Unit) -> np.ndarray:
         """Mean gap per token of each unit ``(units, candidates)``.
@@ -135,7 +139,7 @@ class Certificate:
     def speedup_layers(self) -> float:
         return self.n_layers / self.layers
 
-    def check(self, model_hash: str, data_hash: str) -> bool:
+    def check(self, model: EarlyExitLanguageModel, text: Corpus | Split) -> bool:
         """Whether the guarantee covers this model and text.
 
         Returns:
@@ -144,11 +148,11 @@ class Certificate:
         Raises:
             ValueError: another model.
         """
-        if model_hash != self.model_hash:
+        if (found := model.fingerprint()) != self.model_hash:
             raise ValueError(
-                f"the certificate is for model {self.model_hash}, not {model_hash}: certify again"
+                f"the certificate is for model {self.model_hash}, not {found}: certify again"
             )
-        if data_hash != self.data_hash:
+        if text.data_hash != self.data_hash:
             log.warning("another text: the policy runs, but nothing is certified there")
             return False
         return True
@@ -225,7 +229,15 @@ def window_losses(
             layers[k] += (exits + 1).clamp_max(model.n_layers)[y != IGNORE].sum().item()
     if not np.isfinite(gaps).all():
         raise FloatingPointError("an NLL is not finite: the weights hold NaN or infinity")
-    return WindowLosses(gaps, tokens, np.asarray(w.document), layers / tokens.sum())
+    return WindowLosses(
+        gaps,
+        tokens,
+        np.asarray(w.document),
+        layers / tokens.sum(),
+        model.n_layers,
+        model.fingerprint(),
+        split.data_hash,
+    )
 
 
 def certify_losses(
@@ -263,8 +275,6 @@ def certify(
     costs: Sequence[float] | None = None,
     unit: Unit = "document",
     method: str = "betting",
-    model_hash: str = "",
-    data_hash: str = "",
 ) -> Certificate:
     """The fastest policy that can be certified.
 
@@ -285,13 +295,11 @@ def certify(
         raise ValueError(f"certify on the certification part, not on {split.name!r}")
     if trace.split == "certify":
         raise ValueError("the certification part may not propose: give a trace of the fit part")
-    if model_hash and trace.model_hash and trace.model_hash != model_hash:
-        raise ValueError(f"the trace is of model {trace.model_hash}, not of {model_hash}")
+    if trace.model_hash != (fingerprint := model.fingerprint()):
+        raise ValueError(f"the trace is of model {trace.model_hash}, not of {fingerprint}")
     policies = propose(trace, epsilon * np.array(PATH), criterion, thresholds, costs)
     losses = window_losses(model, split, eos_id, policies)
-    return decide(
-        policies, losses, epsilon, delta, model.n_layers, unit, method, model_hash, data_hash
-    )
+    return decide(policies, losses, epsilon, delta, unit, method)
 
 
 def decide(
@@ -299,11 +307,8 @@ def decide(
     losses: WindowLosses,
     epsilon: float,
     delta: float,
-    n_layers: int,
     unit: Unit = "document",
     method: str = "betting",
-    model_hash: str = "",
-    data_hash: str = "",
 ) -> Certificate:
     """The certificate that these losses allow; see :func:`certify`."""
     level, ceiling = math.log1p(epsilon), CEILING * math.log1p(epsilon)
@@ -334,12 +339,12 @@ def decide(
         mean_gap=float(gaps.mean()),
         token_gap=float(losses.per_token[index]),
         layers=float(losses.layers[index]),
-        n_layers=n_layers,
+        n_layers=losses.n_layers,
         smallest_level=least,
         candidates=len(policies),
         accepted=index + 1,
-        model_hash=model_hash,
-        data_hash=data_hash,
+        model_hash=losses.model_hash,
+        data_hash=losses.data_hash,
     )
 
 

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -58,12 +58,14 @@ class Split:
             same text has the same number in every split and under every limit.
         characters: (T,) int32, characters of the text that the token stands for, white space and
             ``<eos>`` not counted; an unknown word counts with its own length.
+        data_hash: of the corpus it is from; "" if from none.
     """
 
     name: str
     ids: np.ndarray
     document: np.ndarray
     characters: np.ndarray
+    data_hash: str = ""
 
     @property
     def n_tokens(self) -> int:
@@ -113,7 +115,7 @@ class Split:
         cut = _common_length(lengths[chosen], max_tokens)
         offset = np.arange(self.n_tokens) - np.repeat(starts, lengths)
         keep = np.repeat(np.isin(np.arange(total), chosen), lengths) & (offset < cut)
-        return Split(self.name, self.ids[keep], self.document[keep], self.characters[keep])
+        return self._keep(keep)
 
     def truncate(self, max_length: int) -> Split:
         """Every document, cut to its first ``max_length`` tokens; 0 means all of them.
@@ -127,7 +129,11 @@ class Split:
             return self
         starts, lengths = self.spans()
         keep = np.arange(self.n_tokens) - np.repeat(starts, lengths) < max_length
-        return Split(self.name, self.ids[keep], self.document[keep], self.characters[keep])
+        return self._keep(keep)
+
+    def _keep(self, keep: np.ndarray) -> Split:
+        kept = {k: getattr(self, k)[keep] for k in ("ids", "document", "characters")}
+        return replace(self, **kept)
 
 
 def _spread(n: int, total: int) -> np.ndarray:
@@ -219,7 +225,8 @@ def load_corpus(config: CorpusConfig, cache_dir: Path | str | None = None) -> Co
     for name in ("train", "fit", "certify", "valid", "test"):
         roles = ("fit", "certify") if name == "valid" else (name,)
         mask = np.isin(role, [ROLES.index(r) for r in roles])
-        splits[name] = Split(name, arrays["ids"][mask], document[mask], arrays["characters"][mask])
+        parts = arrays["ids"][mask], document[mask], arrays["characters"][mask]
+        splits[name] = Split(name, *parts, data_hash)
     return Corpus(config, tokenizer, splits, data_hash)
 
 

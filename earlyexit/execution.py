@@ -7,25 +7,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from earlyexit.clock import marker
 from earlyexit.exits import ExitPolicy, ExitState
-from earlyexit.layers import MoEResNetBKLayer
+from earlyexit.propagation import ExitedPotentials
+from earlyexit.vocabulary import Reader
 
 if TYPE_CHECKING:
     from earlyexit.layers import ExitHead
     from earlyexit.model import EarlyExitLanguageModel
 
 Execution = Literal["compacted", "dense"]
-Reader = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -38,7 +35,7 @@ class ExitRun:
         scores: the criterion at the exit, or at the last layer ``(T,)``; NaN where it has none.
     """
 
-    outputs: Tensor
+    outputs: Tensor | None
     exit_layers: Tensor
     scores: Tensor
 
@@ -55,16 +52,40 @@ def run(
     Args:
         x: token ids ``(B, N)``.
         policy: thresholds for this model's depth.
-        read: ``read(logits (T', V), tokens (T',))`` → one row per token; ``tokens`` are indices
-            into the flattened batch.
+        read: what to take from each token's prediction.
         execution: ``"compacted"`` or ``"dense"``.
     """
+    return _run(model, x, policy, read, execution)
+
+
+@torch.no_grad()
+def decide(
+    model: EarlyExitLanguageModel,
+    x: Tensor,
+    policy: ExitPolicy,
+    execution: Execution = "compacted",
+) -> ExitRun:
+    """Layers and checks of :func:`run` without any prediction: where tokens leave, no vocabulary paid.
+
+    Returns:
+        A run whose ``outputs`` are None.
+
+    Raises:
+        ValueError: the policy's criterion reads logits.
+    """
+    if policy.rule.reads == "logits":
+        raise ValueError(f"{policy.criterion!r} reads logits: its decisions are not free of them")
+    return _run(model, x, policy, None, execution)
+
+
+def _run(model, x: Tensor, policy: ExitPolicy, read: Reader | None, execution: str) -> ExitRun:
     if execution not in ("compacted", "dense"):
         raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
     h = model.embed(x)
     walk = _compacted if execution == "compacted" else _dense
     progress = torch.arange(x.shape[1], device=x.device).expand_as(x).flatten() / model.n_seq
     tally = _Tally(model, progress, policy, read)
+    tally.mark("rest")
     walk(model, h, tally)
     return tally.finish()
 
@@ -88,7 +109,7 @@ def _dense(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
 def _compacted(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
     mark, shape = marker(), h.shape[:2]
     h = h.flatten(0, 1)  # (A, D): states of the A tokens that are still running
-    exited = _ExitedPotentials(model, len(h))
+    exited = ExitedPotentials(model, len(h))
     u = model.blocks[0].layer_norm(h)
     mark("blocks")
     for layer, block in enumerate(model.blocks):
@@ -111,7 +132,7 @@ def _compacted(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
         if last or not len(tally.alive):
             return
         if departure is not None:
-            exited.add(layer, departure)
+            exited.add(layer, departure.tokens, departure.hidden)
             mark("propagation")
             h, u = h.index_select(0, departure.stay), u.index_select(0, departure.stay)
             mark("gather/scatter")
@@ -119,64 +140,11 @@ def _compacted(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
 
 @dataclass
 class _Departure:
-    """Who left at an exit: ``tokens`` with their last states ``hidden`` (E, D), and the rows that stay."""
+    """Who left at an exit: ``tokens`` with last states ``hidden`` ``(E, D)``; the rows that stay."""
 
     tokens: Tensor
     hidden: Tensor
     stay: Tensor
-
-
-class _ExitedPotentials:
-    """What exited tokens still hand to deeper layers: v_l = W_l LN_l(h), for every l after the exit.
-
-    The layers' norms differ only by their affine maps, so a state is standardised once, and one
-    product with the joined matrices W_l diag(γ_l), offset W_l β_l, gives the potentials of all
-    deeper layers.
-    """
-
-    def __init__(self, model: EarlyExitLanguageModel, everyone: int):
-        self.blocks, self.everyone = model.blocks, everyone
-        self.potentials: Tensor | None = None  # (L, T, H), rows of exited tokens
-
-    def add(self, layer: int, departure: _Departure) -> None:
-        """Tokens left at ``layer``: potentials of their frozen states for the layers after it."""
-        later = self._of(departure.hidden, layer + 1)  # (L', E, H)
-        if self.potentials is None:
-            self.potentials = later.new_empty(len(self.blocks), self.everyone, later.shape[-1])
-        self.potentials[layer + 1 :].index_copy_(1, departure.tokens, later)
-
-    def join(self, layer: int, alive: Tensor, v: Tensor) -> Tensor:
-        """Potentials of all tokens ``(T, H)`` from those of the alive ``(A, H)``."""
-        if len(alive) == self.everyone:
-            return v
-        return self.potentials[layer].index_copy(0, alive, v)
-
-    def _of(self, hidden: Tensor, first: int) -> Tensor:
-        if not self._foldable:
-            blocks = self.blocks[first:]
-            return torch.stack([b.bk_layer.potentials(b.layer_norm(hidden)) for b in blocks])
-        weight, bias = (part[first:] for part in self._folded)
-        standard = F.layer_norm(hidden, hidden.shape[-1:], eps=self.blocks[0].layer_norm.eps)
-        v = standard @ weight.flatten(0, 1).T + bias.flatten()
-        return v.view(len(hidden), len(bias), -1).transpose(0, 1)
-
-    @cached_property
-    def _foldable(self) -> bool:
-        """Whether a layer's potentials are the plain affine map; a variant may have its own."""
-        return all(
-            type(b.bk_layer).potentials is MoEResNetBKLayer.potentials
-            and b.layer_norm.eps == self.blocks[0].layer_norm.eps
-            for b in self.blocks
-        )
-
-    @cached_property
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """Matrices ``(L, H, D)`` and offsets ``(L, H)`` that act on standardised states."""
-        weight = torch.stack([b.bk_layer.v_proj.weight for b in self.blocks])
-        bias = torch.stack([b.bk_layer.v_proj.bias for b in self.blocks])
-        scale = torch.stack([b.layer_norm.weight for b in self.blocks])
-        shift = torch.stack([b.layer_norm.bias for b in self.blocks])
-        return weight * scale[:, None], bias + (weight * shift[:, None]).sum(dim=-1)
 
 
 def _state(model: EarlyExitLanguageModel, layer: int, after: Tensor, before: Tensor) -> ExitState:
@@ -225,7 +193,7 @@ def generate(
                 h = model.token_embedding(ids[:, position])
                 h = h + model.position_embedding.weight[position]
             progress = h.new_full((batch,), position / model.n_seq)
-            tally = _Tally(model, progress, policy, lambda logits, _: logits)
+            tally = _Tally(model, progress, policy, Reader())
             _step(model, h, states, tally)
             run = tally.finish()
             exits.append(run.exit_layers)
@@ -268,7 +236,11 @@ class _Tally:
     """
 
     def __init__(
-        self, model: EarlyExitLanguageModel, progress: Tensor, policy: ExitPolicy, read: Reader
+        self,
+        model: EarlyExitLanguageModel,
+        progress: Tensor,
+        policy: ExitPolicy,
+        read: Reader | None,
     ):
         if len(policy.thresholds) != model.n_layers:
             raise ValueError(
@@ -329,7 +301,7 @@ class _Tally:
         if output is not None:
             self._store(tokens, output.index_select(0, gone))
             mark("gather/scatter")
-        else:
+        elif self.read is not None:
             self.waiting.append((head, tokens, head.features(hidden)))
             mark("head")
         return _Departure(tokens, hidden, stay)
@@ -339,13 +311,11 @@ class _Tally:
         return self.progress[self.alive] if self.policy.decay else 0.0
 
     def _score_and_read(self, head: ExitHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        def both(logits, tokens):
+        score, output = [], []
+        for part, logits in head.unembedding.chunks(head.features(hidden)):
             score.append(self.policy.rule.score(logits))
-            return self.read(logits, tokens)
-
-        score: list[Tensor] = []
-        output = head.read(head.features(hidden), self.alive, both)
-        return torch.cat(score), output
+            output.append(self.read(logits, self.alive[part]))
+        return torch.cat(score), torch.cat(output)
 
     def _extend_streak(self, reading: Tensor) -> Tensor:
         same = reading == self.reading[self.alive]
@@ -368,7 +338,7 @@ class _Tally:
                 features = torch.cat([features for *_, features in departures])
                 self.mark("gather/scatter")
                 head = departures[0][0]
-                outputs = head.read(features, tokens, self.read)
+                outputs = self.read.from_features(head.unembedding, features, tokens)
                 self.mark("head")
                 self._store(tokens, outputs)
                 self.mark("gather/scatter")

@@ -7,14 +7,12 @@ transform it. What an exited token still contributes to deeper layers is only it
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from earlyexit.bk_core import BKCore
-from earlyexit.vocabulary import logit_chunks
+from earlyexit.vocabulary import LinearUnembedding, Unembedding
 
 QUIET = 0.3  # initial scale of the potentials' weights; of 0.1, 0.3, 1 and 2 it trained best
 
@@ -158,11 +156,11 @@ class ExitHead(nn.Module):
 
     Args:
         d_model: width D.
-        unembedding: Linear(D, V) owned (``borrowed=False``) or borrowed from the model.
+        unembedding: features to logits, owned (``borrowed=False``) or borrowed from the model.
         translate: put a translator before the LayerNorm.
     """
 
-    def __init__(self, d_model: int, unembedding: nn.Linear, *, borrowed: bool, translate: bool):
+    def __init__(self, d_model: int, unembedding: Unembedding, *, borrowed: bool, translate: bool):
         super().__init__()
         self.translator = nn.Linear(d_model, d_model) if translate else None
         if self.translator is not None:  # starts as the identity: h + 0
@@ -173,7 +171,7 @@ class ExitHead(nn.Module):
         self._borrowed = (unembedding,) if borrowed else ()  # a tuple hides it from state_dict
 
     @property
-    def unembedding(self) -> nn.Linear:
+    def unembedding(self) -> Unembedding:
         return self._borrowed[0] if self._borrowed else self.linear
 
     def features(self, h: Tensor) -> Tensor:
@@ -181,12 +179,6 @@ class ExitHead(nn.Module):
         if self.translator is not None:
             h = h + self.translator(h)
         return self.layer_norm(h)
-
-    def read(self, features: Tensor, tokens: Tensor, read: Callable) -> Tensor:
-        """``read(logits, tokens)`` of features ``(T, D)``, chunk by chunk, joined."""
-        linear = self.unembedding
-        chunks = logit_chunks(features, linear.weight, linear.bias)
-        return torch.cat([read(logits, tokens[part]) for part, logits in chunks])
 
     def forward(self, h: Tensor) -> Tensor:
         """Hidden state ``(…, D)`` → logits ``(…, V)``."""
@@ -230,7 +222,7 @@ class EarlyExitResNetBKBlock(nn.Module):
             expert_hidden=expert_hidden,
         )
         self.exit_classifier = exit_classifier or ExitHead(
-            d_model, nn.Linear(d_model, vocab_size), borrowed=False, translate=False
+            d_model, LinearUnembedding(d_model, vocab_size), borrowed=False, translate=False
         )
 
     def hidden(self, h: Tensor) -> Tensor:

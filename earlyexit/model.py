@@ -6,6 +6,8 @@ head. :mod:`earlyexit.execution` runs the same weights with exits.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -17,7 +19,13 @@ from earlyexit import execution as runs
 from earlyexit.exits import CRITERIA, ExitPolicy, check_threshold
 from earlyexit.gates import ExitGates
 from earlyexit.layers import EarlyExitResNetBKBlock, ExitHead
-from earlyexit.vocabulary import IGNORE
+from earlyexit.vocabulary import (
+    AdaptiveUnembedding,
+    LinearUnembedding,
+    Predictions,
+    Reader,
+    Scores,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     expert_hidden: int | None = None
     gate_hidden: int | None = None
+    output_head: str = "linear"
 
 
 class EarlyExitLanguageModel(nn.Module):
@@ -53,12 +62,15 @@ class EarlyExitLanguageModel(nn.Module):
         bk_heads, causal: see :class:`earlyexit.bk_core.BKCore`.
         exit_head: ``"translator"`` (a d×d map before one shared unembedding) or ``"full"`` (each
             exit owns LayerNorm + Linear(V)).
-        tie_embeddings: the final unembedding is the token embedding.
+        tie_embeddings: the final unembedding is the token embedding; by default where it can be.
         gate_hidden: hidden units of learned gates, 0 for linear ones, None for none; see
             :func:`earlyexit.gates.train_gates`.
+        output_head: ``"linear"``, or ``"adaptive"``; see
+            :class:`earlyexit.vocabulary.AdaptiveUnembedding`. Exits share it.
 
     Raises:
-        ValueError: unknown ``exit_head``, top_k > num_experts, n_layers < 1, threshold not in [0, 1].
+        ValueError: unknown ``exit_head`` or ``output_head``, an adaptive head that is tied or not
+            shared, top_k > num_experts, n_layers < 1, threshold not in [0, 1].
     """
 
     config_type = ModelConfig
@@ -77,19 +89,26 @@ class EarlyExitLanguageModel(nn.Module):
         bk_heads: int = 16,
         causal: bool = True,
         exit_head: Literal["translator", "full"] = "translator",
-        tie_embeddings: bool = True,
+        tie_embeddings: bool | None = None,
         expert_hidden: int | None = None,
         gate_hidden: int | None = None,
+        output_head: Literal["linear", "adaptive"] = "linear",
     ):
         super().__init__()
         if exit_head not in ("translator", "full"):
             raise ValueError(f"exit_head={exit_head!r} must be 'translator' or 'full'")
+        if output_head not in ("linear", "adaptive"):
+            raise ValueError(f"output_head={output_head!r} must be 'linear' or 'adaptive'")
+        adaptive = output_head == "adaptive"
+        if adaptive and (tie_embeddings or exit_head == "full"):
+            raise ValueError("an adaptive output head is shared by the exits, and not tied")
+        tie_embeddings = not adaptive if tie_embeddings is None else tie_embeddings
         if n_layers < 1:
             raise ValueError(f"n_layers={n_layers} must be at least 1")
         self.config = ModelConfig(
             vocab_size, d_model, n_layers, n_seq, num_experts, top_k, dropout_p,
             confidence_threshold, bk_heads, causal, exit_head, tie_embeddings, expert_hidden,
-            gate_hidden,
+            gate_hidden, output_head,
         )  # fmt: skip
         self.vocab_size, self.d_model = vocab_size, d_model
         self.n_layers, self.n_seq = n_layers, n_seq
@@ -100,8 +119,11 @@ class EarlyExitLanguageModel(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=d_model**-0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.1 * d_model**-0.5)
 
-        unembedding = nn.Linear(d_model, vocab_size)
-        nn.init.zeros_(unembedding.bias)
+        if adaptive:
+            unembedding = AdaptiveUnembedding(d_model, vocab_size)
+        else:
+            unembedding = LinearUnembedding(d_model, vocab_size)
+            nn.init.zeros_(unembedding.bias)
         if tie_embeddings:
             unembedding.weight = self.token_embedding.weight
         self.blocks = nn.ModuleList()
@@ -176,6 +198,13 @@ class EarlyExitLanguageModel(nn.Module):
                 stacklevel=5,
             )
 
+    def fingerprint(self) -> str:
+        """Names configuration and weights, gates included: 16 hexadecimal digits of their SHA-256."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     # ------------------------------------------------------------------ running
 
     def embed(self, x: Tensor) -> Tensor:
@@ -231,7 +260,7 @@ class EarlyExitLanguageModel(nn.Module):
                 raise ValueError("a policy does nothing unless use_early_exit=True")
             return self.blocks[-1].exit_classifier(self._full_depth(x))
         policy = policy or self.default_policy()
-        run = runs.run(self, x, policy, lambda logits, _: logits, execution)
+        run = runs.run(self, x, policy, Reader(), execution)
         self._count_exits(run.exit_layers)
         return run.outputs.view(*x.shape, -1), {
             "exit_layers": run.exit_layers.view_as(x),
@@ -257,28 +286,21 @@ class EarlyExitLanguageModel(nn.Module):
         """
         if targets.shape != x.shape:
             raise ValueError(f"targets {tuple(targets.shape)} do not fit tokens {tuple(x.shape)}")
-        flat = targets.reshape(-1)
-
-        def read(logits: Tensor, tokens: Tensor) -> Tensor:
-            target = flat[tokens]
-            picked = logits.gather(1, target.clamp_min(0)[:, None]).squeeze(1)
-            return (logits.logsumexp(dim=-1) - picked) * (target != IGNORE)
-
-        return self._read_tokens(x, read, policy, execution)
+        return self._read_tokens(x, Scores(targets.reshape(-1)), policy, execution)
 
     def predict(
         self, x: Tensor, policy: ExitPolicy | None = None, execution: runs.Execution = "compacted"
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Most probable next token ``(B, N)``; with a policy also the exit layers ``(B, N)``."""
-        return self._read_tokens(x, lambda logits, _: logits.argmax(dim=-1), policy, execution)
+        return self._read_tokens(x, Predictions(), policy, execution)
 
     @torch.no_grad()
-    def _read_tokens(self, x, read, policy, execution):
+    def _read_tokens(self, x: Tensor, read: Reader, policy, execution):
         if policy is None:
             head = self.blocks[-1].exit_classifier
             features = head.features(self._full_depth(x)).flatten(0, 1)
             tokens = torch.arange(len(features), device=x.device)
-            return head.read(features, tokens, read).view_as(x)
+            return read.from_features(head.unembedding, features, tokens).view_as(x)
         run = runs.run(self, x, policy, read, execution)
         return run.outputs.view_as(x), run.exit_layers.view_as(x)
 

@@ -163,13 +163,6 @@ def exit_trace(
     path = cache / "traces" / f"{digests.of_object(key)[:16]}.parquet"
     if path.exists():
         return ExitTrace.load(path)
-    trace = collect_trace(
-        trained.model,
-        split,
-        corpus.eos_id,
-        temperatures=temperatures,
-        model_hash=trained.model_hash,
-        data_hash=corpus.data_hash,
-    )
+    trace = collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures)
     trace.save(path)
     return trace

@@ -286,8 +286,6 @@ def collect_trace(
     *,
     temperatures: Sequence[float] | None = None,
     batch_size: int = 32,
-    model_hash: str = "",
-    data_hash: str = "",
 ) -> ExitTrace:
     """Run ``model`` at full depth over ``split`` and record what every exit says.
 
@@ -336,8 +334,8 @@ def collect_trace(
         prediction=arrays.pop("prediction").astype(np.int32),
         scores=arrays,
         n_seq=model.n_seq,
-        model_hash=model_hash,
-        data_hash=data_hash,
+        model_hash=model.fingerprint(),
+        data_hash=split.data_hash,
     )
 
 

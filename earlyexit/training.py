@@ -16,7 +16,7 @@ from earlyexit import checkpoints
 from earlyexit.corpus import Corpus, Split, loader
 from earlyexit.devices import resolve_device
 from earlyexit.model import EarlyExitLanguageModel
-from earlyexit.vocabulary import IGNORE, Teacher, linear_cross_entropy, token_nll
+from earlyexit.vocabulary import IGNORE, Teacher
 
 REPORT_EVERY = 50  # steps averaged in one row of the history
 VALIDATION_TOKENS = 50_000  # of the fit part, read after every epoch
@@ -37,6 +37,9 @@ class TrainingConfig:
         clip: largest gradient norm.
         exit_loss_weight: of the exit losses beside the last layer's; 0 trains no exit.
         exit_sampling: ``"one"`` random exit per step, or ``"all"``, averaged: the same expectation.
+            ``"tokens"``: a random share w / (1 + w) of the tokens leaves, each at a random exit, and
+            its state stays frozen as in a real run: deeper layers learn from what exits leave behind,
+            and each token is projected once.
         exit_ramp: share of the steps over which the exit losses' weight rises from 0.
         distillation: share of the exit's target that is the last layer's prediction, not the word.
         layer_dropout: probability of skipping the last layer in a step; earlier layers are skipped
@@ -72,8 +75,17 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be ≥ 0")
         if self.distillation > 1 or self.layer_dropout >= 1:
             raise ValueError("distillation must lie in [0, 1], layer_dropout in [0, 1)")
-        if self.exit_sampling not in ("one", "all"):
-            raise ValueError(f"exit_sampling={self.exit_sampling!r} must be 'one' or 'all'")
+        if self.exit_sampling not in ("one", "all", "tokens"):
+            raise ValueError(
+                f"exit_sampling={self.exit_sampling!r} must be 'one', 'all' or 'tokens'"
+            )
+        if self.exit_sampling == "tokens" and (
+            self.freeze_backbone or self.distillation or self.layer_dropout
+        ):
+            raise ValueError(
+                "exit_sampling='tokens' trains every layer on the word itself: no frozen backbone,"
+                " distillation or layer dropout"
+            )
         if self.freeze_backbone and not self.exit_loss_weight:
             raise ValueError("freeze_backbone trains exits only: exit_loss_weight must be > 0")
 
@@ -93,21 +105,25 @@ def training_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch, and the last layer's mean NLL in nats (detached).
 
-    Joint training: NLL_L + w · NLL_exit + b · balance. On a frozen backbone: NLL_exit alone.
+    Joint training: NLL_L + w · NLL_exit + b · balance. On a frozen backbone: NLL_exit alone. With
+    sampled exits each token counts once, at its own exit; then its mean NLL is what is returned.
 
     Args:
         step: seeds the draw of the exit and of dropped layers.
         progress: share of the training that is done, for ``exit_ramp``.
     """
     last, draw = model.n_layers - 1, random.Random(config.seed * 1_000_003 + step)
+    weight = config.exit_loss_weight * min(1.0, progress / max(config.exit_ramp, 1e-9))
+    if config.exit_sampling == "tokens":
+        nll = _sampled_exits_nll(model, x, y, weight, config, draw)
+        return nll + config.balance_weight * _imbalance(model), nll.detach()
     with torch.set_grad_enabled(not config.freeze_backbone):
         states = _states(model, x, config, draw)
-    targets = y.flatten()
 
     def nll(layer: int, teacher: Teacher | None = None) -> Tensor:
-        head = model.blocks[layer].exit_classifier.unembedding
         features = exit_features(model, states, layer).float()
-        return linear_cross_entropy(features, head.weight, head.bias, targets, config.bf16, teacher)
+        unembedding = model.blocks[layer].exit_classifier.unembedding
+        return unembedding.loss(features, y.flatten(), config.bf16, teacher)
 
     exits = list(range(last)) if config.exit_loss_weight else []
     if exits and config.exit_sampling == "one":
@@ -115,18 +131,46 @@ def training_loss(
     teacher = None
     if exits and config.distillation:
         head = model.blocks[last].exit_classifier.unembedding
-        teacher = Teacher(
-            exit_features(model, states, last).detach(), head.weight, head.bias, config.distillation
-        )
+        teacher = Teacher(exit_features(model, states, last).detach(), head, config.distillation)
     exit_nll = sum((nll(layer, teacher) for layer in exits), torch.zeros((), device=x.device))
     exit_nll = exit_nll / max(1, len(exits))
     if config.freeze_backbone:
         return exit_nll, exit_nll.detach()
     final = nll(last)
+    loss = final + weight * exit_nll + config.balance_weight * _imbalance(model)
+    return loss, final.detach()
+
+
+def _imbalance(model: EarlyExitLanguageModel) -> Tensor | float:
     losses = [block.bk_layer.moe.load_balancing_loss for block in model.blocks]
-    balance = sum(loss for loss in losses if loss is not None) / model.n_layers
-    weight = config.exit_loss_weight * min(1.0, progress / max(config.exit_ramp, 1e-9))
-    return final + weight * exit_nll + config.balance_weight * balance, final.detach()
+    return sum(loss for loss in losses if loss is not None) / model.n_layers
+
+
+def _sampled_exits_nll(
+    model: EarlyExitLanguageModel,
+    x: Tensor,
+    y: Tensor,
+    weight: float,
+    config: TrainingConfig,
+    draw: random.Random,
+) -> Tensor:
+    """Mean NLL of every token at its own, random exit; exited states stay as they are."""
+    last, generator = model.n_layers - 1, torch.Generator().manual_seed(draw.getrandbits(60))
+    early = torch.rand(x.shape, generator=generator) < weight / (1 + weight)
+    layer_of = torch.randint(max(1, last), x.shape, generator=generator)
+    layer_of = torch.where(early, layer_of, last).clamp_max(last).to(x.device)  # (B, N)
+    h, by_head = model.embed(x), {}
+    for layer, block in enumerate(model.blocks):
+        h = torch.where((layer_of < layer)[..., None], h, block.hidden(h))
+        head, here = block.exit_classifier, layer_of == layer
+        part = head.features(h[here]).float(), y[here]
+        by_head.setdefault(id(head.unembedding), (head.unembedding, []))[1].append(part)
+    total, count = torch.zeros((), device=x.device), (y != IGNORE).sum().clamp_min(1)
+    for unembedding, parts in by_head.values():
+        features, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        share = (targets != IGNORE).sum() / count
+        total = total + share * unembedding.loss(features, targets, config.bf16)
+    return total
 
 
 def _states(model, x: Tensor, config: TrainingConfig, draw: random.Random) -> list[Tensor]:
@@ -191,7 +235,9 @@ def train(
     for x, y in _batches(split, model.n_seq, config, corpus.eos_id, start=step, stop=total):
         x, y = x.to(device), y.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            objective, nll = (loss or training_loss)(model, x, y, config, step, step / total)
+            objective, nll = (loss or training_loss)(
+                model, x, y, config, step, progress=step / total
+            )
         optimizer.zero_grad(set_to_none=True)
         objective.backward()
         nn.utils.clip_grad_norm_(parameters, config.clip)
@@ -242,9 +288,9 @@ def perplexity_per_exit(
     for x, y in loader(split, model.n_seq, batch_size, eos_id):
         states, target = model.hidden_states(x.to(device)), y.flatten().to(device)
         for layer in range(model.n_layers):
-            head = model.blocks[layer].exit_classifier.unembedding
-            features = exit_features(model, states, layer)
-            total[layer] += token_nll(features, head.weight, head.bias, target).double().sum().cpu()
+            unembedding = model.blocks[layer].exit_classifier.unembedding
+            nll = unembedding.nll(exit_features(model, states, layer), target)
+            total[layer] += nll.double().sum().cpu()
         count += int((y != IGNORE).sum())
     model.train(was_training)
     if not torch.isfinite(total).all():

@@ -6,11 +6,11 @@ again. Nothing here holds more than one chunk of about ``CHUNK_ELEMENTS`` of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = -100  # target of a padded position, as in torch.nn.functional.cross_entropy
 CHUNK_ELEMENTS = 2_560_000  # 10 MB of float32: stays in a last-level cache
@@ -44,11 +44,9 @@ def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def token_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Negative log-likelihood in nats of ``targets`` ``(T,)``; 0 where the target is ``IGNORE``."""
-    nll = features.new_zeros(targets.shape)
+    nll, read = features.new_zeros(targets.shape), Scores(targets)
     for part, logits in logit_chunks(features, weight, bias):
-        target = targets[part]
-        picked = logits.gather(1, target.clamp_min(0)[:, None]).squeeze(1)
-        nll[part] = (logits.logsumexp(dim=-1) - picked) * (target != IGNORE)
+        nll[part] = read(logits, part)
     return nll
 
 
@@ -56,13 +54,13 @@ class Teacher(NamedTuple):
     """Another head on the same tokens, whose prediction is part of the target; it gets no gradient.
 
     Attributes:
-        features: ``(T, D)``; weight: ``(V, D)``; bias: ``(V,)`` or None.
+        features: ``(T, D)``.
+        unembedding: of the teacher.
         share: of the target that it supplies, between 0 and 1.
     """
 
     features: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    unembedding: LinearUnembedding
     share: float
 
 
@@ -90,8 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wanted = logits.gather(1, target).squeeze(1)
             if teacher is not None:
                 share = 1.0 - teacher.share
-                rows = teacher.features[part]
-                soft = torch.nn.functional.linear(rows, teacher.weight, teacher.bias)
+                soft = teacher.unembedding(teacher.features[part])
                 soft = softmax_(soft)[0].mul_(teacher.share)
                 wanted = share * wanted + (soft * logits).sum(dim=-1)
             grad, log_total = softmax_(logits)
@@ -132,3 +129,139 @@ def linear_cross_entropy(
         teacher: supplies part of each target (self-distillation); the rest is the word.
     """
     return _LinearCrossEntropy.apply(features, weight, bias, targets, bf16, teacher)
+
+
+class LinearUnembedding(nn.Linear):
+    """Linear(D, V): one product with the whole vocabulary."""
+
+    def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """:func:`logit_chunks` of features ``(T, D)``."""
+        return logit_chunks(features, self.weight, self.bias)
+
+    def nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """:func:`token_nll` of features ``(T, D)`` and targets ``(T,)``."""
+        return token_nll(features, self.weight, self.bias, targets)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Most probable word of features ``(T, D)``: ``(T,)``."""
+        return torch.cat([logits.argmax(dim=-1) for _, logits in self.chunks(features)])
+
+    def loss(
+        self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
+    ) -> Tensor:
+        """:func:`linear_cross_entropy`, with gradients."""
+        return linear_cross_entropy(features, self.weight, self.bias, targets, bf16, teacher)
+
+
+class AdaptiveUnembedding(nn.Module):
+    """Adaptive softmax (Grave et al. 2017): frequent words at full width, rare ones in two clusters.
+
+    A rare word costs the head, and its cluster only: probabilities stay exactly normalised. Words must
+    be numbered by falling frequency, as the word vocabulary is.
+
+    Args:
+        d_model: width D; clusters read D/2 and D/4 of it.
+        vocab_size: words V.
+        cutoffs: first word of each cluster, by default V/10 and 4V/10.
+
+    Raises:
+        ValueError: a vocabulary too small to be split in three, or a width below 4.
+    """
+
+    def __init__(self, d_model: int, vocab_size: int, cutoffs: Sequence[int] | None = None):
+        super().__init__()
+        cutoffs = list(cutoffs or (vocab_size // 10, 4 * vocab_size // 10))
+        if d_model < 4 or not 0 < cutoffs[0] < cutoffs[-1] < vocab_size:
+            raise ValueError(
+                f"no adaptive softmax of {vocab_size} words and width {d_model} with {cutoffs=}:"
+                " use output_head='linear'"
+            )
+        self.vocab_size = vocab_size
+        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(
+            d_model, vocab_size, cutoffs, div_value=2.0, head_bias=True
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features ``(…, D)`` → log-probabilities ``(…, V)``."""
+        flat = features.reshape(-1, features.shape[-1])
+        return self.softmax.log_prob(flat).view(*features.shape[:-1], self.vocab_size)
+
+    def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Log-probabilities ``(rows, V)`` of features ``(T, D)``, chunk by chunk."""
+        return ((part, self(features[part])) for part in self._parts(features, self.vocab_size))
+
+    def nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """NLL ``(T,)``, 0 where the target is ``IGNORE``: head for all, a cluster for its words."""
+        out = features.new_zeros(targets.shape)
+        scored = (targets != IGNORE).nonzero().squeeze(1)
+        for part in self._parts(scored, self.softmax.head_size):
+            rows = scored[part]
+            out[rows] = -self.softmax(features[rows], targets[rows]).output.to(out.dtype)
+        return out
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Most probable word ``(T,)``; exact: clusters are opened only where the head says so."""
+        parts = self._parts(features, self.softmax.head_size)
+        return torch.cat([self.softmax.predict(features[part]) for part in parts])
+
+    def loss(
+        self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
+    ) -> Tensor:
+        """Mean NLL over the targets that are not ``IGNORE``, with gradients.
+
+        Raises:
+            ValueError: a teacher, whose probabilities of all words this head never makes.
+        """
+        if teacher is not None:
+            raise ValueError("distillation needs output_head='linear'")
+        scored = targets != IGNORE
+        if not scored.any():
+            return (features * 0).sum()
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=bf16):
+            return self.softmax(features[scored], targets[scored]).loss.float()
+
+    @staticmethod
+    def _parts(rows: Tensor, width: int) -> Iterator[slice]:
+        step = max(1, CHUNK_ELEMENTS // width)
+        return (slice(i, i + step) for i in range(0, max(1, len(rows)), step))
+
+
+Unembedding = LinearUnembedding | AdaptiveUnembedding
+
+
+class Reader:
+    """What a run takes from each token's prediction. As it is: all logits."""
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """From logits ``(T', V)`` of the tokens ``(T',)`` (indices into the flattened batch)."""
+        return logits
+
+    def from_features(self, unembedding: Unembedding, features: Tensor, tokens: Tensor) -> Tensor:
+        """The same from features ``(T', D)``, by the cheapest way there is."""
+        chunks = unembedding.chunks(features)
+        return torch.cat([self(logits, tokens[part]) for part, logits in chunks])
+
+
+class Scores(Reader):
+    """NLL of ``targets`` ``(T,)`` in nats, 0 where they are ``IGNORE``."""
+
+    def __init__(self, targets: Tensor):
+        self.targets = targets
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        target = self.targets[tokens]
+        picked = logits.gather(1, target.clamp_min(0)[:, None]).squeeze(1)
+        return (logits.logsumexp(dim=-1) - picked) * (target != IGNORE)
+
+    def from_features(self, unembedding: Unembedding, features: Tensor, tokens: Tensor) -> Tensor:
+        return unembedding.nll(features, self.targets[tokens])
+
+
+class Predictions(Reader):
+    """The most probable word."""
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)
+
+    def from_features(self, unembedding: Unembedding, features: Tensor, tokens: Tensor) -> Tensor:
+        return unembedding.predict(features)

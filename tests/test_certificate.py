@@ -2,9 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from earlyexit.audit import PROCEDURES, audit, synthetic_units
 from earlyexit.certificate import (
@@ -26,16 +28,17 @@ POLICIES = [ExitPolicy.constant(t, 3, "saturation") for t in (0.99, 0.9, 0.5)]
 def losses(means, n=80, spread=0.01, seed=0):
     noise = np.random.default_rng(seed).normal(0, spread, (n, 1))
     gaps = (np.asarray(means)[None] + noise) * 10
-    return WindowLosses(gaps, np.full(n, 10), np.arange(n) // 2, np.linspace(2.5, 1.5, len(means)))
+    layers = np.linspace(2.5, 1.5, len(means))
+    return WindowLosses(gaps, np.full(n, 10), np.arange(n) // 2, layers, 3, "m", "d")
 
 
 def test_returns_the_riskiest_accepted_policy():
-    found = decide(POLICIES, losses([0.0, 0.02, 0.2]), 0.05, 0.05, 3, model_hash="m", data_hash="d")
+    found = decide(POLICIES, losses([0.0, 0.02, 0.2]), 0.05, 0.05)
     assert found.policy == POLICIES[1] and found.accepted == 2 and found.candidates == 3
     assert found.n == 40 and found.unit == "document"
     assert found.mean_gap <= found.bound <= math.log1p(0.05) < found.ceiling
     assert found.p_value <= 0.05 and found.speedup_layers == pytest.approx(3 / found.layers)
-    by_window = decide(POLICIES, losses([0.0, 0.02, 0.2]), 0.05, 0.05, 3, unit="window")
+    by_window = decide(POLICIES, losses([0.0, 0.02, 0.2]), 0.05, 0.05, unit="window")
     assert by_window.n == 80
 
 
@@ -46,7 +49,7 @@ def test_stops_at_the_first_failure():
 
 def test_refusal_says_what_would_be_needed():
     with pytest.raises(Refused, match="no test can certify less than"):
-        decide(POLICIES, losses([0.1, 0.2, 0.3]), 0.05, 0.05, 3)
+        decide(POLICIES, losses([0.1, 0.2, 0.3]), 0.05, 0.05)
 
 
 def test_clipping_is_from_above_only_and_reported():
@@ -54,7 +57,7 @@ def test_clipping_is_from_above_only_and_reported():
     gaps[:3] = 5.0  # three documents far over the ceiling
     found = decide(
         POLICIES[:1],
-        WindowLosses(gaps, np.ones(60), np.arange(60), np.array([2.0])), 0.05, 0.2, 3,
+        WindowLosses(gaps, np.ones(60), np.arange(60), np.array([2.0]), 3), 0.05, 0.2,
     )  # fmt: skip
     assert found.clipped_share == pytest.approx(3 / 60)
     assert found.ceiling == pytest.approx(CEILING * math.log1p(0.05))
@@ -78,20 +81,26 @@ def test_nan_and_tokens_are_refused():
         losses([0.0]).per_unit("token")
 
 
-def test_file_round_trip_and_what_it_covers(tmp_path, caplog):
-    found = decide(POLICIES, losses([0.0, 0.02, 0.2]), 0.05, 0.05, 3, model_hash="m", data_hash="d")
+def test_file_round_trip_and_what_it_covers(tmp_path, caplog, make_model, corpus):
+    model, text = make_model(), replace(corpus.splits["certify"], data_hash="d")
+    measured = replace(losses([0.0, 0.02, 0.2]), model_hash=model.fingerprint())
+    found = decide(POLICIES, measured, 0.05, 0.05)
     found.save(tmp_path / "c.json")
-    assert Certificate.load(tmp_path / "c.json") == found
     json.loads((tmp_path / "c.json").read_text())
-    assert found.check("m", "d") is True
+    loaded = Certificate.load(tmp_path / "c.json")
+    assert loaded == found
+    assert loaded.check(model, text) is True
+    assert loaded.check(model, replace(text, data_hash="other")) is False
+    assert "nothing is certified" in caplog.text
+    with torch.no_grad():
+        model.gates.gates[0].bias += 1e-3
     with pytest.raises(ValueError, match="certify again"):
-        found.check("other", "d")
-    assert found.check("m", "other") is False and "nothing is certified" in caplog.text
+        loaded.check(model, text)
 
 
 def test_splits_keep_to_their_roles(make_model, corpus):
     model, splits = make_model(), corpus.splits
-    traces = {name: collect_trace(model, splits[name], 1, model_hash="a") for name in splits}
+    traces = {name: collect_trace(model, splits[name], 1) for name in splits}
     call = {"epsilon": 0.05, "criterion": "saturation"}
     with pytest.raises(ValueError, match="certification part"):
         certify(model, traces["fit"], splits["test"], 1, **call)
@@ -100,7 +109,7 @@ def test_splits_keep_to_their_roles(make_model, corpus):
     with pytest.raises(ValueError, match="test split"):
         certify(model, traces["test"], splits["certify"], 1, **call)
     with pytest.raises(ValueError, match="trace is of model"):
-        certify(model, traces["fit"], splits["certify"], 1, model_hash="b", **call)
+        certify(make_model(seed=1), traces["fit"], splits["certify"], 1, **call)
 
 
 def test_gaps_are_those_of_the_real_run(make_model, corpus):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from earlyexit import training
 from earlyexit.checkpoints import CheckpointError
 from earlyexit.corpus import loader
+from earlyexit.exits import CRITERIA, ExitPolicy
 from earlyexit.training import TrainingConfig, perplexity_per_exit, train, training_loss
 from earlyexit.vocabulary import IGNORE
 
@@ -28,12 +31,14 @@ def differing(a: dict, b: dict) -> list[str]:
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-@pytest.mark.parametrize("exit_head", HEADS)
-def test_a_learnable_sequence_is_learnt_at_every_exit(make_model, corpus, exit_head):
-    model = make_model(exit_head=exit_head, dropout_p=0.0)
-    history = train(
-        model, corpus, TrainingConfig(**FAST | {"epochs": 12, "exit_loss_weight": 1.0}), "cpu"
-    )
+@pytest.mark.parametrize("sampling", ["one", "tokens"])
+@pytest.mark.parametrize(
+    "change", [*({"exit_head": h} for h in HEADS), {"output_head": "adaptive"}]
+)
+def test_a_learnable_sequence_is_learnt_at_every_exit(make_model, corpus, change, sampling):
+    model = make_model(**change, dropout_p=0.0)
+    recipe = FAST | {"epochs": 12, "exit_loss_weight": 1.0, "exit_sampling": sampling}
+    history = train(model, corpus, TrainingConfig(**recipe), "cpu")
     first, last = history[0], history[-1]
     assert last["step"] == 12 * 15 and last["tokens"] == 12 * corpus.splits["train"].n_tokens
     assert last["train_nll"] < first["train_nll"] - 1
@@ -186,6 +191,44 @@ def test_the_joint_loss_is_the_sum_it_says(make_model, corpus):
     assert sampled == {round((nll[2] + 0.7 * nll[k] + 0.05 * balance).item(), 4) for k in (0, 1)}
 
 
+@pytest.mark.parametrize("change", [{}, {"exit_head": "full"}, {"output_head": "adaptive"}])
+def test_sampled_exits_are_those_of_a_real_run(make_model, corpus, change):
+    """Tokens at random exits, states frozen: the NLL of a dense run with those very exits."""
+    model = make_model(dropout_p=0.0, n_layers=2, **change)
+    x, y = next(iter(loader(corpus.splits["fit"], 12, 8, corpus.eos_id)))
+    scored = y != -100
+    for weight, layer in ((0.0, 1), (1e12, 0)):  # no token leaves early; every token does
+        config = TrainingConfig(exit_loss_weight=weight, exit_sampling="tokens", balance_weight=0)
+        loss, nll = training_loss(model, x, y, config, 0)
+        truth, _ = model.nll(x, y, ExitPolicy.static(layer, 2), "dense")
+        assert loss.item() == pytest.approx(truth[scored].mean().item(), rel=1e-5)
+        assert nll.item() == pytest.approx(loss.item())
+    half = TrainingConfig(exit_loss_weight=1.0, exit_sampling="tokens", balance_weight=0)
+    loss = training_loss(model, x, y, half, 3)[0].item()
+    assert (
+        loss
+        == training_loss(model, x, y, half, 3)[0].item()
+        != training_loss(model, x, y, half, 4)[0].item()
+    )
+    state = random.Random(half.seed * 1_000_003 + 3).getrandbits(60)
+    leaves = torch.rand(x.shape, generator=torch.Generator().manual_seed(state)) < 0.5
+    assert 0.3 < leaves.double().mean() < 0.7
+    with leaving(leaves) as policy:
+        truth, exits = model.nll(x, y, policy, "compacted")
+    assert torch.equal(exits == 0, leaves)
+    assert loss == pytest.approx(truth[scored].mean().item(), rel=1e-5)
+
+
+@contextmanager
+def leaving(leaves):
+    """A policy by which the tokens ``leaves`` ``(B, N)`` leave at exit 0."""
+    order = iter([torch.where(leaves.flatten(), 1.0, -1.0)])
+    rule = replace(CRITERIA["saturation"], score=lambda state: next(order))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CRITERIA, "saturation", rule)
+        yield ExitPolicy("saturation", (0.0, rule.never))
+
+
 def test_no_exit_loss_trains_no_exit(make_model, corpus):
     model = make_model()
     before = weights(model)
@@ -247,7 +290,8 @@ def test_max_tokens_limits_the_text_and_a_fraction_of_an_epoch_is_allowed(make_m
     "bad",
     [
         {"epochs": 0}, {"batch_size": 0}, {"learning_rate": -1.0}, {"learning_rate": math.nan},
-        {"exit_sampling": "some"}, {"freeze_backbone": True, "exit_loss_weight": 0.0},
+        {"exit_sampling": "some"}, {"exit_sampling": "tokens", "distillation": 0.5},
+        {"freeze_backbone": True, "exit_loss_weight": 0.0},
     ],
 )  # fmt: skip
 def test_impossible_configurations_are_refused(bad):

@@ -8,7 +8,18 @@ from torch.nn import functional as F
 
 from earlyexit import vocabulary
 from earlyexit.timing import peak_tensor_bytes
-from earlyexit.vocabulary import IGNORE, linear_cross_entropy, logit_chunks, softmax_, token_nll
+from earlyexit.vocabulary import (
+    IGNORE,
+    AdaptiveUnembedding,
+    LinearUnembedding,
+    Predictions,
+    Reader,
+    Scores,
+    linear_cross_entropy,
+    logit_chunks,
+    softmax_,
+    token_nll,
+)
 
 CPU = torch.device("cpu")
 
@@ -101,3 +112,67 @@ def test_the_logits_of_a_batch_are_never_held(monkeypatch):
     assert peak_tensor_bytes(ours, CPU) < whole / 4
     assert peak_tensor_bytes(lambda: token_nll(*args, targets), CPU) < whole / 4
     assert peak_tensor_bytes(theirs, CPU) >= 2 * whole  # the control: logits and their gradient
+
+
+def unembedding(kind) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    features, targets = torch.randn(90, 8, requires_grad=True), torch.randint(60, (90,))
+    targets[::7] = IGNORE
+    return kind(8, 60), 3 * features.detach().requires_grad_(), targets
+
+
+KINDS = [LinearUnembedding, AdaptiveUnembedding]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_head_gives_exact_normalised_probabilities(chunked, kind):
+    head, features, targets = unembedding(kind)
+    log_p = head(features).log_softmax(dim=-1)
+    if kind is AdaptiveUnembedding:
+        torch.testing.assert_close(head(features).exp().sum(dim=-1), torch.ones(90))
+    truth = F.nll_loss(log_p, targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(head.nll(features, targets), truth.detach())
+    assert torch.equal(head.predict(features), log_p.argmax(dim=-1))
+    rows = torch.cat([logits for _, logits in head.chunks(features)])
+    torch.testing.assert_close(rows.log_softmax(dim=-1), log_p)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_heads_loss_is_cross_entropy_with_its_gradients(kind):
+    head, features, targets = unembedding(kind)
+    inputs = [features, *head.parameters()]
+    truth = F.cross_entropy(head(features), targets, ignore_index=IGNORE)
+    found = head.loss(features, targets)
+    torch.testing.assert_close(found, truth)
+    for a, b in zip(grads(found, *inputs), grads(truth, *inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    nothing = head.loss(features, torch.full_like(targets, IGNORE))
+    assert nothing == 0 and not torch.autograd.grad(nothing, features)[0].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_readers_take_the_same_from_logits_and_from_features(chunked, kind):
+    head, features, targets = unembedding(kind)
+    tokens = torch.randperm(90)[:33]
+    for read in (Reader(), Scores(targets), Predictions()):
+        from_logits = read(head(features[tokens]), tokens)
+        found = read.from_features(head, features[tokens], tokens)
+        torch.testing.assert_close(found, from_logits)
+        assert len(read.from_features(head, features[:0], tokens[:0])) == 0
+
+
+def test_an_adaptive_head_scores_without_the_vocabulary():
+    torch.manual_seed(0)
+    head, features = AdaptiveUnembedding(16, 5000).eval(), torch.randn(400, 16)
+    targets = torch.randint(450, (400,))  # frequent words: no cluster is opened
+    peak = peak_tensor_bytes(lambda: head.nll(features, targets), CPU)
+    assert peak < 400 * 5000 * 4 / 3
+
+
+@pytest.mark.parametrize(("width", "words"), [(2, 60), (8, 2)])
+def test_an_adaptive_head_that_cannot_be_is_refused(width, words):
+    with pytest.raises(ValueError, match="output_head='linear'"):
+        AdaptiveUnembedding(width, words)
+    head, features, targets = unembedding(AdaptiveUnembedding)
+    with pytest.raises(ValueError, match="distillation"):
+        head.loss(features, targets, teacher=object())
