@@ -16,8 +16,9 @@ from earlyexit.exits import CRITERIA, Criterion, ExitPolicy, ExitState
 from earlyexit.model import EarlyExitLanguageModel
 from earlyexit.timing import interleaved_times
 from earlyexit.vocabulary import softmax_
+from earlyexit.work import FULL_DEPTH
 
-FULL_DEPTH, ORIGINAL = "full depth", "original's procedure"
+ORIGINAL = "original's procedure"
 WARMUP = 2  # runs that are not counted
 
 
