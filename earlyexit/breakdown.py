@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import numpy as np
@@ -135,31 +135,46 @@ def run_times(
         One row per run and part: run, part, milliseconds (median), total_ms (median, no clock
         running), sum_ms (of the parts), gap (sum_ms / total_ms − 1).
     """
-    device = next(model.parameters()).device
+    return timed_runs({name: (model, run) for name, run in runs.items()}, {FULL_DEPTH}, repeats)
+
+
+def timed_runs(
+    runs: dict[str, tuple[EarlyExitLanguageModel, Callable[[], object]]],
+    plain: Collection[str],
+    repeats: int,
+    quantile: float = 0.5,
+) -> pd.DataFrame:
+    """:func:`run_times` of runs that may have different models, all taken in turn.
+
+    Args:
+        plain: names of runs at full depth without exits.
+        quantile: of the repeats, instead of their median.
+    """
+    device = next(next(iter(runs.values()))[0].parameters()).device
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    timed = dict(runs)
-    for name in runs:
-        timed[f"{name}, clock"] = partial(_clocked, model, name, runs[name], parts[name])
+    timed = {name: run for name, (_, run) in runs.items()}
+    for name, (model, run) in runs.items():
+        timed[f"{name}, clock"] = partial(_clocked, model, run, name in plain, parts[name])
     seconds = interleaved_times(timed, device, repeats, WARMUP)
     rows = []
     for name in runs:
-        medians = 1e3 * pd.DataFrame(parts[name][WARMUP:]).median()
-        total = 1e3 * float(np.median(seconds[name]))
+        typical = 1e3 * pd.DataFrame(parts[name][WARMUP:]).quantile(quantile)
+        total = 1e3 * float(np.quantile(seconds[name], quantile))
         rows += [
             {
                 "run": name,
                 "part": part,
-                "milliseconds": medians[part],
+                "milliseconds": typical[part],
                 "total_ms": total,
-                "sum_ms": medians.sum(),
-                "gap": medians.sum() / total - 1,
+                "sum_ms": typical.sum(),
+                "gap": typical.sum() / total - 1,
             }
             for part in PARTS
         ]
     return pd.DataFrame(rows)
 
 
-def _clocked(model: EarlyExitLanguageModel, name: str, run: Callable, parts: list) -> None:
+def _clocked(model: EarlyExitLanguageModel, run: Callable, plain: bool, parts: list) -> None:
     """Run under a clock and keep its parts.
 
     Runs with exits mark their parts themselves. The plain forward, which knows nothing of parts, is
@@ -168,7 +183,7 @@ def _clocked(model: EarlyExitLanguageModel, name: str, run: Callable, parts: lis
     first, head = model.blocks[0].layer_norm, model.blocks[-1].exit_classifier.layer_norm
     with timed_parts(next(model.parameters()).device) as clock:
         hooks = []
-        if name == FULL_DEPTH:
+        if plain:
             hooks.append(first.register_forward_pre_hook(lambda *_: clock.mark("rest")))
             hooks.append(head.register_forward_pre_hook(lambda *_: clock.mark("blocks")))
         try:

@@ -8,8 +8,9 @@ that short and long runs count alike and a part that takes no time decides nothi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from earlyexit import digests, provenance
 from earlyexit.atomic import atomic_path
-from earlyexit.breakdown import run_times
+from earlyexit.breakdown import WARMUP, timed_runs
 from earlyexit.clock import PARTS
 from earlyexit.model import ModelConfig
 from earlyexit.patterns import geometric_shares, policy_for_shares, random_model, random_tokens
@@ -47,6 +48,7 @@ CHECKED = (
     (128, 3, 8000, 2, 128, 2.0),
 )
 QUICK_FITTED, QUICK_CHECKED = FITTED[:3], CHECKED[3:5]  # for trying out only
+UNDISTURBED = 0.25  # quantile of the repeats: other processes can only add time
 OUTLIER, REWEIGHTINGS = 0.03, 10  # of a run's time: larger errors are other processes' doing
 FITTED_CRITERIA = ("gate", "max_probability")
 
@@ -62,32 +64,34 @@ def loads(grid: Sequence[tuple], criteria: Sequence[str] = FITTED_CRITERIA) -> l
     return out
 
 
-def measure(
-    wanted: Sequence[Load], device: torch.device, repeats: int = 5, title: str = "measure"
-) -> pd.DataFrame:
-    """Time of every load, by part, with random weights and constructed exits.
+def measure(wanted: Sequence[Load], device: torch.device, repeats: int = 5) -> pd.DataFrame:
+    """Time of every load, by part, with random weights and constructed exits, all taken in turn.
 
     Returns:
         One row per load and part: load (its index in ``wanted``), part, milliseconds, total_ms.
     """
-    rows, groups = [], {}
-    for index, load in enumerate(wanted):
-        groups.setdefault((load.config, load.batch, load.length), []).append(index)
-    for (config, batch, length), members in tqdm(groups.items(), desc=title, leave=False):
-        model = random_model(config).to(device)
-        x = random_tokens(config, batch, length).to(device)
-        runs = {}
-        for index in members:
-            load, policy = wanted[index], None
-            name = FULL_DEPTH
-            if load.criterion != FULL_DEPTH:
-                policy = policy_for_shares(model, x, load.shares, load.criterion)
-                name = f"load {index}"
-            runs[name] = lambda p=policy, m=model, x=x: m.nll(x, x, p)
-        names = dict(zip(runs, members, strict=True))
-        times = run_times(model, runs, repeats)
-        rows.append(times.assign(load=times["run"].map(names)))
-    return pd.concat(rows, ignore_index=True)
+    made: dict[tuple, tuple] = {}  # one model and batch for all loads that differ in exits only
+    runs, plain = {}, set()
+    for index, load in enumerate(tqdm(wanted, desc="prepare", leave=False)):
+        key = (load.config, load.batch, load.length)
+        if key not in made:
+            tokens = random_tokens(load.config, load.batch, load.length).to(device)
+            made[key] = random_model(load.config).to(device), tokens
+        (model, x), policy = made[key], None
+        if load.criterion == FULL_DEPTH:
+            plain.add(str(index))
+        else:
+            policy = policy_for_shares(model, x, load.shares, load.criterion)
+        runs[str(index)] = model, partial(model.nll, x, x, policy)
+    with tqdm(total=2 * len(runs) * (repeats + WARMUP), desc="time runs", leave=False) as bar:
+        counted = {name: (m, partial(_counted, run, bar)) for name, (m, run) in runs.items()}
+        table = timed_runs(counted, plain, repeats, UNDISTURBED)
+    return table.assign(load=table["run"].astype(int)).drop(columns="run")
+
+
+def _counted(run: Callable[[], object], bar: tqdm) -> None:
+    run()
+    bar.update()
 
 
 @dataclass(frozen=True)
@@ -213,12 +217,17 @@ def calibrate(
     fitted, checked = (
         loads(grid) for grid in ((QUICK_FITTED, QUICK_CHECKED) if quick else (FITTED, CHECKED))
     )
-    times = measure(fitted, device, repeats, "fit the time model")
-    model = fit(times, fitted)
-    table = check(model, measure(checked, device, repeats, "check it"), checked)
+    times = measure(fitted + checked, device, repeats)  # together: drift hits both alike
+    held_out = times["load"] >= len(fitted)
+    model = fit(times[~held_out], fitted)
+    others = times[held_out].assign(load=times["load"] - len(fitted))
+    table = check(model, others, checked)
     errors = table["error"].abs()
     summary = {"median_error": float(errors.median()), "largest_error": float(errors.max())}
-    both = [check(model, times, fitted).assign(used="fitted"), table.assign(used="checked")]
+    both = [
+        check(model, times[~held_out], fitted).assign(used="fitted"),
+        table.assign(used="checked"),
+    ]
     return TimeModel(model.prices, model.machine, summary), pd.concat(both, ignore_index=True)
 
 
