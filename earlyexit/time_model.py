@@ -47,7 +47,16 @@ CHECKED = (
     (256, 6, 1000, 4, 128, 2.5),
     (128, 3, 8000, 2, 128, 2.0),
 )
-QUICK_FITTED, QUICK_CHECKED = FITTED[:3], CHECKED[3:5]  # for trying out only
+# Measured points of the break-even map, beside the others.
+MAPPED = (
+    (64, 4, 500, 32, 128, 1.5),
+    (64, 4, 2000, 32, 128, 2.5),
+    (64, 4, 8000, 32, 128, 1.5),
+    (64, 4, 500, 1, 128, 1.5),
+    (64, 4, 4000, 1, 128, 2.5),
+    (64, 8, 500, 32, 128, 3.0),
+    (64, 8, 4000, 32, 128, 6.0),
+)
 UNDISTURBED = 0.25  # quantile of the repeats: other processes can only add time
 OUTLIER, REWEIGHTINGS = 0.03, 10  # of a run's time: larger errors are other processes' doing
 FITTED_CRITERIA = ("gate", "max_probability")
@@ -207,25 +216,29 @@ def check(model: TimeModel, measured: pd.DataFrame, wanted: Sequence[Load]) -> p
 
 
 def calibrate(
-    device: torch.device, repeats: int = 7, quick: bool = False
+    device: torch.device,
+    repeats: int = 7,
+    fitted: Sequence[tuple] = FITTED,
+    checked: Sequence[tuple] = CHECKED,
 ) -> tuple[TimeModel, pd.DataFrame]:
     """Fit this machine's prices and check them on other configurations.
+
+    Args:
+        fitted, checked: grids of :func:`loads`; all are timed in turn, so that drift hits both alike.
 
     Returns:
         The time model, and the table of :func:`check` with a column ``used`` ("fitted", "checked").
     """
-    fitted, checked = (
-        loads(grid) for grid in ((QUICK_FITTED, QUICK_CHECKED) if quick else (FITTED, CHECKED))
-    )
-    times = measure(fitted + checked, device, repeats)  # together: drift hits both alike
-    held_out = times["load"] >= len(fitted)
-    model = fit(times[~held_out], fitted)
-    others = times[held_out].assign(load=times["load"] - len(fitted))
-    table = check(model, others, checked)
+    mine, others = loads(fitted), loads(checked)
+    times = measure(mine + others, device, repeats)
+    held_out = times["load"] >= len(mine)
+    model = fit(times[~held_out], mine)
+    rest = times[held_out].assign(load=times["load"] - len(mine))
+    table = check(model, rest, others)
     errors = table["error"].abs()
     summary = {"median_error": float(errors.median()), "largest_error": float(errors.max())}
     both = [
-        check(model, times[~held_out], fitted).assign(used="fitted"),
+        check(model, times[~held_out], mine).assign(used="fitted"),
         table.assign(used="checked"),
     ]
     return TimeModel(model.prices, model.machine, summary), pd.concat(both, ignore_index=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from earlyexit import time_model as times
+from earlyexit.break_even import break_even_map, measured_points
 from earlyexit.clock import PARTS
 from earlyexit.cost import BLOCK, part_flops
 from earlyexit.model import ModelConfig
@@ -113,7 +114,9 @@ def test_one_disturbed_measurement_decides_nothing():
 
 
 def test_what_is_fitted_and_what_is_checked_are_different_configurations():
-    assert not {grid[:5] for grid in times.FITTED} & {grid[:5] for grid in times.CHECKED}
+    assert not {grid[:5] for grid in times.FITTED} & {
+        grid[:5] for grid in times.CHECKED + times.MAPPED
+    }
 
 
 def test_measured_loads_are_complete():
@@ -124,6 +127,22 @@ def test_measured_loads_are_complete():
     model = fit(table, wanted)
     assert set(model.predict(wanted[0])) == set(PARTS)
     assert model.milliseconds(wanted[0]) > 0 and model.speedup(wanted[1]) > 0
+
+
+def test_the_map_is_the_model_at_every_point():
+    model = TimeModel(PRICES, {}, {})
+    grid = break_even_map(model, panels=((4, 8),))
+    assert len(grid) == len(grid[["criterion", "head_ratio", "executed"]].drop_duplicates())
+    lost = grid[(grid["criterion"] == "max_probability") & (grid["executed"] == 1)]
+    assert (lost["speedup_time"] < 1).all()  # every check is paid and nothing is saved
+    gates = grid[grid["criterion"] == "gate"].pivot(
+        index="executed", columns="head_ratio", values="speedup_time"
+    )
+    assert (np.diff(gates.to_numpy(), axis=0) < 1e-9).all()  # deeper is never faster
+    wanted = loads(times.MAPPED)
+    points = measured_points(check(model, synthetic(wanted, PRICES), wanted))
+    assert len(points) == 2 * len(times.MAPPED)
+    np.testing.assert_allclose(points["speedup_time"], points["speedup_predicted"])
 
 
 def test_a_time_model_is_stored_whole(tmp_path):
