@@ -352,7 +352,7 @@ def run_parts(table: pd.DataFrame) -> Figure:
         xlim=(0, 1.12 * max(left.max(), totals.max())),
     )
     ax.grid(axis="y", visible=False)
-    fig.legend(loc="outside right upper")
+    fig.legend(loc="outside right upper", markerscale=0.5)
     return fig
 
 
