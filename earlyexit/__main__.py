@@ -1,4 +1,4 @@
-"""Command line: ``python -m earlyexit run | status | readme``.
+"""Command line: ``python -m earlyexit run | status | readme | bench | predict``.
 
 Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted.
 """
@@ -6,10 +6,11 @@ Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -78,6 +79,58 @@ def _readme(options: argparse.Namespace) -> int:
     return 1 if stale else 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from earlyexit import bench
+    from earlyexit.prediction import device_and_threads
+    from earlyexit.settings import UsageError
+
+    device = device_and_threads(options.device, options.threads)
+    if options.repeats < 1:
+        raise UsageError(f"--repeats {options.repeats} must be at least 1")
+    model = None
+    if options.model:
+        from earlyexit.checkpoints import CheckpointError, load_model
+
+        try:
+            model = load_model(options.model, device=device)
+        except CheckpointError as error:
+            raise UsageError(f"--model: {error}") from None
+    repeats = min(3, options.repeats) if options.quick else options.repeats
+    plan = bench.Bench(device, repeats, options.quick, model)
+    conditions, rows = bench.conditions(device), []
+    for name, section in _progress(plan.sections()):
+        logging.getLogger("earlyexit").info("%s …", name)
+        rows += section()
+    if options.json:
+        print(json.dumps({"conditions": conditions, "rows": [r.to_dict() for r in rows]}, indent=2))
+        return 0
+    print(bench.table(rows))
+    print(
+        f"\nMedians of interleaved repeats ({repeats}), {conditions['threads']} threads on"
+        f" {conditions['cpus']} CPUs, load before the start {conditions['load_before']}."
+    )
+    weights = "the weights given" if model is not None else "random weights"
+    print(f"Rows end to end: {weights}; all rows: exits constructed, so no quality is claimed.")
+    return 0
+
+
+def _progress(sections: dict) -> Iterator[tuple]:
+    from tqdm.auto import tqdm
+
+    yield from tqdm(sections.items(), desc="bench", file=sys.stderr)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from earlyexit import prediction
+
+    load = prediction.load_from(options)
+    device = prediction.device_and_threads(options.device, options.threads)
+    model = prediction.time_model(device, refit=options.refit)
+    answer = prediction.answer(model, load)
+    print(json.dumps(answer, indent=2) if options.json else prediction.text(answer))
+    return 0
+
+
 def _show(plan: Plan) -> None:
     """One line per notebook; the expected time where something is to be done."""
     print(f"{plan.label}: {plan.command}")
@@ -134,7 +187,45 @@ def _parser() -> argparse.ArgumentParser:
     readme = commands.add_parser("readme", help="regenerate the README's number blocks")
     readme.set_defaults(command=_readme)
     readme.add_argument("--check", action="store_true", help="only say which differ")
+
+    bench = commands.add_parser("bench", help="ratios of times, beside their targets")
+    bench.set_defaults(command=_bench)
+    bench.add_argument("--quick", action="store_true", help="small sizes, three repeats")
+    bench.add_argument("--repeats", type=int, default=9, help="of each run (default: 9)")
+    bench.add_argument("--model", metavar="FILE", help="checkpoint for the end-to-end rows")
+    _add_machine(bench)
+
+    predict = commands.add_parser(
+        "predict", help="time of a configuration that was never run",
+        description="Time of scoring a batch with and without exits, from prices fitted on this"
+        " machine (once; kept in the cache).",
+    )  # fmt: skip
+    predict.set_defaults(command=_predict)
+    predict.add_argument("--d-model", type=int, required=True, metavar="D")
+    predict.add_argument("--n-layers", type=int, required=True, metavar="L")
+    predict.add_argument("--vocab", type=int, required=True, metavar="V")
+    predict.add_argument("--batch", type=int, default=32, metavar="B")
+    predict.add_argument("--n-seq", type=int, default=128, metavar="N")
+    predict.add_argument("--bk-heads", type=int, default=16, metavar="H")
+    predict.add_argument("--num-experts", type=int, default=4, metavar="E")
+    predict.add_argument("--top-k", type=int, default=1, metavar="K")
+    predict.add_argument("--output-head", default="linear", help="linear or adaptive")
+    predict.add_argument("--criterion", default="gate", help="what decides (default: gate)")
+    exits = predict.add_mutually_exclusive_group()
+    exits.add_argument("--mean-depth", type=float, help="layers executed (default: (L + 1) / 2)")
+    exits.add_argument(
+        "--exit-shares", type=float, nargs="+", metavar="P",
+        help="share of tokens leaving at each layer, and last those that leave at none",
+    )  # fmt: skip
+    predict.add_argument("--refit", action="store_true", help="measure this machine again")
+    _add_machine(predict)
     return parser
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")
+    parser.add_argument("--json", action="store_true", help="for machines")
 
 
 if __name__ == "__main__":

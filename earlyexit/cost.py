@@ -2,7 +2,8 @@
 
 One multiply-add counts two FLOPs. Profilers count matrix products only (recurrences, softmax and
 normalisations count as zero there), hence this table; its matrix products are checked against
-``torch.utils.flop_counter`` in the tests.
+``torch.utils.flop_counter`` in the tests. Bytes count every tensor that an operation reads or writes
+once, in float32, whatever a cache may save.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ LAYER_NORM = 8  # two moments, scale, shift
 BK_STEP = 18  # one complex reciprocal and multiply-add, in real arithmetic
 SOFTMAX = 5  # maximum, subtraction, exponential, sum, comparison or division
 COSINE = 6  # three inner products
+FLOAT, COMPLEX = 4, 16  # bytes; BK-Core computes in double precision
+# Shares of tokens whose word is in the middle and in the rare cluster of an adaptive softmax, as they
+# are in English text with words numbered by frequency.
+TAIL_SHARES = (0.15, 0.05)
 
 
 def part_flops(config: ModelConfig) -> dict[str, float]:
@@ -35,8 +40,49 @@ def part_flops(config: ModelConfig) -> dict[str, float]:
         "experts": config.top_k * (2 * 2 * d * hidden + hidden),
         "translator": 2 * d * d if config.exit_head == "translator" else 0.0,
         "head norm": LAYER_NORM * d,
-        "unembedding": 2 * d * config.vocab_size,
-        "softmax": SOFTMAX * config.vocab_size,
+        "unembedding": sum(2 * rows * width for rows, width, _ in _projections(config)),
+        "softmax": SOFTMAX * vocabulary_width(config),
+    }
+
+
+def _projections(config: ModelConfig) -> list[tuple[float, float, bool]]:
+    """Matrices ``(rows, columns)`` that scoring one token multiplies with, rows as an expected number.
+
+    The third entry says whether the result is a part of the vocabulary.
+    """
+    d, v = config.d_model, config.vocab_size
+    if config.output_head == "linear":
+        return [(v, d, True)]
+    cuts = (v // 10, 4 * v // 10, v)
+    out: list[tuple[float, float, bool]] = [(cuts[0] + len(TAIL_SHARES), d, True)]
+    for k, share in enumerate(TAIL_SHARES):
+        width = d // 2 ** (k + 1)
+        out += [(share * width, d, False), (share * (cuts[k + 1] - cuts[k]), width, True)]
+    return out
+
+
+def vocabulary_width(config: ModelConfig) -> float:
+    """Logits made to score one token: V, or with an adaptive softmax its expected number."""
+    return sum(rows for rows, _, words in _projections(config) if words)
+
+
+def part_bytes(config: ModelConfig) -> dict[str, float]:
+    """Bytes of activations per token that the parts of :func:`part_flops` read and write."""
+    d, h, e, v = config.d_model, config.bk_heads, config.num_experts, vocabulary_width(config)
+    hidden = config.expert_hidden or 2 * d
+    expert = 2 * d + 4 * hidden  # in, hidden, activation in and out, hidden, out
+    dispatch = 8 * d  # gather, join, and put back in order, twice each; weigh
+    return {
+        "layer norm": FLOAT * 2 * d,
+        "potentials": FLOAT * (d + h),
+        "BK-Core": FLOAT * 3 * h + 2 * COMPLEX * h,
+        "projection": FLOAT * (2 * h + 8 * d),  # with scale, sum and residual
+        "router": FLOAT * (d + 3 * e),
+        "experts": FLOAT * config.top_k * (expert + dispatch),
+        "translator": FLOAT * 4 * d if config.exit_head == "translator" else 0.0,
+        "head norm": FLOAT * 2 * d,
+        "unembedding": FLOAT * (d + v),
+        "softmax": FLOAT * 2 * v,
     }
 
 
@@ -101,8 +147,8 @@ def exit_costs(config: ModelConfig, criterion: str) -> np.ndarray:
 
 
 def cost_table(config: ModelConfig) -> pd.DataFrame:
-    """Parts with parameters, FLOPs per token, and FLOPs as a share of one block."""
-    parts = part_flops(config)
+    """Parts with parameters, FLOPs and bytes of activations per token, FLOPs as a share of one block."""
+    parts, moved = part_flops(config), part_bytes(config)
     d, h, v = config.d_model, config.bk_heads, config.vocab_size
     hidden = config.expert_hidden or 2 * d
     parameters = {
@@ -114,7 +160,7 @@ def cost_table(config: ModelConfig) -> pd.DataFrame:
         "experts": config.num_experts * (2 * d * hidden + hidden + d),
         "translator": d * d + d if config.exit_head == "translator" else 0,
         "head norm": 2 * d,
-        "unembedding": v * d + v,
+        "unembedding": v * d + v if config.output_head == "linear" else _adaptive_parameters(d, v),
         "softmax": 0,
     }
     block = total(parts, BLOCK)
@@ -124,11 +170,19 @@ def cost_table(config: ModelConfig) -> pd.DataFrame:
             "group": "block" if name in BLOCK else "head",
             "parameters": parameters[name],
             "flops_per_token": flops,
+            "bytes_per_token": moved[name],
             "share_of_block": flops / block,
         }
         for name, flops in parts.items()
     ]
     return pd.DataFrame(rows)
+
+
+def _adaptive_parameters(d: int, v: int) -> int:
+    cuts = (v // 10, 4 * v // 10, v)
+    head = cuts[0] + len(TAIL_SHARES)
+    clusters = [(d // 2 ** (k + 1), cuts[k + 1] - cuts[k]) for k in range(len(TAIL_SHARES))]
+    return head * d + head + sum(width * d + size * width for width, size in clusters)
 
 
 def break_even_depth(layers: int, head_ratio: float) -> float:

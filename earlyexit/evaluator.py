@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from earlyexit.clock import marker
 from earlyexit.devices import resolve_device
 from earlyexit.execution import Execution
 from earlyexit.exits import CRITERIA, ExitPolicy, check_threshold
@@ -194,16 +195,22 @@ def original_early_exit(
     Returns:
         Logits ``(B, N, V)`` and exit layers ``(B, N)``.
     """
-    h = model.embed(x)
+    mark, h = marker(), model.embed(x)
     logits = h.new_zeros(*x.shape, model.vocab_size)
     exit_layers = torch.full_like(x, model.n_layers)
     exited = torch.zeros_like(x, dtype=torch.bool)
+    mark("rest")
     for layer, block in enumerate(model.blocks):
-        h, exit_logits = block(h)
+        h = block.hidden(h)
+        mark("blocks")
+        exit_logits = block.exit_classifier(h)
+        mark("head")
         confidence = exit_logits.softmax(dim=-1).max(dim=-1).values
         leaving = (confidence >= threshold) & ~exited
+        mark("check")
         logits = torch.where(leaving[..., None], exit_logits, logits)
         exit_layers = torch.where(leaving, layer, exit_layers)
+        mark("gather/scatter")
         exited |= leaving
         if exited.all():
             return logits, exit_layers

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from earlyexit.clock import marker
 from earlyexit.exits import ExitPolicy, ExitState
+from earlyexit.propagation import ExitedPotentials
 from earlyexit.vocabulary import Reader
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class ExitRun:
         scores: the criterion at the exit, or at the last layer ``(T,)``; NaN where it has none.
     """
 
-    outputs: Tensor
+    outputs: Tensor | None
     exit_layers: Tensor
     scores: Tensor
 
@@ -53,50 +55,96 @@ def run(
         read: what to take from each token's prediction.
         execution: ``"compacted"`` or ``"dense"``.
     """
+    return _run(model, x, policy, read, execution)
+
+
+@torch.no_grad()
+def decide(
+    model: EarlyExitLanguageModel,
+    x: Tensor,
+    policy: ExitPolicy,
+    execution: Execution = "compacted",
+) -> ExitRun:
+    """Layers and checks of :func:`run` without any prediction: where tokens leave, no vocabulary paid.
+
+    Returns:
+        A run whose ``outputs`` are None.
+
+    Raises:
+        ValueError: the policy's criterion reads logits.
+    """
+    if policy.rule.reads == "logits":
+        raise ValueError(f"{policy.criterion!r} reads logits: its decisions are not free of them")
+    return _run(model, x, policy, None, execution)
+
+
+def _run(model, x: Tensor, policy: ExitPolicy, read: Reader | None, execution: str) -> ExitRun:
     if execution not in ("compacted", "dense"):
         raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
     h = model.embed(x)
     walk = _compacted if execution == "compacted" else _dense
     progress = torch.arange(x.shape[1], device=x.device).expand_as(x).flatten() / model.n_seq
     tally = _Tally(model, progress, policy, read)
+    tally.mark("rest")
     walk(model, h, tally)
     return tally.finish()
 
 
 def _dense(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
+    mark = marker()
     for layer, block in enumerate(model.blocks):
+        if not len(tally.alive):  # the slowest has left
+            return
         after = block.hidden(h)
+        mark("blocks")
         alive = tally.alive
-        state = _state(model, layer, after.flatten(0, 1)[alive], h.flatten(0, 1)[alive])
+        now, before = (t.flatten(0, 1).index_select(0, alive) for t in (after, h))
         frozen = torch.ones(h.shape[0] * h.shape[1], dtype=torch.bool, device=h.device)
         frozen[alive] = False
         h = torch.where(frozen.view(*h.shape[:2], 1), h, after)
-        tally.leave(state)
+        mark("gather/scatter")
+        tally.leave(_state(model, layer, now, before))
 
 
 def _compacted(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
-    everyone = h.shape[0] * h.shape[1]
-    frozen = h.flatten(0, 1)  # (T, D): current states of the alive, last states of the exited
-    u = model.blocks[0].layer_norm(frozen)
+    mark, shape = marker(), h.shape[:2]
+    h = h.flatten(0, 1)  # (A, D): states of the A tokens that are still running
+    exited = ExitedPotentials(model, len(h))
+    u = model.blocks[0].layer_norm(h)
+    mark("blocks")
     for layer, block in enumerate(model.blocks):
-        alive = tally.alive
-        if not len(alive):
+        alive, bk = tally.alive, block.bk_layer
+        v = bk.potentials(u)
+        mark("blocks")
+        v = exited.join(layer, alive, v)  # (T, H)
+        mark("gather/scatter")
+        features = bk.bk_core(v.view(*shape, -1)).flatten(0, 1)
+        mark("blocks", "propagation", len(alive) / len(v))  # the recursion passes over everyone
+        if len(alive) < len(v):
+            features = features.index_select(0, alive)
+            mark("gather/scatter")
+        before, h = h, h + bk.transform(u, features)
+        last = layer + 1 == model.n_layers
+        # Shared: the gate reads what the next block reads.
+        u = None if last else model.blocks[layer + 1].layer_norm(h)
+        mark("blocks")
+        departure = tally.leave(ExitState(layer, h, before, u, model.gates))
+        if last or not len(tally.alive):
             return
-        v = block.bk_layer.potentials(u)
-        features = block.bk_layer.bk_core(v.view(*h.shape[:2], -1)).flatten(0, 1)
-        if len(alive) == everyone:
-            before, after = frozen, frozen + block.bk_layer.transform(u, features)
-            frozen = after
-        else:
-            before = frozen[alive]
-            after = before + block.bk_layer.transform(u[alive], features[alive])
-            frozen = frozen.index_copy(0, alive, after)
-        if layer + 1 < model.n_layers:  # shared: the gate reads what the next block reads
-            u = model.blocks[layer + 1].layer_norm(frozen)
-            read = u if len(alive) == everyone else u[alive]
-            tally.leave(ExitState(layer, after, before, read, model.gates))
-        else:
-            tally.leave(ExitState(layer, after, before, None, model.gates))
+        if departure is not None:
+            exited.add(layer, departure.tokens, departure.hidden)
+            mark("propagation")
+            h, u = h.index_select(0, departure.stay), u.index_select(0, departure.stay)
+            mark("gather/scatter")
+
+
+@dataclass
+class _Departure:
+    """Who left at an exit: ``tokens`` with last states ``hidden`` ``(E, D)``; the rows that stay."""
+
+    tokens: Tensor
+    hidden: Tensor
+    stay: Tensor
 
 
 def _state(model: EarlyExitLanguageModel, layer: int, after: Tensor, before: Tensor) -> ExitState:
@@ -188,7 +236,11 @@ class _Tally:
     """
 
     def __init__(
-        self, model: EarlyExitLanguageModel, progress: Tensor, policy: ExitPolicy, read: Reader
+        self,
+        model: EarlyExitLanguageModel,
+        progress: Tensor,
+        policy: ExitPolicy,
+        read: Reader | None,
     ):
         if len(policy.thresholds) != model.n_layers:
             raise ValueError(
@@ -204,14 +256,20 @@ class _Tally:
         self.streak = torch.zeros_like(self.scores)
         self.outputs: Tensor | None = None
         self.waiting: list[tuple[ExitHead, Tensor, Tensor]] = []
+        self.mark = marker()
 
-    def leave(self, state: ExitState) -> None:
-        """Judge the alive tokens at an exit, and let go those that pass (at the end, all)."""
+    def leave(self, state: ExitState) -> _Departure | None:
+        """Judge the alive tokens at an exit, and let go those that pass (at the end, all).
+
+        Returns:
+            Who left, and which rows stay; None where all stay.
+        """
+        mark = self.mark
         layer, rule = state.layer, self.policy.rule
         threshold, last = self.policy.thresholds[layer], state.layer == self.model.n_layers - 1
         skip = threshold == rule.never and not rule.streak  # a streak must see every exit
         if not len(self.alive) or (skip and not last):
-            return
+            return None
         head, output = self.model.blocks[layer].exit_classifier, None
         if skip:
             passed = torch.zeros_like(self.alive, dtype=torch.bool)
@@ -223,23 +281,34 @@ class _Tally:
                 score = rule.score(state)
             if rule.streak:
                 score = self._extend_streak(score)
-            passed = self.policy.passes(layer, score, self.progress[self.alive])
+            passed = self.policy.passes(layer, score, self._progress())
         # One transfer to the host per layer: how many leave, and whether all is well.
         leaving, broken = torch.stack([passed.sum(), torch.isnan(score).sum()]).tolist()
+        mark("check")
         if broken and not skip and not (last and rule.reads == "state"):
             raise ValueError(
                 f"{rule.name} is NaN at layer {layer}: the weights hold NaN or infinity"
             )
+        if not leaving and not last:
+            return None
         order = passed.argsort(stable=True, descending=True)
         gone, stay = (order, order[:0]) if last else order.tensor_split([leaving])
-        tokens = self.alive[gone]
+        tokens, hidden = self.alive[gone], state.hidden.index_select(0, gone)
         self.scores[tokens] = score[gone]
         self.exit_layers[tokens] = torch.where(passed[gone], layer, self.model.n_layers)
-        if output is not None:
-            self._store(tokens, output[gone])
-        else:
-            self.waiting.append((head, tokens, head.features(state.hidden[gone])))
         self.alive = self.alive[stay]
+        mark("gather/scatter")
+        if output is not None:
+            self._store(tokens, output.index_select(0, gone))
+            mark("gather/scatter")
+        elif self.read is not None:
+            self.waiting.append((head, tokens, head.features(hidden)))
+            mark("head")
+        return _Departure(tokens, hidden, stay)
+
+    def _progress(self) -> Tensor | float:
+        """Where each alive token stands in its window; only thresholds that decay ask."""
+        return self.progress[self.alive] if self.policy.decay else 0.0
 
     def _score_and_read(self, head: ExitHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
         score, output = [], []
@@ -267,6 +336,10 @@ class _Tally:
             tokens = torch.cat([tokens for _, tokens, _ in departures])
             if len(tokens):
                 features = torch.cat([features for *_, features in departures])
+                self.mark("gather/scatter")
                 head = departures[0][0]
-                self._store(tokens, self.read.from_features(head.unembedding, features, tokens))
+                outputs = self.read.from_features(head.unembedding, features, tokens)
+                self.mark("head")
+                self._store(tokens, outputs)
+                self.mark("gather/scatter")
         return ExitRun(self.outputs, self.exit_layers, self.scores)

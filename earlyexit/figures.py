@@ -356,6 +356,188 @@ def layer_equivalents(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def run_parts(table: pd.DataFrame) -> Figure:
+    """Where the time of whole runs goes, stacked; a tick marks the total measured with no clock running.
+
+    Args:
+        table: columns run, part, milliseconds, total_ms.
+    """
+    runs, parts = list(dict.fromkeys(table["run"])), list(dict.fromkeys(table["part"]))
+    fig, ax = plt.subplots(figsize=(PAGE * 0.8, 0.7 + 0.42 * len(runs)))
+    grid = table.pivot_table(index="run", columns="part", values="milliseconds").loc[runs, parts]
+    totals = table.groupby("run")["total_ms"].mean()[runs]
+    left = np.zeros(len(runs))
+    for k, part in enumerate(parts):
+        ax.barh(runs, grid[part], left=left, color=f"C{k}", label=part, height=0.6)
+        left = left + grid[part].to_numpy()
+    ax.plot(totals, runs, "|", color="black", markersize=16, label="measured total")
+    for y, (total, end) in enumerate(zip(totals, left, strict=True)):
+        ax.text(max(total, end), y, f"  {total:.0f} ms", va="center", fontsize=7)
+    ax.invert_yaxis()
+    ax.set(
+        xlabel="milliseconds per batch, scored (median)",
+        xlim=(0, 1.12 * max(left.max(), totals.max())),
+    )
+    ax.grid(axis="y", visible=False)
+    fig.legend(loc="outside right upper", markerscale=0.5)
+    return fig
+
+
+def compaction(table: pd.DataFrame) -> Figure:
+    """Three speedups over the mean depth: what layers and FLOPs allow, and what the clock shows.
+
+    Args:
+        table: columns depth, speedup_layers, speedup_flops, speedup_time, low, high.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.4))
+    rows = table.sort_values("depth")
+    left.plot(rows["depth"], rows["speedup_layers"], "--", color="0.35", label="layers")
+    left.plot(rows["depth"], rows["speedup_flops"], "s-", color="C1", label="FLOPs")
+    error = [rows["speedup_time"] - rows["low"], rows["high"] - rows["speedup_time"]]
+    left.errorbar(
+        rows["depth"], rows["speedup_time"], yerr=np.clip(error, 0, None), fmt="o-", capsize=2,
+        color="C0", label="wall-clock",
+    )  # fmt: skip
+    left.set(xlabel="mean layers executed", ylabel="speedup against full depth")
+    left.yaxis.set_major_formatter("{x:g}×")
+    left.legend()
+    ratio = rows["speedup_time"] / rows["speedup_flops"]
+    bars = right.bar(rows["depth"].astype(str), ratio, color="C0", width=0.6)
+    right.bar_label(bars, [f"{100 * v:.0f} %" for v in ratio], fontsize=7)
+    right.axhline(0.9, **REFERENCE)
+    right.set(xlabel="mean layers executed", ylabel="wall-clock / FLOP speedup")
+    right.set_ylim(0, max(1.15, 1.1 * ratio.max()))
+    _percent(right.yaxis)
+    right.grid(axis="x", visible=False)
+    return fig
+
+
+def predicted_measured(table: pd.DataFrame) -> Figure:
+    """Predicted against measured time of runs, with the identity and ±10 %.
+
+    Args:
+        table: columns measured_ms, predicted_ms, used ("fitted" or "checked"), criterion.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN * 1.45, 2.7))
+    low, high = table["measured_ms"].min() * 0.7, table["measured_ms"].max() * 1.4
+    line = np.array([low, high])
+    ax.fill_between(line, 0.9 * line, 1.1 * line, color="0.9", zorder=0, label="±10 %")
+    ax.plot(line, line, **REFERENCE)
+    for k, (criterion, rows) in enumerate(table.groupby("criterion", sort=False)):
+        for used, face in (("fitted", "none"), ("checked", f"C{k}")):
+            part = rows[rows["used"] == used]
+            ax.plot(
+                part["measured_ms"], part["predicted_ms"], MARKERS[k], color=f"C{k}",
+                markerfacecolor=face, label=f"{label_of(criterion)}, {used}",
+            )  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="measured (ms)", ylabel="predicted (ms)")
+    ax.set(xlim=(low, high), ylim=(low, high))
+    fig.legend(loc="outside right upper")
+    return fig
+
+
+def break_even(grid: pd.DataFrame, points: pd.DataFrame) -> Figure:
+    """Predicted wall-clock speedup over head/block ratio and exit rate; where it is 1, exits lose.
+
+    Args:
+        grid: columns criterion, n_layers, batch, head_ratio, executed (share of layers), speedup_time.
+        points: measured: the same columns; drawn as circles where exits won, crosses where they lost.
+    """
+    rows = list(dict.fromkeys(grid["criterion"]))
+    columns = sorted(set(zip(grid["n_layers"], grid["batch"], strict=True)))
+    fig, axes = plt.subplots(
+        len(rows), len(columns), figsize=(PAGE, 1.75 * len(rows) + 0.4), sharex=True, sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    norm = plt.matplotlib.colors.TwoSlopeNorm(0, -2, 2)  # log2: white is break-even
+    for line, criterion in zip(axes, rows, strict=True):
+        for ax, (layers, batch) in zip(line, columns, strict=True):
+            part = grid.query("criterion == @criterion and n_layers == @layers and batch == @batch")
+            table = part.pivot(index="executed", columns="head_ratio", values="speedup_time")
+            image = ax.pcolormesh(
+                table.columns,
+                table.index,
+                np.log2(table),
+                norm=norm,
+                cmap="RdBu",
+                shading="gouraud",
+            )
+            log = np.log2(table)
+            if log.min().min() < 0 < log.max().max():
+                ax.contour(
+                    table.columns, table.index, log, levels=[0], colors="black", linewidths=1
+                )
+            mine = points.query(
+                "criterion == @criterion and n_layers == @layers and batch == @batch"
+            )
+            for won, marker in ((True, "o"), (False, "X")):
+                dots = mine[(mine["speedup_time"] >= 1) == won]
+                ax.scatter(
+                    dots["head_ratio"], dots["executed"], c=np.log2(dots["speedup_time"]), norm=norm,
+                    cmap="RdBu", marker=marker, s=30, edgecolor="black", linewidth=0.6, zorder=3,
+                )  # fmt: skip
+            ax.set(xscale="log", xlim=(table.columns.min(), table.columns.max()))
+            ax.set_title(f"{label_of(criterion)}\n{layers} layers, batch {batch}", fontsize=7)
+            ax.grid(visible=False)
+    fig.supxlabel("FLOPs of the head / FLOPs of a block", fontsize=8)
+    fig.supylabel("share of layers executed", fontsize=8)
+    bar = fig.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2])
+    bar.ax.set_yticklabels(["¼×", "½×", "1×", "2×", "4×"])
+    bar.set_label("wall-clock speedup")
+    return fig
+
+
+def throughput(table: pd.DataFrame) -> Figure:
+    """Tokens per second over the batch size, one line per execution and grouping.
+
+    Args:
+        table: columns batch, execution, grouping, tokens_per_second, layers_run.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.5))
+    styles = {"random": "-", "first exit": "--", "hindsight": ":", "": "-"}
+    colors = {"compacted": "C0", "dense": "C1", "full depth": "0.35"}
+    for (execution, grouping), rows in table.groupby(["execution", "grouping"], sort=False):
+        look = {"color": colors[execution], "linestyle": styles[grouping], "marker": "o"}
+        label = f"{execution}, {grouping}" if grouping else execution
+        left.plot(rows["batch"], rows["tokens_per_second"] / 1e3, label=label, **look)
+        if execution == "dense":
+            right.plot(rows["batch"], rows["layers_run"], **look)
+    sizes = sorted(table["batch"].unique())
+    for ax in (left, right):
+        ax.set(xscale="log", xlabel="batch size (windows)")
+        _plain_ticks(ax, sizes)
+    left.set(ylabel="thousand tokens per second", ylim=(0, None))
+    right.set(ylabel="layers until the slowest has left", ylim=(0, None))
+    fig.legend(loc="outside right upper")
+    return fig
+
+
+def propagation(table: pd.DataFrame) -> Figure:
+    """What left states cost in perplexity, by layers executed and by position in the window.
+
+    Args:
+        table: columns by, value, cost; see :func:`earlyexit.left_states.propagation_cost`.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(PAGE * 0.85, 2.2), sharey=True)
+    labels = {"layers executed": "layers executed", "position": "position in the window"}
+    for ax, (by, label) in zip(axes, labels.items(), strict=True):
+        rows = table[table["by"] == by].groupby("value")["cost"]
+        mean = rows.mean()
+        ax.plot(mean.index, mean, "o-")
+        ax.fill_between(mean.index, rows.min(), rows.max(), alpha=0.2)
+        ax.axhline(0, **REFERENCE)
+        ax.axhline(table[table["by"] == "all"]["cost"].mean(), color="C1", linewidth=0.9)
+        ax.set(xlabel=label)
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("perplexity, real / traced − 1")
+    axes[1].text(
+        1, table[table["by"] == "all"]["cost"].mean(), "all tokens", color="C1", fontsize=7,
+        transform=axes[1].get_yaxis_transform(), va="bottom", ha="right",
+    )  # fmt: skip
+    _percent(axes[0].yaxis, 1)
+    return fig
+
+
 # ---------------------------------------------------------------- 05 memory
 
 

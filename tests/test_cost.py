@@ -164,6 +164,26 @@ def test_checking_with_a_full_head_caps_the_speedup(make_model):
     assert best == pytest.approx(exact)
 
 
+def test_an_adaptive_head_is_cheaper_and_counted_whole(make_model):
+    model = make_model(output_head="adaptive", tie_embeddings=False, vocab_size=500)
+    table = cost_table(model.config).set_index("part")
+    head = model.blocks[-1].exit_classifier.unembedding
+    assert table.parameters["unembedding"] == sum(p.numel() for p in head.parameters())
+    full = cost_table(make_model(vocab_size=500).config).set_index("part")
+    for part in ("unembedding", "softmax"):
+        assert 0 < table.flops_per_token[part] < full.flops_per_token[part]
+        assert 0 < table.bytes_per_token[part] < full.bytes_per_token[part]
+
+
+def test_bytes_are_at_least_what_goes_in_and_comes_out(make_model):
+    config = make_model().config
+    moved = cost_table(config).set_index("part").bytes_per_token
+    d, v = config.d_model, config.vocab_size
+    assert moved["layer norm"] == 4 * 2 * d
+    assert moved["unembedding"] == 4 * (d + v)
+    assert (moved > 0).all()
+
+
 def test_static_policies_check_nothing(make_model, make_tokens):
     model, x = make_model(), make_tokens(4, 11)
     parts = products(model.config)

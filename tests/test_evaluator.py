@@ -216,7 +216,7 @@ def test_with_more_layers_they_agree_until_an_exited_tokens_state_is_read(make_m
 
 def test_the_original_stops_when_all_have_left(make_model, make_tokens):
     model, x, ran = make_model(), make_tokens(2, 5), []
-    model.blocks[1].register_forward_hook(lambda *_: ran.append(1))
+    model.blocks[1].layer_norm.register_forward_hook(lambda *_: ran.append(1))
     _, exits = original_early_exit(model, x, 0.0)
     assert not exits.any() and not ran
     with torch.no_grad():

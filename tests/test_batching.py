@@ -1,0 +1,101 @@
+"""Every window is in one batch; grouping helps who waits; left states cost what a naive sum says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from earlyexit.batching import batches, executed_depth, predicted_difficulty, throughput
+from earlyexit.corpus import loader
+from earlyexit.exits import ExitPolicy
+from earlyexit.left_states import left_states, propagation_cost
+from earlyexit.trace import collect_trace
+
+
+@pytest.mark.parametrize("difficulty", [None, "given"])
+@pytest.mark.parametrize("size", [1, 3, 7, 20])
+def test_every_window_is_in_exactly_one_batch(difficulty, size):
+    values = np.random.default_rng(0).random(11)
+    groups = batches(values if difficulty else None, 11, size)
+    assert sorted(np.concatenate(groups)) == list(range(11))
+    assert all(len(g) == size for g in groups[:-1]) and 1 <= len(groups[-1]) <= size
+    if difficulty:
+        assert (np.diff(values[np.concatenate(groups)]) >= 0).all()
+
+
+def test_impossible_batches_are_refused():
+    with pytest.raises(ValueError, match="batch size"):
+        batches(None, 4, 0)
+    with pytest.raises(ValueError, match="difficulties"):
+        batches(np.zeros(3), 4, 2)
+
+
+def test_difficulty_is_that_of_the_first_exit(make_model, make_tokens, make_policy):
+    model, x = make_model(), make_tokens(30, 12)
+    policy = make_policy(model, x, "gate")
+    found = predicted_difficulty(model, x, policy, batch=7)
+    assert found.shape == (30,)
+    np.testing.assert_allclose(found, predicted_difficulty(model, x, policy, batch=30), rtol=1e-5)
+    above = make_policy(model, x, "saturation")
+    assert (predicted_difficulty(model, x, above) <= 0).any()  # sign turned: larger is deeper
+    left_early = (executed_depth(model, x, policy) == 1).mean(axis=1)
+    assert np.corrcoef(found, left_early)[0, 1] < 0
+    with pytest.raises(ValueError, match="criterion"):
+        predicted_difficulty(model, x, ExitPolicy.constant(0.5, 3))
+
+
+def test_grouping_by_hindsight_lets_dense_batches_stop_earlier(
+    make_model, make_tokens, make_policy
+):
+    model, x = make_model(), make_tokens(64, 4)
+    policy = make_policy(model, x, "gate", 0.7)
+    table = throughput(model, x, policy, [4, 16], repeats=1)
+    assert (table["tokens_per_second"] > 0).all()
+    run = table[table["execution"] == "dense"].pivot(
+        index="batch", columns="grouping", values="layers_run"
+    )
+    assert (run["hindsight"] <= run["random"]).all() and (run["hindsight"] < run["random"]).any()
+    assert set(table["execution"]) == {"compacted", "dense", "full depth"}
+
+
+def test_dense_execution_stops_with_its_slowest_token(make_model, make_tokens):
+    model, x, ran = make_model(), make_tokens(2, 5), []
+    hooks = [b.layer_norm.register_forward_hook(lambda *_, k=k: ran.append(k))
+             for k, b in enumerate(model.blocks)]  # fmt: skip
+    model.nll(x, x, ExitPolicy.static(0, 3), "dense")
+    assert 2 not in ran
+    for hook in hooks:
+        hook.remove()
+
+
+def test_propagation_costs_nothing_where_nothing_leaves(make_model, corpus):
+    model, split = make_model(), corpus.splits["fit"]
+    trace = collect_trace(model, split, corpus.eos_id)
+    read = lambda: loader(split, 12, 5, corpus.eos_id)  # noqa: E731
+    tokens = left_states(model, trace, read(), ExitPolicy.static(3, 3))
+    table = propagation_cost(tokens, 3, 12)
+    assert table["cost"].abs().max() < 1e-5 and (table["moved"] == 0).all()
+    assert table.groupby("by")["tokens"].sum().nunique() == 1
+
+
+def test_propagation_cost_is_the_ratio_of_perplexities(make_model, make_policy, corpus):
+    model, split = make_model(), corpus.splits["fit"]
+    trace = collect_trace(model, split, corpus.eos_id)
+    first = next(iter(loader(split, 12, 5, corpus.eos_id)))[0]
+    policy = make_policy(model, first, "gate")
+    tokens = left_states(model, trace, loader(split, 12, 5, corpus.eos_id), policy)
+    table = propagation_cost(tokens, 3, 12).set_index("by")
+    assert table.loc["all", "perplexity_trace"] == pytest.approx(
+        trace.evaluate(policy)["perplexity"]
+    )
+    assert table.loc["all", "cost"] == pytest.approx(
+        table.loc["all", "perplexity"] / table.loc["all", "perplexity_trace"] - 1
+    )
+    # A token that leaves at once has read no state that another one left.
+    first_exit = tokens[(tokens["exit_layer"] == 0) & (tokens["exit_layer_trace"] == 0)]
+    np.testing.assert_allclose(first_exit["nll"], first_exit["nll_trace"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="not the text"):
+        other = loader(corpus.splits["test"], 12, 5, corpus.eos_id)
+        left_states(model, trace, other, policy)
+    assert torch.is_grad_enabled()

@@ -1,0 +1,113 @@
+"""The two commands answer in both forms and refuse what is wrong before they work."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from test_time_model import PRICES
+
+from earlyexit import bench, prediction
+from earlyexit.__main__ import main
+from earlyexit.bench import Bench, Row, position_loop
+from earlyexit.bk_core import BKCore
+from earlyexit.checkpoints import save_model
+from earlyexit.time_model import TimeModel
+
+SIZES = ["--d-model", "16", "--n-layers", "3", "--vocab", "300"]
+
+
+def test_the_slow_loop_computes_the_same():
+    core, v = BKCore(4), torch.randn(3, 9, 4)
+    torch.testing.assert_close(position_loop(core, v), core(v))
+
+
+def test_a_row_knows_whether_its_target_is_met():
+    assert Row("a", 2.0, "×", 1.5, True, "").met
+    assert not Row("a", 2.0, "×", 2.5, True, "").met
+    assert Row("a", 0.02, "share", 0.03, False, "").met
+    assert Row("a", 2.0, "×", None, True, "").met is None
+    assert Row("a", 2.0, "×", None, True, "").to_dict()["low"] is None
+    text = bench.table([Row("a", 0.02, "share", 0.03, False, "n"), Row("bb", 2, "×", 3, True, "m")])
+    assert "2.0 %" in text and "met" in text and "2.00×" in text and "missed" in text
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The benchmark on models of a few kilobytes."""
+    tiny = {"d_model": 16, "n_layers": 3, "n_seq": 32, "vocab_size": 300}
+    for name in ("SMALL", "LARGE"):
+        monkeypatch.setattr(bench, name, bench.replace(getattr(bench, name), **tiny))
+    monkeypatch.setattr(Bench, "batch", 2)
+    monkeypatch.setattr(Bench, "_tokens", lambda self, config: torch.randint(2, (2, 32)))
+
+
+@pytest.mark.parametrize("section", ["gate check", "compaction", "end to end, d=16, adaptive head"])
+def test_sections_measure_ratios(small, monkeypatch, section):
+    monkeypatch.setattr(bench, "geometric_shares", lambda n, depth: [0.5, 0.25, 0.25, 0])
+    rows = list(Bench(torch.device("cpu"), repeats=2, quick=True).sections()[section]())
+    assert rows and all(math.isfinite(row.value) and row.value > 0 for row in rows)
+    assert all(row.low <= row.value <= row.high for row in rows)
+
+
+def test_bench_prints_json_of_a_given_model(make_model, tmp_path, capsys, monkeypatch):
+    save_model(make_model(vocab_size=300), tmp_path / "m.safetensors")
+    every = Bench.sections
+    only = "end to end, given model"
+    monkeypatch.setattr(Bench, "sections", lambda self: {only: every(self)[only]})
+    assert main(["bench", "--quick", "--json", "--model", str(tmp_path / "m.safetensors")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["conditions"]["threads"] >= 1
+    assert [row["unit"] for row in report["rows"]] == ["×", "share", "×"]
+
+
+@pytest.mark.parametrize(
+    "arguments, what",
+    [
+        (["bench", "--model", "nowhere.safetensors"], "nowhere"),
+        (["bench", "--repeats", "0"], "repeats"),
+        (["bench", "--device", "abacus"], "abacus"),
+        (["predict", *SIZES, "--batch", "0"], "--batch"),
+        (["predict", *SIZES, "--criterion", "vibes"], "vibes"),
+        (["predict", *SIZES, "--criterion", "depth"], "depth"),
+        (["predict", *SIZES, "--mean-depth", "3.5"], "mean depth"),
+        (["predict", *SIZES, "--mean-depth", "nan"], "mean depth"),
+        (["predict", *SIZES, "--exit-shares", "0.5", "0.5"], "shares"),
+        (["predict", *SIZES, "--exit-shares", "1", "1", "-1", "0"], "shares"),
+        (["predict", *SIZES, "--top-k", "5"], "--top-k"),
+        (["predict", *SIZES, "--threads", "-1"], "--threads"),
+        (["predict", *SIZES, "--output-head", "hydra"], "hydra"),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_is_measured(
+    arguments, what, capsys, monkeypatch
+):
+    monkeypatch.setattr(prediction.times, "calibrate", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(Bench, "sections", lambda self: pytest.fail("measured"))
+    assert main(arguments) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_predict_fits_once_and_answers_in_both_forms(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EARLYEXIT_HOME", str(tmp_path))
+    fits = []
+
+    def calibrate(device):
+        fits.append(device)
+        return TimeModel(PRICES, {}, {"median_error": 0.05, "largest_error": 0.2}), None
+
+    monkeypatch.setattr(prediction.times, "calibrate", calibrate)
+    assert main(["predict", *SIZES, "--mean-depth", "1.5", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["speedup_layers"] == pytest.approx(2)
+    assert answer["pays"] == (answer["speedup_time"] > 1)
+    total = sum(answer["parts"]["with exits"].values())
+    assert answer["milliseconds"]["with exits"] == pytest.approx(total)
+    shares = ["--exit-shares", "0.5", "0.5", "0", "0", "--criterion", "entropy"]
+    assert main(["predict", *SIZES, *shares]) == 0
+    text = capsys.readouterr().out
+    assert "wall-clock" in text and "5% (median)" in text and "maximum probability" in text
+    assert len(fits) == 1, "prices are kept"
+    assert main(["predict", *SIZES, "--refit"]) == 0 and len(fits) == 2

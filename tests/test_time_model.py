@@ -1,0 +1,171 @@
+"""Prices found again from times that obey them; work that adds up; files that are whole or refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from earlyexit import time_model as times
+from earlyexit.break_even import break_even_map, measured_points
+from earlyexit.clock import PARTS
+from earlyexit.cost import BLOCK, part_flops
+from earlyexit.model import ModelConfig
+from earlyexit.patterns import geometric_shares
+from earlyexit.time_model import TimeModel, check, fit, loads, measure
+from earlyexit.work import FULL_DEPTH, Load, work
+
+CONFIG = ModelConfig(500, 16, 3, n_seq=16, bk_heads=4, dropout_p=0.0, gate_hidden=0)
+CPU = torch.device("cpu")
+
+
+def test_full_depth_does_no_work_for_exits():
+    amounts = work(Load(CONFIG, 4, 16))
+    assert set(amounts) == {"blocks", "head", "rest"}
+    flops = part_flops(CONFIG)
+    matrix = amounts["blocks"]["expert_flops"] + amounts["blocks"]["thin_flops"]
+    others = flops["layer norm"] + flops["BK-Core"]
+    assert matrix == pytest.approx(64 * 3 * (sum(flops[k] for k in BLOCK) - others))
+    assert amounts["head"]["flops"] == 64 * flops["unembedding"]
+
+
+@pytest.mark.parametrize("criterion", ["gate", "saturation", "max_probability"])
+def test_work_shrinks_as_tokens_leave_earlier(criterion):
+    previous = None
+    for depth in (3.0, 2.5, 2.0, 1.5, 1.0):
+        amounts = work(Load(CONFIG, 4, 16, criterion, tuple(geometric_shares(3, depth))))
+        blocks = amounts["blocks"]
+        assert blocks["expert_flops"] == pytest.approx(64 * depth * part_flops(CONFIG)["experts"])
+        assert blocks["steps"] + amounts["propagation"]["steps"] <= 64 * 3 * 4 + 1e-6
+        if previous is not None:
+            assert blocks["bytes"] < previous
+        previous = blocks["bytes"]
+
+
+def test_every_token_is_projected_once_by_a_gate_and_once_a_check_by_its_logits():
+    shares = (0.5, 0.25, 0.25, 0.0)
+    by_gate = work(Load(CONFIG, 4, 16, "gate", shares))
+    assert by_gate["head"]["logits"] == 64 * 500
+    by_logits = work(Load(CONFIG, 4, 16, "max_probability", shares))
+    assert by_logits["projected check"]["logits"] == 64 * 1.5 * 500
+    assert by_logits["head"]["logits"] == 64 * 0.25 * 500
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"batch": 0}, "batch"),
+        ({"criterion": "vibes"}, "criterion"),
+        ({"shares": (1.0,)}, "shares"),
+        ({"shares": (0.5, 0.6, 0.0, 0.0)}, "shares"),
+        ({"shares": (1.5, -0.5, 0.0, 0.0)}, "shares"),
+        ({"shares": (float("nan"), 0.0, 0.0, 1.0)}, "shares"),
+    ],
+)
+def test_impossible_loads_are_refused(change, what):
+    load = {"criterion": "gate", "shares": (1.0, 0.0, 0.0, 0.0), "batch": 1, "length": 2} | change
+    with pytest.raises(ValueError, match=what):
+        Load(CONFIG, **load)
+
+
+def synthetic(wanted, prices, noise=0.0, seed=0) -> pd.DataFrame:
+    """Times that obey ``prices``, a few of them disturbed."""
+    rng, truth, rows = np.random.default_rng(seed), TimeModel(prices, {}, {}), []
+    for index, load in enumerate(wanted):
+        parts = truth.predict(load)
+        factor = 1 + noise * rng.standard_normal()
+        total = sum(parts.values()) * factor
+        rows += [
+            {"load": index, "part": p, "milliseconds": ms * factor, "total_ms": total}
+            for p, ms in parts.items()
+        ]
+    return pd.DataFrame(rows)
+
+
+PRICES = {
+    "blocks": {"launches": 2e-5, "expert_flops": 2e-11, "bytes": 1e-10, "steps": 1e-8},
+    "head": {"flops": 2e-11, "logits": 3e-9},
+    "check": {"launches": 9e-5, "bytes": 2e-10},
+    "projected check": {"flops": 3e-11, "logits": 4e-9},
+    "propagation": {"launches": 1e-4, "flops": 4e-11},
+    "gather/scatter": {"launches": 4e-5, "bytes": 2e-10},
+    "rest": {"run": 1e-4},
+}
+
+
+def test_prices_are_recovered_and_hold_for_other_configurations():
+    fitted, other = loads(times.FITTED), loads(times.CHECKED)
+    model = fit(synthetic(fitted, PRICES), fitted)
+    assert check(model, synthetic(other, PRICES), other)["error"].abs().max() < 1e-3
+    assert all(price >= 0 for kinds in model.prices.values() for price in kinds.values())
+    noisy = fit(synthetic(fitted, PRICES, noise=0.05), fitted)
+    assert check(noisy, synthetic(other, PRICES), other)["error"].abs().median() < 0.06
+
+
+def test_one_disturbed_measurement_decides_nothing():
+    fitted, other = loads(times.FITTED), loads(times.CHECKED)
+    disturbed = synthetic(fitted, PRICES)
+    disturbed.loc[disturbed["load"] == 4, ["milliseconds", "total_ms"]] *= 3
+    model = fit(disturbed, fitted)
+    assert check(model, synthetic(other, PRICES), other)["error"].abs().median() < 0.03
+
+
+def test_what_is_fitted_and_what_is_checked_are_different_configurations():
+    assert not {grid[:5] for grid in times.FITTED} & {
+        grid[:5] for grid in times.CHECKED + times.MAPPED
+    }
+
+
+def test_measured_loads_are_complete():
+    wanted = loads([(16, 3, 300, 2, 8, 1.5)])
+    table = measure(wanted, CPU, repeats=2)
+    assert set(table["load"]) == set(range(len(wanted)))
+    assert (table.groupby("load")["part"].nunique() == len(PARTS)).all()
+    model = fit(table, wanted)
+    assert set(model.predict(wanted[0])) == set(PARTS)
+    assert model.milliseconds(wanted[0]) > 0 and model.speedup(wanted[1]) > 0
+
+
+def test_the_map_is_the_model_at_every_point():
+    model = TimeModel(PRICES, {}, {})
+    grid = break_even_map(model, panels=((4, 8),))
+    assert len(grid) == len(grid[["criterion", "head_ratio", "executed"]].drop_duplicates())
+    lost = grid[(grid["criterion"] == "max_probability") & (grid["executed"] == 1)]
+    assert (lost["speedup_time"] < 1).all()  # every check is paid and nothing is saved
+    gates = grid[grid["criterion"] == "gate"].pivot(
+        index="executed", columns="head_ratio", values="speedup_time"
+    )
+    assert (
+        np.diff(gates.to_numpy()[:-1], axis=0) < 1e-9
+    ).all()  # while some leave, deeper is slower
+    wanted = loads(times.MAPPED)
+    points = measured_points(check(model, synthetic(wanted, PRICES), wanted))
+    assert len(points) == 2 * len(times.MAPPED)
+    np.testing.assert_allclose(points["speedup_time"], points["speedup_predicted"])
+
+
+def test_a_time_model_is_stored_whole(tmp_path):
+    model = TimeModel(PRICES, {"threads": 2}, {"median_error": 0.05, "largest_error": 0.2})
+    model.save(tmp_path / "a" / "m.json")
+    assert TimeModel.load(tmp_path / "a" / "m.json") == model
+    for text in ("", "{}", '{"prices": {}, "machine": {}}', "[1]"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match="no time model"):
+            TimeModel.load(tmp_path / "bad.json")
+
+
+def test_other_threads_have_other_prices(tmp_path, monkeypatch):
+    here = times.stored(tmp_path, CPU)
+    assert times.stored(tmp_path, CPU) == here
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    assert times.stored(tmp_path, CPU) != here
+
+
+def test_an_adaptive_head_is_predicted_cheaper():
+    model = TimeModel(PRICES, {}, {})
+    adaptive = replace(CONFIG, output_head="adaptive", tie_embeddings=False)
+    assert model.milliseconds(Load(adaptive, 4, 16)) < model.milliseconds(Load(CONFIG, 4, 16))
+    assert Load(CONFIG, 4, 16).criterion == FULL_DEPTH
