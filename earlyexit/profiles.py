@@ -59,8 +59,8 @@ PROFILES = {
             bk_heads=4,
             gate_tokens=4_000,
             certify_tokens=128,
-            combination_tokens=3_000,
-            combination_eval=800,
+            combination_tokens=2_000,
+            combination_eval=500,
             timing_repeats=3,
         ),
         Profile(
