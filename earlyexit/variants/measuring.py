@@ -88,6 +88,7 @@ def flops(
             coarser = max(full[layer], full[layer - 1]) / 2
             run = full[layer] if down else coarser * positions[layer] / full[layer]
             out += run * (4 * d * d if down else 2 * d * d)
+        out += early * 2 * d * d  # r of those who leave: at most one raise per token
     if isinstance(model, ACTEarlyExitModel | ACTMultiScaleExitModel):
         unit = (LAYER_NORM + 2 + 4) * d  # LayerNorm, w · h, two running sums
         out += checked.sum() * unit

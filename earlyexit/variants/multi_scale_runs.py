@@ -77,7 +77,8 @@ class _Exits:
         # Only some criteria and models look at a token's earlier reads.
         self.keeps = model.needs_all or policy.rule.streak or policy.criterion == "saturation"
         self.carried = model.start(model.embed(x)).flatten(0, 1) if self.keeps else None
-        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.left: tuple[Tensor, Tensor] | None = None  # who left at the last exit, and their r
+        self.waiting: list[tuple[ExitHead, Tensor, Tensor]] = []
 
     def leave(self, layer: int, read: Callable[[Tensor], Tensor]) -> Tensor:
         """Judge blocks by their first token; returns who is still there ``(B, N)``.
@@ -116,10 +117,12 @@ class _Exits:
             passed = policy.passes(layer, score, self.progress[alive])
         gone = torch.ones_like(passed) if last else passed
         tokens = alive[gone]
+        self.left = tokens, self.reading.new_zeros(len(tokens), model.d_model)
         if len(tokens):
             self.scores[tokens] = score[gone]
             self.exit_layers[tokens] = torch.where(passed[gone], layer, model.n_layers)
             leaving = self.carried[tokens] if self.keeps else read(tokens)
+            self.left = tokens, leaving[:, : model.d_model]
             head = model.blocks[layer].exit_classifier
             self.waiting.append((head, tokens, head.features(leaving)))
             self.alive = self.alive.index_fill(0, tokens, False)
@@ -158,7 +161,7 @@ class _Exits:
 
 
 def _compacted(model: MultiScaleLanguageModel, x: Tensor, exits: _Exits) -> None:
-    """Blocks without a token left are not transformed; of the others nothing is computed twice."""
+    """Blocks without a token left are not transformed: the recursion reads their potentials only."""
     h, B = model.embed(x), len(x)
     levels, frozen = [h], h.flatten(0, 1)  # frozen: r of tokens at the exit where they left
 
@@ -188,8 +191,6 @@ def _compacted(model: MultiScaleLanguageModel, x: Tensor, exits: _Exits) -> None
         flat, u = levels[k].flatten(0, 1), u.flatten(0, 1)
         change = block.bk_layer.transform(u[rows], features[rows])
         levels[k] = flat.index_copy(0, rows, flat[rows] + change).view(B, -1, model.d_model)
-        was = exits.alive
         exits.leave(layer, lambda tokens, k=k: raised(0, k, tokens))
-        left = (was & ~exits.alive).nonzero().squeeze(1)
-        if len(left) and layer < model.n_layers - 1:
-            frozen = frozen.index_copy(0, left, raised(0, k, left))
+        tokens, r = exits.left
+        frozen = frozen.index_copy(0, tokens, r)
