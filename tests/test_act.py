@@ -276,3 +276,9 @@ def test_generation_continues_as_the_model_predicts(make_act, make_tokens):
 def test_wrong_arguments(wrong):
     with pytest.raises(ValueError):
         ACTLanguageModel(**ACT | wrong)
+
+
+def test_halting_alone_decides_in_training(make_act, make_tokens):
+    model, x = make_act(), make_tokens(2, 9)
+    with pytest.raises(ValueError, match="exit_sampling"):
+        act_loss(model, x, x, TrainingConfig(exit_sampling="tokens"), 0)

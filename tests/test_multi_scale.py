@@ -258,6 +258,8 @@ def test_it_learns(corpus, kind):
         with pytest.raises(ValueError, match="layer_dropout"):
             x = torch.zeros(1, 4).long()
             loss(model, x, x, TrainingConfig(layer_dropout=0.1), 0)
+        with pytest.raises(ValueError, match="exit_sampling"):
+            loss(model, x, x, TrainingConfig(exit_sampling="tokens"), 0)
 
 
 @torch.no_grad()

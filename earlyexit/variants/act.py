@@ -288,7 +288,13 @@ class ACTLanguageModel(ACTEarlyExitModel):
 def act_loss(
     model: ACTLanguageModel, x: Tensor, y: Tensor, config: TrainingConfig, step: int, progress=1.0
 ) -> tuple[Tensor, Tensor]:
-    """:func:`sparse_loss` (of dense layers: ``training_loss``) plus ``ponder_weight`` × mean ρ."""
+    """:func:`sparse_loss` (of dense layers: ``training_loss``) plus ``ponder_weight`` × mean ρ.
+
+    Raises:
+        ValueError: exits sampled by token, where halting alone decides who stops.
+    """
+    if config.exit_sampling == "tokens":
+        raise ValueError("in ACT halting decides who stops: take exit_sampling='one'")
     objective, nll = sparse_loss(model, x, y, config, step, progress)
     return objective + model.config.ponder_weight * model.ponder.mean(), nll
 

@@ -199,10 +199,14 @@ def multi_scale_loss(
     """:func:`earlyexit.variants.sparse_bk.sparse_loss`, of dense layers ``training_loss``.
 
     Raises:
-        ValueError: layers cannot be dropped, because the next one works at another scale.
+        ValueError: layers cannot be dropped, nor single tokens leave in training, because the next
+            layer works at another scale.
     """
-    if config.layer_dropout:
-        raise ValueError("layer_dropout does not fit a model of several scales")
+    if config.layer_dropout or config.exit_sampling == "tokens":
+        raise ValueError(
+            "layer_dropout and exit_sampling='tokens' do not fit a model of several scales:"
+            " take exit_sampling='one'"
+        )
     return sparse_loss(model, x, y, config, step, progress)
 
 

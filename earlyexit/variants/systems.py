@@ -110,7 +110,10 @@ def train_system(study: Study, system: System, seed: int, budget: Budget) -> Tra
         changes["keep"] = budget.keep
     if "multi-scale" in system.parts:
         changes["n_layers"] = budget.scales
-    training = {"epochs": budget.epochs, "batch_size": budget.batch_size}
+    # One way for all: single tokens cannot leave where blocks do, nor where halting decides.
+    training = {
+        "epochs": budget.epochs, "batch_size": budget.batch_size, "exit_sampling": "one"
+    }  # fmt: skip
     if "ACT" in system.parts:
         changes["ponder_weight"] = budget.ponder_weight
         training["exit_loss_weight"] = 0.0  # its one head reads averages; exits come afterwards
