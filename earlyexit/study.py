@@ -124,14 +124,19 @@ class Study:
         kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
         loss: LossFunction | None = None,
     ) -> Trained:
-        """The profile's model with changes, trained now unless it is in the cache."""
+        """The profile's model with changes, trained now unless it is in the cache.
+
+        Args:
+            max_tokens: of the training split, where the profile takes more; 0: as many as it takes.
+        """
+        limits = [n for n in (max_tokens, self.profile.max_train_tokens) if n]
         return stages.trained_model(
             self.corpus,
             self.model_config(kind, **(model or {})),
             self.training_config(seed, **(training or {})),
             self.cache,
             self.device,
-            max_tokens=max_tokens or self.profile.max_train_tokens,
+            max_tokens=min(limits, default=0),
             backbone=backbone,
             may_train=may_train,
             kind=kind,
