@@ -106,7 +106,7 @@ def _bench(options: argparse.Namespace) -> int:
         return 0
     print(bench.table(rows))
     print(
-        f"\nMedians of interleaved repeats ({repeats}), {conditions['threads']} threads on"
+        f"\nMedians of interleaved repeats ({repeats}) with 90 % intervals, {conditions['threads']} threads on"
         f" {conditions['cpus']} CPUs, load before the start {conditions['load_before']}."
     )
     weights = "the weights given" if model is not None else "random weights"
