@@ -106,8 +106,8 @@ def _bench(options: argparse.Namespace) -> int:
         return 0
     print(bench.table(rows))
     print(
-        f"\nMedians of interleaved repeats ({repeats}), {conditions['threads']} threads on"
-        f" {conditions['cpus']} CPUs, load before the start {conditions['load_before']}."
+        f"\nMedians of interleaved repeats ({repeats}) with 90 % intervals, {conditions['threads']}"
+        f" threads on {conditions['cpus']} CPUs, load before the start {conditions['load_before']}."
     )
     weights = "the weights given" if model is not None else "random weights"
     print(f"Rows end to end: {weights}; all rows: exits constructed, so no quality is claimed.")

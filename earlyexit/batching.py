@@ -21,7 +21,7 @@ from earlyexit.model import EarlyExitLanguageModel
 from earlyexit.timing import interleaved_times
 
 SMALLEST_POOL = 64  # windows that batches are drawn from, at least
-BATCHES = 4  # at least so many in a pool, or there would be nothing to group
+BATCHES = 2  # at least so many in a pool, or there would be nothing to group
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def throughput(
     """Tokens per second of layers and checks; the output head, the same for all, is not run.
 
     Args:
-        x: windows ``(W, N)`` to draw from; a batch size takes at least 64 of them, and four batches.
+        x: windows ``(W, N)`` to draw from; a batch size takes 64 of them at least, and two batches.
 
     Returns:
         One row per batch size, execution and grouping ("random", "first exit", "hindsight"; "" at

@@ -52,15 +52,17 @@ class Row:
     high: float = float("nan")
 
     @property
-    def met(self) -> bool | None:
-        """Whether the target is reached; None without one."""
+    def verdict(self) -> str:
+        """ "met" or "missed" where the whole interval says so, "unclear" between; "" without target."""
         if self.target is None:
-            return None
-        return self.value >= self.target if self.at_least else self.value <= self.target
+            return ""
+        ends = [self.value] if np.isnan(self.low) else [self.low, self.high]
+        reached = [(end >= self.target) if self.at_least else (end <= self.target) for end in ends]
+        return "met" if all(reached) else "unclear" if any(reached) else "missed"
 
     def to_dict(self) -> dict:
         """Plain JSON: NaN is null."""
-        row = asdict(self) | {"met": self.met}
+        row = asdict(self) | {"verdict": self.verdict}
         return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
 
 
@@ -260,12 +262,18 @@ def table(rows: Sequence[Row]) -> str:
     width = max(len(row.name) for row in rows)
     lines = []
     for row in rows:
-        value = f"{100 * row.value:.1f} %" if row.unit == "share" else f"{row.value:.2f}"
-        value += "×" if row.unit == "×" else ""
-        target, verdict = "", ""
+        value, target, interval = _amount(row.value, row.unit), "", ""
         if row.target is not None:
-            goal = f"{100 * row.target:g} %" if row.unit == "share" else f"{row.target:g}"
-            target = f"{'≥' if row.at_least else '≤'} {goal}"
-            verdict = "met" if row.met else "missed"
-        lines.append(f"{row.name:<{width}}  {value:>9}  {target:>8}  {verdict:<6}  {row.note}")
+            target = f"{'≥' if row.at_least else '≤'} {_amount(row.target, row.unit)}"
+        if not np.isnan(row.low):
+            interval = f"[{_amount(row.low, row.unit)}, {_amount(row.high, row.unit)}]"
+        lines.append(
+            f"{row.name:<{width}}  {value:>8}  {interval:<18}  {target:>9}  {row.verdict:<7}  {row.note}"
+        )
     return "\n".join(lines)
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    return f"{value:.2f}" + ("×" if unit == "×" else "")

@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from earlyexit.exits import CRITERIA
 from earlyexit.reading import layer_colours
@@ -292,7 +292,9 @@ def part_times(table: pd.DataFrame) -> Figure:
     rows = rows.iloc[::-1]
     colors = rows["group"].map({"block": "C0", "head": "C1", "check": "C2"})
     bars = ax.barh(rows["part"], rows["share_of_block"], color=colors)
-    ax.bar_label(bars, [f" {100 * v:.3g} %" for v in rows["share_of_block"]], fontsize=7)
+    texts = [f"{100 * v:.2g} %" if v < 0.1 else f"{100 * v:,.0f} %" for v in rows["share_of_block"]]
+    back = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    ax.bar_label(bars, texts, fontsize=7, padding=3, bbox=back)
     ax.axvline(1, **REFERENCE)
     ax.set(xscale="log", xlabel="time / time of one block")
     ax.margins(x=0.25)
@@ -356,30 +358,34 @@ def layer_equivalents(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def run_parts(table: pd.DataFrame) -> Figure:
-    """Where the time of whole runs goes, stacked; a tick marks the total measured with no clock running.
+def run_parts(table: pd.DataFrame, apart: str) -> Figure:
+    """Where the time of whole runs goes, stacked; a line marks the total measured with no clock running.
 
     Args:
         table: columns run, part, milliseconds, total_ms.
+        apart: the run that is drawn below, on a scale of its own.
     """
-    runs, parts = list(dict.fromkeys(table["run"])), list(dict.fromkeys(table["part"]))
-    fig, ax = plt.subplots(figsize=(PAGE * 0.8, 0.7 + 0.42 * len(runs)))
-    grid = table.pivot_table(index="run", columns="part", values="milliseconds").loc[runs, parts]
-    totals = table.groupby("run")["total_ms"].mean()[runs]
-    left = np.zeros(len(runs))
-    for k, part in enumerate(parts):
-        ax.barh(runs, grid[part], left=left, color=f"C{k}", label=part, height=0.6)
-        left = left + grid[part].to_numpy()
-    ax.plot(totals, runs, "|", color="black", markersize=16, label="measured total")
-    for y, (total, end) in enumerate(zip(totals, left, strict=True)):
-        ax.text(max(total, end), y, f"  {total:.0f} ms", va="center", fontsize=7)
-    ax.invert_yaxis()
-    ax.set(
-        xlabel="milliseconds per batch, scored (median)",
-        xlim=(0, 1.12 * max(left.max(), totals.max())),
-    )
-    ax.grid(axis="y", visible=False)
-    fig.legend(loc="outside right upper", markerscale=0.5)
+    parts = list(dict.fromkeys(table["part"]))
+    ours = [name for name in dict.fromkeys(table["run"]) if name != apart]
+    grid = table.pivot_table(index="run", columns="part", values="milliseconds")[parts]
+    totals = table.groupby("run")["total_ms"].mean()
+    fig, axes = plt.subplots(2, 1, figsize=(PAGE * 0.8, 2.8), height_ratios=[len(ours), 1.2])
+    for ax, runs in zip(axes, (ours, [apart]), strict=True):
+        left = np.zeros(len(runs))
+        for k, part in enumerate(parts):
+            width = grid.loc[runs, part].to_numpy()
+            ax.barh(runs, width, left=left, color=f"C{k}", label=part, height=0.6)
+            left = left + width
+        ax.plot(totals[runs], runs, "|", color="black", markersize=14, label="measured total")
+        for y, (total, end) in enumerate(zip(totals[runs], left, strict=True)):
+            ax.text(max(total, end), y, f"  {total:.0f} ms", va="center", fontsize=7)
+        ax.invert_yaxis()
+        ax.set_xlim(0, 1.15 * max(left.max(), totals[runs].max()))
+        ax.grid(axis="y", visible=False)
+    axes[1].set_ylim(0.6, -0.6)
+    axes[1].set_xlabel("milliseconds per batch, scored (median)")
+    handles, names = axes[0].get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside right upper", markerscale=0.5)
     return fig
 
 
@@ -400,10 +406,12 @@ def compaction(table: pd.DataFrame) -> Figure:
     )  # fmt: skip
     left.set(xlabel="mean layers executed", ylabel="speedup against full depth")
     left.yaxis.set_major_formatter("{x:g}×")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend()
     ratio = rows["speedup_time"] / rows["speedup_flops"]
-    bars = right.bar(rows["depth"].astype(str), ratio, color="C0", width=0.6)
-    right.bar_label(bars, [f"{100 * v:.0f} %" for v in ratio], fontsize=7)
+    bars = right.bar([f"{d:g}" for d in rows["depth"]], ratio, color="C0", width=0.6)
+    texts = [f"{100 * v:.0f} %" for v in ratio]
+    right.bar_label(bars, texts, fontsize=7, label_type="center", color="white")
     right.axhline(0.9, **REFERENCE)
     right.set(xlabel="mean layers executed", ylabel="wall-clock / FLOP speedup")
     right.set_ylim(0, max(1.15, 1.1 * ratio.max()))
@@ -528,7 +536,7 @@ def propagation(table: pd.DataFrame) -> Figure:
         ax.axhline(0, **REFERENCE)
         ax.axhline(table[table["by"] == "all"]["cost"].mean(), color="C1", linewidth=0.9)
         ax.set(xlabel=label)
-    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_xticks(sorted(table[table["by"] == "layers executed"]["value"].unique()))
     axes[0].set_ylabel("perplexity, real / traced − 1")
     axes[1].text(
         1, table[table["by"] == "all"]["cost"].mean(), "all tokens", color="C1", fontsize=7,
@@ -571,6 +579,8 @@ def lines(
     if log:
         ax.set(xscale="log", yscale="log")
         _plain_ticks(ax, sorted(table[x].unique()))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel=x_label, ylabel=y_label)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return fig

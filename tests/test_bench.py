@@ -24,14 +24,19 @@ def test_the_slow_loop_computes_the_same():
     torch.testing.assert_close(position_loop(core, v), core(v))
 
 
-def test_a_row_knows_whether_its_target_is_met():
-    assert Row("a", 2.0, "×", 1.5, True, "").met
-    assert not Row("a", 2.0, "×", 2.5, True, "").met
-    assert Row("a", 0.02, "share", 0.03, False, "").met
-    assert Row("a", 2.0, "×", None, True, "").met is None
+def test_a_row_says_what_its_interval_allows():
+    assert Row("a", 2.0, "×", 1.5, True, "").verdict == "met"
+    assert Row("a", 2.0, "×", 2.5, True, "").verdict == "missed"
+    assert Row("a", 0.02, "share", 0.03, False, "").verdict == "met"
+    assert Row("a", 2.0, "×", 1.5, True, "", 1.4, 3.0).verdict == "unclear"
+    assert Row("a", 2.0, "×", 1.5, True, "", 1.6, 3.0).verdict == "met"
+    assert Row("a", 0.02, "share", 0.01, False, "", 0.015, 0.03).verdict == "missed"
+    assert Row("a", 2.0, "×", None, True, "").verdict == ""
     assert Row("a", 2.0, "×", None, True, "").to_dict()["low"] is None
-    text = bench.table([Row("a", 0.02, "share", 0.03, False, "n"), Row("bb", 2, "×", 3, True, "m")])
-    assert "2.0 %" in text and "met" in text and "2.00×" in text and "missed" in text
+    text = bench.table(
+        [Row("a", 0.02, "share", 0.03, False, "n"), Row("bb", 2, "×", 3, True, "m", 1.5, 2.5)]
+    )
+    assert "2.0 %" in text and "≤ 3.0 %" in text and "[1.50×, 2.50×]" in text and "missed" in text
 
 
 @pytest.fixture
