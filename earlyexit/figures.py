@@ -546,6 +546,29 @@ def propagation(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def output_heads(table: pd.DataFrame) -> Figure:
+    """Milliseconds per batch of each output head, scoring and predicting, full depth and with exits.
+
+    Args:
+        table: columns head, scoring_ms, scoring_exits_ms, prediction_ms, prediction_exits_ms.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(PAGE * 0.8, 2.3), sharey=True)
+    heads, width = list(dict.fromkeys(table["head"])), 0.38
+    mean = table.groupby("head").mean(numeric_only=True).loc[heads]
+    for ax, task in zip(axes, ("scoring", "prediction"), strict=True):
+        for k, (column, label) in enumerate((("_ms", "full depth"), ("_exits_ms", "with exits"))):
+            x = np.arange(len(heads)) + (k - 0.5) * width
+            bars = ax.bar(x, mean[task + column], width, label=label)
+            ax.bar_label(bars, fmt="%.0f", fontsize=7)
+        ax.set_xticks(np.arange(len(heads)), heads)
+        ax.set(title={"scoring": "scoring", "prediction": "greedy prediction"}[task])
+        ax.margins(y=0.12)
+        ax.grid(axis="x", visible=False)
+    axes[0].set_ylabel("milliseconds per batch")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    return fig
+
+
 # ---------------------------------------------------------------- 05 memory
 
 
