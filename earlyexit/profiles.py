@@ -101,8 +101,9 @@ PROFILES = {
         ),
         Profile(
             "combinations",
-            "07 long enough for conclusions: the embedded text, two seeds, an hour or two",
+            "07 long enough for conclusions: the embedded text, two seeds, half an hour or more",
             max_eval_tokens=50_000,
+            combination_tokens=300_000,
             gate_tokens=200_000,
             combination_eval=30_000,
             dropout_p=0.0,
@@ -114,7 +115,6 @@ PROFILES = {
             corpus="wikitext-2",
             epochs=2.0,
             dropout_p=0.0,
-            recipe_seeds=2,
             recipes=("joint", "frozen"),
             shallow_depths=(2,),
             seeds=(0, 1, 2),
