@@ -263,8 +263,8 @@ def exit_quality(table: pd.DataFrame) -> Figure:
     fig, axes = plt.subplots(1, 3, figsize=(PAGE, 2.1))
     labels = {
         "perplexity": "perplexity",
-        "agreement": "same prediction as the last layer",
-        "kl": "KL to the last layer (nats)",
+        "agreement": "agreement with last layer",
+        "kl": "KL to last layer (nats)",
     }
     for ax, (column, text) in zip(axes, labels.items(), strict=True):
         groups = table.groupby("exit")[column]
