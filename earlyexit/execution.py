@@ -335,11 +335,16 @@ class _Tally:
         for departures in by_unembedding.values():
             tokens = torch.cat([tokens for _, tokens, _ in departures])
             if len(tokens):
-                features = torch.cat([features for *_, features in departures])
+                # Sorted here, where rows are narrow, outputs need no scattering.
+                tokens, order = tokens.sort()
+                features = torch.cat([features for *_, features in departures])[order]
                 self.mark("gather/scatter")
                 head = departures[0][0]
                 outputs = self.read.from_features(head.unembedding, features, tokens)
                 self.mark("head")
-                self._store(tokens, outputs)
+                if len(tokens) == len(self.exit_layers):
+                    self.outputs = outputs
+                else:
+                    self._store(tokens, outputs)
                 self.mark("gather/scatter")
         return ExitRun(self.outputs, self.exit_layers, self.scores)
