@@ -534,15 +534,13 @@ def propagation(table: pd.DataFrame) -> Figure:
         ax.plot(mean.index, mean, "o-")
         ax.fill_between(mean.index, rows.min(), rows.max(), alpha=0.2)
         ax.axhline(0, **REFERENCE)
-        ax.axhline(table[table["by"] == "all"]["cost"].mean(), color="C1", linewidth=0.9)
+        overall = table[table["by"] == "all"]["cost"].mean()
+        ax.axhline(overall, color="C1", linewidth=0.9, label="all tokens")
         ax.set(xlabel=label)
     axes[0].set_xticks(sorted(table[table["by"] == "layers executed"]["value"].unique()))
     axes[0].set_ylabel("perplexity, real / traced − 1")
-    axes[1].text(
-        1, table[table["by"] == "all"]["cost"].mean(), "all tokens", color="C1", fontsize=7,
-        transform=axes[1].get_yaxis_transform(), va="bottom", ha="right",
-    )  # fmt: skip
-    _percent(axes[0].yaxis, 1)
+    _percent(axes[0].yaxis)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     return fig
 
 
