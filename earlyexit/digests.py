@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def of_object(value: Any) -> str:
     return of_bytes(canonical.encode())
 
 
+@cache
 def of_source(*sources: str) -> str:
     """Digest of Python code without docstrings, comments and layout.
 

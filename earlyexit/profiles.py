@@ -69,8 +69,8 @@ PROFILES = {
             max_eval_tokens=50_000,
             epochs=1.0,
             gate_tokens=40_000,
-            combination_tokens=60_000,
-            combination_eval=5_000,
+            combination_tokens=50_000,
+            combination_eval=4_000,
             dropout_p=0.0,
         ),
         Profile(
