@@ -144,13 +144,18 @@ def run_policy(
 def quantile_policies(
     model: EarlyExitLanguageModel, x: Tensor, criterion: str, shares: Sequence[float]
 ) -> list[ExitPolicy]:
-    """One threshold for all exits per share: about that share of the scores at ``x`` passes it."""
+    """One threshold for all exits per share: about that share of the scores at ``x`` passes it.
+
+    Scores at a bound of the criterion (tokens that halted long ago) decide nothing and do not count.
+    """
     rule, gates = CRITERIA[criterion], model.gates
     scores = []
     for layer, h in enumerate(model.hidden_states(x)[1:-1]):
         out = gates(layer, model.blocks[layer + 1].layer_norm(h.flatten(0, 1)))
         scores.append(out[:, 0].exp() if criterion == "gate" else out[:, 1].sigmoid())
-    values = torch.cat(scores).double().numpy()
+    values, (low, high) = torch.cat(scores).double().cpu().numpy(), rule.bounds
+    open_ones = values[(values > low) & (values < high)]
+    values = open_ones if len(open_ones) else values
     cuts = np.quantile(values, [1 - s if rule.exit_above else s for s in shares])
     return [
         ExitPolicy.constant(float(np.clip(t, *rule.bounds)), model.n_layers, criterion)

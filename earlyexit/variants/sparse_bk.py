@@ -65,20 +65,22 @@ class SparseBKCore(BKCore):
 
         The mask is 0 or 1; where it carries a gradient, the features pass one back to it.
         """
-        mask, v = v[..., -1], v[..., :-1]
-        (B, N, H), kept = v.shape, mask > 0.5
+        rows, mask, v = v.flatten(0, 1), v[..., -1], v[..., :-1]
+        (B, _, H), kept = v.shape, mask > 0.5
         rank = kept.cumsum(dim=1)  # (B, N): kept positions up to here, 0 … K
         K = int(rank[:, -1].max())
         sequence = torch.arange(B, device=v.device)[:, None]
-        rows = kept.flatten().nonzero().squeeze(1)
-        place = (rank - 1 + K * sequence).flatten()[rows]
-        compact = v.new_zeros(B * K, H).index_copy(0, place, v.reshape(B * N, H)[rows])
+        visited = kept.flatten().nonzero().squeeze(1)
+        place = (rank - 1 + K * sequence).flatten()[visited]
+        compact = v.new_zeros(B * K, H).index_copy_(0, place, rows[visited, :H])
         g = causal_resolvent(compact.view(B, K, H), self.eta, self.t, backend)  # (B, K, H)
-        g = F.pad(torch.cat([g.real, g.imag], dim=-1).to(v.dtype), (0, 0, 1, 0))  # g_{−1} = 0
+        states = v.new_zeros(B, K + 1, 2 * H)  # before the first kept position, g_{−1} = 0
+        states[:, 1:, :H], states[:, 1:, H:] = g.real, g.imag
+        states = states.flatten(0, 1)
         source = rank + (K + 1) * sequence
         if not mask.requires_grad:
-            return self.project(g.flatten(0, 1))[source]
-        filled = g.flatten(0, 1)[source]  # (B, N, 2H)
+            return self.project(states)[source]
+        filled = states[source]  # (B, N, 2H)
         return self.project(filled + self._through_mask(v, mask, kept, filled))
 
     def _through_mask(self, v: Tensor, mask: Tensor, kept: Tensor, filled: Tensor) -> Tensor:
@@ -142,8 +144,9 @@ class SparseBKLayer(MoEResNetBKLayer):
             return torch.cat([self.v_proj(u), mask], dim=-1)
         out = u.new_zeros(hard.numel(), self.v_proj.out_features + 1)
         rows = hard.flatten().nonzero().squeeze(1)
-        ready = F.pad(self.v_proj(u.reshape(-1, u.shape[-1])[rows]), (0, 1), value=1.0)
-        return out.index_copy(0, rows, ready).view(*u.shape[:-1], -1)
+        out[:, -1] = hard.flatten()
+        out[rows, :-1] = self.v_proj(u.reshape(-1, u.shape[-1])[rows])
+        return out.view(*u.shape[:-1], -1)
 
     def project(self, features: Tensor) -> Tensor:
         """BK features ``(…, 2H)`` → what they add to the stream ``(…, D)``."""

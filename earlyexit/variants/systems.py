@@ -99,7 +99,7 @@ class Budget:
     calibration_tokens: int
     validation_tokens: int
     keep: float = 0.5
-    ponder_weight: float = 0.05
+    ponder_weight: float = 0.02
     scales: int = 5
 
 
