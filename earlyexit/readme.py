@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+
+import pandas as pd
 
 from earlyexit.artifacts import MissingResult, read_table
 from earlyexit.atomic import atomic_path
@@ -39,15 +40,15 @@ def status_block(root: Path) -> str:
     return "\n".join(lines)
 
 
-def answer_block(root: Path, profile: str = PROFILE) -> str:
+def answer_block(root: Path) -> str:
     """What early exit saves, in three sentences."""
-    front = read_table(profile, "front", root)
+    front = read_table(PROFILE, "front", root)
     gates = front[(front["criterion"] == "gate") & (front["threshold"] == BUDGET)]
     gate = gates.mean(numeric_only=True)
-    fitted = read_table(profile, "policies", root)
+    fitted = read_table(PROFILE, "policies", root)
     fitted = fitted[(fitted["tolerance"] == BUDGET) & (fitted["thresholds"] == "per_layer")]
     fitted = fitted.groupby("criterion").mean(numeric_only=True)
-    equal = read_table(profile, "equal_cost", root)
+    equal = read_table(PROFILE, "equal_cost", root)
     row = equal[equal["depth"] == equal["depth"].max()].mean(numeric_only=True)
     verdict = "better" if row["high"] < 0 else "worse" if row["low"] > 0 else "not distinguishable"
     naive, cut, oracle = (
@@ -68,9 +69,9 @@ def answer_block(root: Path, profile: str = PROFILE) -> str:
     )
 
 
-def claims_block(root: Path, profile: str = PROFILE) -> str:
+def claims_block(root: Path) -> str:
     """The original's table beside the same thresholds, run for real."""
-    table = read_table(profile, "claims", root).groupby("threshold").mean()
+    table = read_table(PROFILE, "claims", root).groupby("threshold").mean()
     lines = [
         "| threshold | claimed | measured: layers | FLOPs | wall-clock | loss | leave early |"
         " certified within the claimed loss (layers) |",
@@ -88,10 +89,10 @@ def claims_block(root: Path, profile: str = PROFILE) -> str:
     return "\n".join(lines)
 
 
-def guarantee_block(root: Path, profile: str = PROFILE) -> str:
+def guarantee_block(root: Path) -> str:
     """Certified policies, what they achieve on the test split, and the audit."""
-    table = read_table(profile, "certificates", root)
-    audit = read_table(profile, "audit", root)
+    table = read_table(PROFILE, "certificates", root)
+    audit = read_table(PROFILE, "audit", root)
     lines = [
         "| ε | policy | units | speedup (layers), test | loss, test |",
         "|---|---|---|---|---|",
@@ -109,18 +110,79 @@ def guarantee_block(root: Path, profile: str = PROFILE) -> str:
     return "\n".join(lines)
 
 
-def text_block(root: Path, profile: str = PROFILE) -> str:
+def text_block(root: Path) -> str:
     """Text, model and machine behind the numbers."""
-    text = read_table(profile, "text", root).set_index("split")
-    front = read_table(profile, "front", root)
+    text = read_table(PROFILE, "text", root).set_index("split")
+    front = read_table(PROFILE, "front", root)
     full = (front["perplexity"] / (1 + front["quality_loss"])).mean()
-    hardware = next(r["hardware"] for r in all_receipts(project(root)) if r["label"] == profile)
+    hardware = next(r["hardware"] for r in all_receipts(project(root)) if r["label"] == PROFILE)
     return (
-        f"Profile `{profile}`: {text.loc['train', 'tokens']:,} training tokens,"
+        f"Profile `{PROFILE}`: {text.loc['train', 'tokens']:,} training tokens,"
         f" {front['seed'].nunique()} seed(s), test perplexity {full:.0f} at full depth,"
         f" {text.loc['test', 'unknown_share']:.1%} unknown words in the test split;"
         f" {hardware['cpu']}, {hardware['usable_cpus']} cores, no GPU."
     )
+
+
+def wikitext2_block(root: Path) -> str:
+    """The original's own test set: its thresholds, fitted and certified policies, over the seeds."""
+    claims = read_table("wikitext2", "original_claims", root)
+    fitted = read_table("wikitext2", "policies", root)
+    fitted = fitted[(fitted["tolerance"] == BUDGET) & (fitted["thresholds"] == "per_layer")]
+    quality = read_table("wikitext2", "exit_quality", root)
+    certified = read_table("wikitext2", "certificates", root)
+    certified = certified[certified["epsilon"] == BUDGET]
+    recipes = read_table("wikitext2", "recipes", root)
+    last = (
+        recipes[recipes["exit"] == recipes["exit"].max()].groupby("recipe").mean(numeric_only=True)
+    )
+    equal = read_table("wikitext2", "equal_cost", root).mean(numeric_only=True)
+    per_exit = quality.groupby("exit")["perplexity"].mean()
+    lines = [
+        f"Test perplexity per exit {' / '.join(f'{p:.0f}' for p in per_exit)}, mean of"
+        f" {quality['seed'].nunique()} seeds; least to largest over the seeds in brackets.",
+        "",
+        "| policy | speedup (layers) | loss, test |",
+        "|---|---|---|",
+    ]
+    for threshold, rows in claims.groupby("threshold"):
+        claim = f"claimed {rows['claimed_speedup'].iloc[0]:.1f}× at"
+        lines.append(
+            f"| maximum probability ≥ {threshold:.2f} ({claim}"
+            f" {rows['claimed_quality_loss'].iloc[0]:+.1%}) | {_span(rows['measured_speedup_layers'])}×"
+            f" | {_span(rows['measured_quality_loss'], '+.1%')} |"
+        )
+    names = {"max_probability": "maximum probability", "entropy": "entropy", "gate": "gate"}
+    for criterion, name in names.items():
+        rows = fitted[fitted["criterion"] == criterion]
+        lines.append(
+            f"| {name}, fitted to {BUDGET:.0%} | {_span(rows['speedup_layers'])}×"
+            f" | {_span(rows['quality_loss'], '+.1%')} |"
+        )
+    for policy, rows in certified.groupby("policy"):
+        if policy.startswith("certified"):
+            shown = rows.dropna(subset="test_speedup_layers")
+            speed = f"{_span(shown['test_speedup_layers'])}×" if len(shown) else "refused"
+            loss = _span(shown["test_quality_loss"], "+.1%") if len(shown) else ""
+            units = f"{rows['n'].max():.0f}"
+            lines.append(f"| gate, {policy}, ε = {BUDGET:.0%}, {units} units | {speed} | {loss} |")
+    gate = fitted[fitted["criterion"] == "gate"]
+    lines += [
+        f"| cutting layers off, within {BUDGET:.0%} | {_span(gate['static_speedup'])}× | |",
+        f"| hindsight about the last layer, {BUDGET:.0%} | {_span(gate['oracle_speedup'])}× | |",
+        "",
+        f"Trained jointly, the last layer is {last.loc['joint', 'last_vs_twin']:+.1%}"
+        f" (± {last.loc['joint', 'last_vs_twin_half_interval']:.1%}) against a twin without exits."
+        f" At the cost of a {equal['depth']:.0f}-layer model trained without exits, adaptive depth changes"
+        f" the perplexity by {equal['difference']:+.1%} ({equal['low']:+.1%} to {equal['high']:+.1%}).",
+    ]
+    return "\n".join(lines)
+
+
+def _span(values: pd.Series, form: str = ".2f") -> str:
+    """Mean, and least to largest where they differ."""
+    mean, ends = f"{values.mean():{form}}", [f"{v:{form}}" for v in (values.min(), values.max())]
+    return mean if ends[0] == ends[1] else f"{mean} [{ends[0]}, {ends[1]}]"
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -128,9 +190,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "claims": claims_block,
     "guarantee": guarantee_block,
     "text": text_block,
-    "answer-wikitext2": partial(answer_block, profile="wikitext2"),
-    "claims-wikitext2": partial(claims_block, profile="wikitext2"),
-    "text-wikitext2": partial(text_block, profile="wikitext2"),
+    "wikitext2": wikitext2_block,
     "status": status_block,
 }
 
