@@ -174,7 +174,8 @@ def wikitext2_block(root: Path) -> str:
         f"Trained jointly, the last layer is {last.loc['joint', 'last_vs_twin']:+.1%}"
         f" (± {last.loc['joint', 'last_vs_twin_half_interval']:.1%}) against a twin without exits."
         f" At the cost of a {equal['depth']:.0f}-layer model trained without exits, adaptive depth"
-        f" changes the perplexity by {equal['difference']:+.1%} ({equal['low']:+.1%} to {equal['high']:+.1%}).",
+        f" changes the perplexity by {equal['difference']:+.1%} ({equal['low']:+.1%} to"
+        f" {equal['high']:+.1%}).",
     ]
     return "\n".join(lines)
 
