@@ -131,7 +131,7 @@ class Study:
         """
         limits = [n for n in (max_tokens, self.profile.max_train_tokens) if n]
         return stages.trained_model(
-            self.corpus,
+            self._text_of_training(max_tokens),
             self.model_config(kind, **(model or {})),
             self.training_config(seed, **(training or {})),
             self.cache,
@@ -142,6 +142,13 @@ class Study:
             kind=kind,
             loss=loss,
         )
+
+    def _text_of_training(self, max_tokens: int) -> Corpus:
+        """The text; for a short training with a fit part that is no longer to read than to train."""
+        if not max_tokens:
+            return self.corpus
+        fit = self.corpus.splits["fit"].limit(max(1000, max_tokens // 50))
+        return replace(self.corpus, splits=self.corpus.splits | {"fit": fit})
 
     def recipe(self, seed: int, name: str) -> Trained:
         """A model with gates whose exits were trained in one of the ``RECIPES``.
