@@ -16,6 +16,7 @@ import pandas as pd
 from earlyexit.artifacts import MissingResult, read_table
 from earlyexit.atomic import atomic_path
 from earlyexit.paths import project
+from earlyexit.profiles import PROFILES
 from earlyexit.receipts import all_receipts
 
 QUOTED = ("cpu", "wikitext2")  # the profiles whose results the README may quote
@@ -56,6 +57,8 @@ def answer_block(root: Path) -> str:
         fitted.loc["gate", "static_speedup"],
         fitted.loc["gate", "oracle_speedup"],
     )
+    tokens = PROFILES[PROFILE].recipe_tokens
+    amount = f"both on {tokens:,} tokens" if tokens else "on the same text"
     return (
         f"At a tolerated loss of {BUDGET:.0%}, a learned gate that never touches the vocabulary"
         f" saves **{gate['speedup_layers']:.2f}× in layers, {gate['speedup_flops']:.2f}× in FLOPs"
@@ -63,8 +66,8 @@ def answer_block(root: Path) -> str:
         " the test split: every token still pays for its projection to the vocabulary."
         f" In layers, maximum probability saves {naive:.2f}×, cutting layers off {cut:.2f}×, and"
         f" hindsight about the last layer's prediction {oracle:.2f}×."
-        f" Against a model of {row['depth']:.0f} layers that was trained without exits and costs"
-        f" the same, the adaptive model's perplexity is {verdict}: {row['difference']:+.1%}"
+        f" Against a model of {row['depth']:.0f} layers that costs the same and was trained without"
+        f" exits ({amount}), the adaptive model's perplexity is {verdict}: {row['difference']:+.1%}"
         f" (95 % interval {row['low']:+.1%} to {row['high']:+.1%})."
     )
 
