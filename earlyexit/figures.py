@@ -905,7 +905,7 @@ def front(table: pd.DataFrame, claims: pd.DataFrame) -> Figure:
                 ],
             )  # fmt: skip
         ax.plot(
-            claims["speedup"], claims["quality_loss"], "P", color="C6", label="original, claimed"
+            claims["speedup"], claims["quality_loss"], "P", color="C3", label="original, claimed"
         )
         ax.axhline(0, **REFERENCE)
         ax.axvline(1, **REFERENCE)
@@ -957,7 +957,7 @@ def depth_by_position(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def coloured_text(words: list[str], layers: np.ndarray, n_layers: int, width: int = 84) -> Figure:
+def coloured_text(words: list[str], layers: np.ndarray, n_layers: int, width: int = 122) -> Figure:
     """Words on the colour of the layers their prediction took, as running text.
 
     Args:
