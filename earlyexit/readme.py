@@ -67,8 +67,8 @@ def answer_block(root: Path) -> str:
         f" In layers, maximum probability saves {naive:.2f}×, cutting layers off {cut:.2f}×, and"
         f" hindsight about the last layer's prediction {oracle:.2f}×."
         f" Against a model of {row['depth']:.0f} layers that costs the same and was trained without"
-        f" exits ({amount}), the adaptive model's perplexity is {_verdict(row)}: {row['difference']:+.1%}"
-        f" (95 % interval {row['low']:+.1%} to {row['high']:+.1%})."
+        f" exits ({amount}), the adaptive model's perplexity is {_verdict(row)}:"
+        f" {row['difference']:+.1%} (95 % interval {row['low']:+.1%} to {row['high']:+.1%})."
     )
 
 
