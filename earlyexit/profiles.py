@@ -101,6 +101,15 @@ PROFILES = {
             shallow_depths=(2,),
         ),
         Profile(
+            "recipes",
+            "03 with every way of training exits, on 200,000 tokens of the embedded text, minutes",
+            max_eval_tokens=20_000,
+            gate_tokens=40_000,
+            dropout_p=0.0,
+            recipe_tokens=200_000,
+            shallow_depths=(2,),
+        ),
+        Profile(
             "combinations",
             "07 long enough for conclusions: the embedded text, two seeds, half an hour or more",
             max_eval_tokens=50_000,
