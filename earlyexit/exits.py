@@ -91,7 +91,7 @@ def margin(logits: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the prediction over log V, so 1 is uniform (Teerapittayanon et al. 2016)."""
     log_p = logits.log_softmax(dim=-1)
-    nats = torch.special.entr(log_p.exp()).sum(dim=-1)
+    nats = -(log_p.exp() * log_p).sum(dim=-1)
     return (nats / math.log(logits.shape[-1])).clamp(0, 1)  # rounding may step over
 
 

@@ -69,10 +69,10 @@ class SparseMoELayer(nn.Module):
         weight, expert = gates.topk(self.top_k, dim=-1)  # (T, k)
         order = expert.flatten().argsort(stable=True)  # (T·k,), grouped by expert
         counts = expert.flatten().bincount(minlength=self.num_experts)
-        rows = tokens[order // self.top_k].split(counts.tolist())
+        rows = tokens.index_select(0, order // self.top_k).split(counts.tolist())
         sorted_out = torch.cat([f(r) for f, r in zip(self.experts, rows, strict=True)])
-        out = torch.empty_like(sorted_out).index_copy(0, order, sorted_out)
-        out = (out.view(-1, self.top_k, self.d_model) * weight[..., None]).sum(dim=1)
+        out = sorted_out.index_select(0, order.argsort()).view(-1, self.top_k, self.d_model)
+        out = torch.einsum("tkd,tk->td", out, weight)
         self._record(gates, counts)
         return out.view_as(x)
 

@@ -200,9 +200,23 @@ class AdaptiveUnembedding(nn.Module):
         return out
 
     def predict(self, features: Tensor) -> Tensor:
-        """Most probable word ``(T,)``; exact: clusters are opened only where the head says so."""
+        """Most probable word ``(T,)``; exact: a cluster is opened where all of it outweighs the best
+        word so far."""
         parts = self._parts(features, self.softmax.head_size)
-        return torch.cat([self.softmax.predict(features[part]) for part in parts])
+        return torch.cat([self._most_probable(features[part]) for part in parts])
+
+    def _most_probable(self, features: Tensor) -> Tensor:
+        head = self.softmax.head(features).log_softmax(dim=-1)  # words, then one column per cluster
+        best, word = head[:, : self.softmax.shortlist_size].max(dim=-1)
+        clusters = head[:, self.softmax.shortlist_size :].unbind(dim=-1)
+        firsts = self.softmax.cutoffs[:-1]
+        for first, weight, tail in zip(firsts, clusters, self.softmax.tail, strict=True):
+            rows = (weight > best).nonzero().squeeze(1)
+            inside, index = tail(features[rows]).log_softmax(dim=-1).max(dim=-1)
+            value, before = weight[rows] + inside, best[rows]
+            word[rows] = torch.where(value > before, first + index, word[rows])
+            best[rows] = torch.maximum(value, before)
+        return word
 
     def loss(
         self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
