@@ -52,8 +52,8 @@ def _forward_loop(v, eta, t, out):
                 s = 1.0 / (x * x + y * y)
                 re[h] = x * s
                 im[h] = -y * s
-                out[b, i, h, 0] = re[h]
-                out[b, i, h, 1] = im[h]
+                out[b, i, 0, h] = re[h]
+                out[b, i, 1, h] = im[h]
 
 
 @numba.njit(cache=True, fastmath={"contract", "arcp", "nsz"}, error_model="numpy", nogil=True)
@@ -83,10 +83,16 @@ def _backward_loop(g, grad, t, dv, deta, dt):
 
 
 def _forward_cpu(v: Tensor, eta: Tensor, t: Tensor) -> Tensor:
+    return torch.complex(*_parts_cpu(v, eta, t, torch.float64).unbind(2))
+
+
+def _parts_cpu(v: Tensor, eta: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Re g and Im g ``(B, N, 2, H)``, rounded to ``dtype`` as they are written."""
     v = v if v.dtype in (torch.float32, torch.float64) else v.float()  # half precisions
-    out = torch.empty(*v.shape, 2, dtype=torch.float64)
+    batch, length, heads = v.shape
+    out = torch.empty(batch, length, 2, heads, dtype=dtype)
     _forward_loop(v.contiguous().numpy(), eta.numpy(), t.numpy(), out.numpy())
-    return torch.view_as_complex(out)
+    return out
 
 
 def _backward_cpu(g: Tensor, gamma: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,9 +216,18 @@ class BKCore(nn.Module):
 
     def forward(self, v: Tensor, backend: str = "auto") -> Tensor:
         """Potentials ``(B, N, H)`` → features Re g, Im g ``(B, N, 2H)`` in the dtype of v."""
+        if self._may_skip_complex(v, backend):
+            eta, t = self.eta.detach().double(), self.t.detach().double()
+            return _parts_cpu(v.detach(), eta, t, v.dtype).flatten(2)
         resolvent = causal_resolvent if self.causal else two_sided_resolvent
         g = resolvent(v, self.eta, self.t, backend)
         return torch.cat([g.real, g.imag], dim=-1).to(v.dtype)
+
+    def _may_skip_complex(self, v: Tensor, backend: str) -> bool:
+        """Without a gradient the compiled loop writes the features themselves."""
+        compiled = backend == "cpu" or (backend == "auto" and v.device.type == "cpu")
+        plain = v.dtype in (torch.float32, torch.float64)
+        return compiled and plain and self.causal and not torch.is_grad_enabled()
 
     def step(self, state: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
         """One position of the causal recursion, in O(1) state.

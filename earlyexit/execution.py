@@ -337,7 +337,8 @@ class _Tally:
             if len(tokens):
                 # Sorted here, where rows are narrow, outputs need no scattering.
                 tokens, order = tokens.sort()
-                features = torch.cat([features for *_, features in departures])[order]
+                features = torch.cat([features for *_, features in departures])
+                features = features.index_select(0, order)
                 self.mark("gather/scatter")
                 head = departures[0][0]
                 outputs = self.read.from_features(head.unembedding, features, tokens)

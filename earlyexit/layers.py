@@ -53,7 +53,7 @@ class SparseMoELayer(nn.Module):
         self.experts = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(d_model, hidden),
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
                 nn.Dropout(dropout_p),
                 nn.Linear(hidden, d_model),
             )
@@ -139,7 +139,8 @@ class MoEResNetBKLayer(nn.Module):
 
     def transform(self, u: Tensor, features: Tensor) -> Tensor:
         """Update of the residual stream from u ``(…, D)`` and BK features ``(…, 2H)``."""
-        mixed = self.bk_scale * self.output_proj(features)
+        project, scale = self.output_proj, self.bk_scale  # scaling weights is cheaper than states
+        mixed = F.linear(features, scale * project.weight, scale * project.bias)
         return mixed + self.moe(u + mixed)
 
     def forward(self, u: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Profile:
     top_k: int = 1
     dropout_p: float = 0.1
     bk_heads: int = 16
+    output_head: str = "adaptive"  # or "linear", tied to the embedding
     # training
     epochs: float = 1.0
     batch_size: int = 32
@@ -103,6 +104,7 @@ PROFILES = {
         Profile(
             "recipes",
             "03 with every way of training exits, on 200,000 tokens of the embedded text, minutes",
+            output_head="linear",  # self-distillation needs the probabilities of all words
             max_eval_tokens=20_000,
             gate_tokens=40_000,
             dropout_p=0.0,

@@ -30,29 +30,29 @@ class ExitedPotentials:
 
     def __init__(self, model: EarlyExitLanguageModel, everyone: int):
         self.blocks, self.everyone = model.blocks, everyone
-        self.potentials: Tensor | None = None  # (L, T, H), rows of exited tokens
+        self.potentials: Tensor | None = None  # (T, L, H), rows of exited tokens
 
     def add(self, layer: int, tokens: Tensor, hidden: Tensor) -> None:
         """``tokens`` ``(E,)`` left at ``layer``; later layers read their states ``(E, D)``."""
-        later = self._of(hidden, layer + 1)  # (L', E, H)
+        later = self._of(hidden, layer + 1)  # (E, L', H)
         if self.potentials is None:
-            self.potentials = later.new_empty(len(self.blocks), self.everyone, later.shape[-1])
-        self.potentials[layer + 1 :].index_copy_(1, tokens, later)
+            self.potentials = later.new_empty(self.everyone, len(self.blocks), later.shape[-1])
+        self.potentials[:, layer + 1 :].index_copy_(0, tokens, later)
 
     def join(self, layer: int, alive: Tensor, v: Tensor) -> Tensor:
         """Potentials of all tokens ``(T, H)`` from those of the alive ``(A, H)``."""
         if len(alive) == self.everyone:
             return v
-        return self.potentials[layer].index_copy(0, alive, v)
+        return self.potentials[:, layer].index_copy(0, alive, v)
 
     def _of(self, hidden: Tensor, first: int) -> Tensor:
         if not self._foldable:
             blocks = self.blocks[first:]
-            return torch.stack([b.bk_layer.potentials(b.layer_norm(hidden)) for b in blocks])
+            return torch.stack([b.bk_layer.potentials(b.layer_norm(hidden)) for b in blocks], dim=1)
         weight, bias = (part[first:] for part in self._folded)
         standard = F.layer_norm(hidden, hidden.shape[-1:], eps=self.blocks[0].layer_norm.eps)
         v = standard @ weight.flatten(0, 1).T + bias.flatten()
-        return v.view(len(hidden), len(bias), -1).transpose(0, 1)
+        return v.view(len(hidden), len(bias), -1)
 
     @cached_property
     def _foldable(self) -> bool:

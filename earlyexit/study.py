@@ -85,8 +85,17 @@ class Study:
     def model_config(
         self, kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel, **changes
     ) -> ModelConfig:
-        """The profile's model, with changes, as a configuration of ``kind``."""
+        """The profile's model, with changes, as a configuration of ``kind``.
+
+        Raises:
+            ValueError: an adaptive head on words that are not numbered by frequency.
+        """
         p = self.profile
+        if p.tokenizer == "bpe" and p.output_head == "adaptive":
+            raise ValueError(
+                "an adaptive head wants words numbered by falling frequency, which byte pairs are not:"
+                " with tokenizer='bpe' set output_head='linear'"
+            )
         config = ModelConfig(
             vocab_size=self.corpus.vocab_size,
             d_model=p.d_model,
@@ -96,6 +105,8 @@ class Study:
             top_k=p.top_k,
             dropout_p=p.dropout_p,
             bk_heads=p.bk_heads,
+            output_head=p.output_head,
+            tie_embeddings=p.output_head == "linear",
         )
         return kind.config_type(**asdict(config) | changes)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ def interleaved_times(
 
     The order is rotated from round to round: none always follows the same neighbour.
     """
+    _keep_freed_memory()
     names = list(functions)
     for _ in range(warmup):
         for name in names:
@@ -37,6 +41,20 @@ def interleaved_times(
             synchronize(device)
             seconds[name][repeat] = time.perf_counter() - start
     return seconds
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Keep glibc from handing freed tensors back to the kernel, for the rest of the process.
+
+    Otherwise whether a run first has its pages mapped again, which can take as long as a small layer,
+    depends on what ran before it.
+    """
+    if sys.platform == "linux":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # malloc.h
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(trim_threshold, 2**31 - 1)
+            libc.mallopt(mmap_threshold, 2**25)  # the largest that is taken
 
 
 def median_ratio(

@@ -208,3 +208,14 @@ def test_stepping_equals_the_scan():
 def test_a_two_sided_core_cannot_step():
     with pytest.raises(RuntimeError, match="future"):
         BKCore(2, causal=False).step(None, torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_without_a_gradient_are_those_with_one(dtype):
+    core = BKCore(4).to(dtype)
+    v = torch.randn(2, 37, 4, dtype=dtype, requires_grad=True)
+    wanted = core(v)
+    with torch.no_grad():
+        found = core(v)
+    assert wanted.requires_grad and found.dtype == dtype
+    assert torch.allclose(found, wanted, rtol=1e-6)
