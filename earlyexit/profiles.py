@@ -59,7 +59,9 @@ class Profile:
     recipe_tokens: int = 0  # training tokens of each; 0: the whole split
     recipe_seeds: int = 1  # how many of the seeds they are compared on
     recipes: tuple[str, ...] = tuple(RECIPES)
+    recipe_eval: int = 20_000  # tokens of fit part and test split they are read on; 0: all
     shallow_depths: tuple[int, ...] = (1, 2)  # layers of models trained without exits
+    shallow_seeds: int = 1  # how many of the seeds those are trained on
     # measurement
     timing_repeats: int = 15
     seeds: tuple[int, ...] = (0,)
@@ -115,7 +117,7 @@ PROFILES = {
             "combinations",
             "07 long enough for conclusions: the embedded text, two seeds, half an hour or more",
             max_eval_tokens=50_000,
-            combination_tokens=300_000,
+            combination_tokens=600_000,
             gate_tokens=200_000,
             combination_eval=30_000,
             dropout_p=0.0,
@@ -127,8 +129,9 @@ PROFILES = {
             corpus="wikitext-2",
             epochs=6.0,
             certify_tokens=0,
-            recipes=("joint", "frozen"),
+            recipes=("joint",),
             recipe_seeds=3,
+            recipe_eval=100_000,
             seeds=(0, 1, 2),
         ),
         Profile(
@@ -143,6 +146,7 @@ PROFILES = {
             learning_rate=3e-3,
             certify_tokens=0,
             recipes=("joint",),
+            recipe_eval=100_000,
             shallow_depths=(4,),
         ),
         Profile(
