@@ -6,9 +6,9 @@ to a function from the project's root to Markdown.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -19,10 +19,9 @@ from earlyexit.paths import project
 from earlyexit.profiles import PROFILES
 from earlyexit.receipts import all_receipts
 
-QUOTED = ("cpu", "wikitext2")  # the profiles whose results the README may quote
-PROFILE = "cpu"  # whose numbers the blocks quote, unless their name says otherwise
-SAMPLE = "wikitext2~max_eval_tokens=40000"  # a shorter evaluation of the same models
-BUDGET = 0.05  # the tolerated quality loss they speak of
+# The profiles whose results the README may quote; the first answers, its text is the original's.
+QUOTED = ("wikitext2", "wikitext2-d256", "cpu", "recipes", "combinations")
+BUDGET = 0.05  # the tolerated quality loss that the sentences speak of
 _BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -42,70 +41,75 @@ def status_block(root: Path) -> str:
     return "\n".join(lines)
 
 
-def answer_block(root: Path) -> str:
+def answer(profile: str, root: Path) -> str:
     """What early exit saves, in three sentences."""
-    front = read_table(PROFILE, "front", root)
-    gates = front[(front["criterion"] == "gate") & (front["threshold"] == BUDGET)]
-    gate = gates.mean(numeric_only=True)
-    fitted = read_table(PROFILE, "policies", root)
+    front = read_table(profile, "front", root)
+    gate = front[(front["criterion"] == "gate") & (front["threshold"] == BUDGET)]
+    fitted = read_table(profile, "policies", root)
     fitted = fitted[(fitted["tolerance"] == BUDGET) & (fitted["thresholds"] == "per_layer")]
-    fitted = fitted.groupby("criterion").mean(numeric_only=True)
-    equal = read_table(PROFILE, "equal_cost", root)
-    row = equal[equal["depth"] == equal["depth"].max()].mean(numeric_only=True)
-    naive, cut, oracle = (
-        fitted.loc["max_probability", "speedup_layers"],
-        fitted.loc["gate", "static_speedup"],
-        fitted.loc["gate", "oracle_speedup"],
-    )
-    tokens = PROFILES[PROFILE].recipe_tokens
-    amount = f"both on {tokens:,} tokens" if tokens else "on the same text"
+    naive = fitted[fitted["criterion"] == "max_probability"]
+    learned = fitted[fitted["criterion"] == "gate"]
     return (
         f"At a tolerated loss of {BUDGET:.0%}, a learned gate that never touches the vocabulary"
-        f" saves **{gate['speedup_layers']:.2f}× in layers, {gate['speedup_flops']:.2f}× in FLOPs"
-        f" and {gate['speedup_time']:.2f}× in time**, at a loss of {gate['quality_loss']:+.1%} on"
-        " the test split: every token still pays for its projection to the vocabulary."
-        f" In layers, maximum probability saves {naive:.2f}×, cutting layers off {cut:.2f}×, and"
-        f" hindsight about the last layer's prediction {oracle:.2f}×."
-        f" Against a model of {row['depth']:.0f} layers that costs the same and was trained without"
-        f" exits ({amount}), the adaptive model's perplexity is {_verdict(row)}:"
-        f" {row['difference']:+.1%} (95 % interval {row['low']:+.1%} to {row['high']:+.1%})."
+        f" saves **{_span(gate['speedup_layers'])}× in layers, {_span(gate['speedup_flops'])}× in"
+        f" FLOPs and {_span(gate['speedup_time'])}× in time**, output head included, at a loss of"
+        f" {_span(gate['quality_loss'], '+.1%')} on the test split. In layers, maximum probability"
+        f" saves {_span(naive['speedup_layers'])}×, cutting layers off"
+        f" {_span(learned['static_speedup'])}×, and hindsight about the last layer's prediction"
+        f" {_span(learned['oracle_speedup'])}×. {_against_shallow(profile, root)}"
     )
 
 
-def claims_block(root: Path) -> str:
+def _against_shallow(profile: str, root: Path) -> str:
+    """The adaptive model against shallow ones of the same FLOPs."""
+    tokens = PROFILES[profile].recipe_tokens
+    amount = f", all on {tokens:,} tokens" if tokens else ""
+    told = [
+        f"{row['difference']:+.1%} ({row['low']:+.1%} to {row['high']:+.1%}), {_verdict(row)},"
+        f" against {depth:.0f} layer{'s' if depth > 1 else ''}"
+        for depth, row in read_table(profile, "equal_cost", root).groupby("depth").mean().iterrows()
+    ]
+    return (
+        "Set to cost the same FLOPs as a shallow model trained without exits"
+        f"{amount}, the adaptive model's perplexity differs by {'; '.join(told)}"
+        " (95 % intervals over documents)."
+    )
+
+
+def claims_block(profile: str, root: Path) -> str:
     """The original's table beside the same thresholds, run for real."""
-    table = read_table(PROFILE, "claims", root).groupby("threshold").mean()
+    table = read_table(profile, "claims", root)
     lines = [
         "| threshold | claimed | measured: layers | FLOPs | wall-clock | loss | leave early |"
         " certified within the claimed loss (layers) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for threshold, row in table.iterrows():
-        certified = row["certified_speedup_layers"]
+    for threshold, rows in table.groupby("threshold"):
+        claim, certified = rows.iloc[0], rows["certified_speedup_layers"].dropna()
         lines.append(
-            f"| {threshold:.2f} | {row['claimed_speedup']:.1f}× at {row['claimed_loss']:+.1%}"
-            f" | {row['measured_speedup_layers']:.2f}× | {row['measured_speedup_flops']:.2f}×"
-            f" | {row['measured_speedup_time']:.2f}× | {row['measured_loss']:+.1%}"
-            f" | {row['exited_early']:.1%}"
-            f" | {'none' if math.isnan(certified) else f'{certified:.2f}×'} |"
+            f"| {threshold:.2f} | {claim['claimed_speedup']:.1f}× at {claim['claimed_loss']:+.1%}"
+            f" | {_span(rows['measured_speedup_layers'])}×"
+            f" | {_span(rows['measured_speedup_flops'])}×"
+            f" | {_span(rows['measured_speedup_time'])}× | {_span(rows['measured_loss'], '+.1%')}"
+            f" | {_span(rows['exited_early'], '.1%')}"
+            f" | {f'{_span(certified)}×' if len(certified) else 'none'} |"
         )
     return "\n".join(lines)
 
 
-def guarantee_block(root: Path) -> str:
+def guarantee_block(profile: str, root: Path) -> str:
     """Certified policies, what they achieve on the test split, and the audit."""
-    table = read_table(PROFILE, "certificates", root)
-    audit = read_table(PROFILE, "audit", root)
+    audit = read_table(profile, "audit", root)
     lines = [
         "| ε | policy | units | speedup (layers), test | loss, test |",
         "|---|---|---|---|---|",
     ]
-    for (epsilon, policy), rows in table.groupby(["epsilon", "policy"], sort=False):
-        row = rows.mean(numeric_only=True)
-        units = "" if math.isnan(row.get("n", math.nan)) else f"{row['n']:.0f}"
-        refused = math.isnan(row.get("test_speedup_layers", math.nan))
-        speed = "refused" if refused else f"{row['test_speedup_layers']:.2f}×"
-        loss = "" if refused else f"{row['test_quality_loss']:+.1%}"
+    certified = read_table(profile, "certificates", root)
+    for (epsilon, policy), rows in certified.groupby(["epsilon", "policy"], sort=False):
+        units = "" if rows["n"].isna().all() else f"{rows['n'].max():.0f}"
+        shown = rows.dropna(subset="test_speedup_layers")
+        speed = f"{_span(shown['test_speedup_layers'])}×" if len(shown) else "refused"
+        loss = _span(shown["test_quality_loss"], "+.1%") if len(shown) else ""
         lines.append(f"| {epsilon:.1%} | {policy} | {units} | {speed} | {loss} |")
     worst = audit.loc[audit.groupby("procedure", sort=False)["rate"].idxmax()]
     told = "; ".join(f"{row.procedure}: {row.rate:.1%}" for row in worst.itertuples())
@@ -113,69 +117,30 @@ def guarantee_block(root: Path) -> str:
     return "\n".join(lines)
 
 
-def text_block(root: Path) -> str:
+def text_block(profile: str, root: Path) -> str:
     """Text, model and machine behind the numbers."""
-    text = read_table(PROFILE, "text", root).set_index("split")
-    front = read_table(PROFILE, "front", root)
-    full = (front["perplexity"] / (1 + front["quality_loss"])).mean()
-    hardware = next(r["hardware"] for r in all_receipts(project(root)) if r["label"] == PROFILE)
+    text = read_table(profile, "text", root).set_index("split")
+    front, p = read_table(profile, "front", root), PROFILES[profile]
+    full = front["perplexity"] / (1 + front["quality_loss"])
+    hardware = next(r["hardware"] for r in all_receipts(project(root)) if r["label"] == profile)
+    seeds = front["seed"].nunique()
     return (
-        f"Profile `{PROFILE}`: {text.loc['train', 'tokens']:,} training tokens,"
-        f" {front['seed'].nunique()} seed(s), test perplexity {full:.0f} at full depth,"
-        f" {text.loc['test', 'unknown_share']:.1%} unknown words in the test split;"
+        f"Profile `{profile}`: {p.n_layers} layers of width {p.d_model}, {p.epochs:g} passes over"
+        f" {text.loc['train', 'tokens']:,} training tokens, {seeds} seed{'s' if seeds > 1 else ''},"
+        f" perplexity {_span(full.groupby(front['seed']).mean(), '.1f')} at full depth on the test"
+        f" split, {text.loc['test', 'unknown_share']:.1%} of whose words are unknown;"
         f" {hardware['cpu']}, {hardware['usable_cpus']} cores, no GPU."
     )
 
 
-def wikitext2_block(root: Path) -> str:
-    """Fitted and certified gate policies on the original's test set, over the seeds."""
-    certified = read_table("wikitext2", "certificates", root)
-    exits = read_table("wikitext2", "exits_after_training", root)
-    per_exit = exits.groupby("exit")["perplexity"].mean()
-    lines = [
-        f"Validation perplexity per exit {' / '.join(f'{p:.0f}' for p in per_exit)}, mean of"
-        f" {exits['seed'].nunique()} seeds. Below, the whole test set; least to largest over the"
-        " seeds in brackets.",
-        "",
-        "| ε | policy | units | speedup (layers), test | loss, test |",
-        "|---|---|---|---|---|",
-    ]
-    for (epsilon, policy), rows in certified.groupby(["epsilon", "policy"], sort=False):
-        units = "" if rows["n"].isna().all() else f"{rows['n'].max():.0f}"
-        shown = rows.dropna(subset="test_speedup_layers")
-        speed = f"{_span(shown['test_speedup_layers'])}×" if len(shown) else "refused"
-        loss = _span(shown["test_quality_loss"], "+.1%") if len(shown) else ""
-        lines.append(f"| {epsilon:.1%} | {policy} | {units} | {speed} | {loss} |")
-    return "\n".join([*lines, "", _wikitext2_sample(root)])
-
-
-def _wikitext2_sample(root: Path) -> str:
-    """Criteria, the original's threshold and a shallow model, on a part of the test set."""
-    fitted = read_table(SAMPLE, "policies", root)
-    fitted = fitted[(fitted["tolerance"] == BUDGET) & (fitted["thresholds"] == "per_layer")]
-    fitted = fitted.groupby("criterion").mean(numeric_only=True)
-    claim = read_table(SAMPLE, "original_claims", root).groupby("threshold").mean().iloc[0]
-    quality = read_table(SAMPLE, "exit_quality", root).groupby("exit")["perplexity"].mean()
-    recipes = read_table(SAMPLE, "recipes", root)
-    last = (
-        recipes[recipes["exit"] == recipes["exit"].max()].groupby("recipe").mean(numeric_only=True)
-    )
-    equal = read_table(SAMPLE, "equal_cost", root).mean(numeric_only=True)
-    joint, gate = last.loc["joint"], fitted.loc["gate"]
-    return (
-        f"On 40,000 tokens of the test set (one seed, perplexity {quality.iloc[-1]:.0f} at full depth),"
-        f" within {BUDGET:.0%}, in layers: gate {gate['speedup_layers']:.2f}×, maximum probability"
-        f" {fitted.loc['max_probability', 'speedup_layers']:.2f}×, entropy"
-        f" {fitted.loc['entropy', 'speedup_layers']:.2f}×, cutting layers off"
-        f" {gate['static_speedup']:.2f}×, hindsight about the last layer"
-        f" {gate['oracle_speedup']:.2f}×. The original's lowest threshold gives"
-        f" {claim['measured_speedup_layers']:.2f}× where {claim['claimed_speedup']:.1f}× is claimed."
-        f" Joint training moves the last layer by {joint['last_vs_twin']:+.1%}"
-        f" (± {joint['last_vs_twin_half_interval']:.1%}) against a twin without exits. Against a model"
-        f" of {equal['depth']:.0f} layers that costs the same FLOPs and was trained without exits, the"
-        f" adaptive perplexity is {_verdict(equal)}: {equal['difference']:+.1%}"
-        f" ({equal['low']:+.1%} to {equal['high']:+.1%})."
-    )
+def products_block(profile: str, root: Path) -> str:
+    """The original's factors and products beside the measured ones."""
+    measures = ["positions", "layer FLOPs", "layer time", "total time"]
+    lines = [f"| | claimed | {' | '.join(measures)} |", "|---|---|---|---|---|---|"]
+    for claim, rows in read_table(profile, "claimed_products", root).groupby("claim", sort=False):
+        cells = " | ".join(f"{_span(rows[m])}×" for m in measures)
+        lines.append(f"| {claim} | {rows['claimed'].iloc[0]:g}× | {cells} |")
+    return "\n".join(lines)
 
 
 def _verdict(row: pd.Series) -> str:
@@ -190,11 +155,15 @@ def _span(values: pd.Series, form: str = ".2f") -> str:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "answer": answer_block,
-    "claims": claims_block,
-    "guarantee": guarantee_block,
-    "text": text_block,
-    "wikitext2": wikitext2_block,
+    "answer": partial(answer, "wikitext2"),
+    "answer-wide": partial(answer, "wikitext2-d256"),
+    "answer-default": partial(answer, "cpu"),
+    "claims": partial(claims_block, "wikitext2"),
+    "guarantee": partial(guarantee_block, "wikitext2"),
+    "text": partial(text_block, "wikitext2"),
+    "text-wide": partial(text_block, "wikitext2-d256"),
+    "text-default": partial(text_block, "cpu"),
+    "products": partial(products_block, "combinations"),
     "status": status_block,
 }
 
