@@ -25,6 +25,8 @@ from earlyexit.paths import Project, project
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from earlyexit.model import EarlyExitLanguageModel
+
 COLUMN, DOUBLE = 3.4, 7.0  # inches: the width of a paper's column, and of its page
 PNG_DPI = 200
 
@@ -128,7 +130,7 @@ class Outputs:
     def document(
         self, text: str, name: str, caption: str, text_hash: str | None = None, suffix: str = "json"
     ) -> Path:
-        """Write a JSON file among the tables, or a page (``suffix="html"``) among the figures.
+        """Write a JSON or Markdown file among the tables, or a page (``"html"``) among the figures.
 
         Returns:
             Its path.
@@ -142,6 +144,22 @@ class Outputs:
         with atomic_path(path) as temporary:
             temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
         self._certify("document", name, caption, text_hash, [path])
+        return path
+
+    def weights(
+        self, model: EarlyExitLanguageModel, name: str, caption: str, about: dict, text_hash: str
+    ) -> Path:
+        """Write a model as safetensors among the tables; see ``checkpoints.save_model``.
+
+        Raises:
+            ValueError: another notebook writes a result of that name.
+        """
+        from earlyexit.checkpoints import save_model
+
+        self._check_owner(self.project.results, name)
+        path = self.project.results / self.label / f"{name}.safetensors"
+        save_model(model, path, about)
+        self._certify("weights", name, caption, text_hash, [path])
         return path
 
     def _check_owner(self, kind: Path, name: str) -> None:

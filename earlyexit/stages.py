@@ -98,7 +98,7 @@ def trained_model(
     path = cache / "models" / f"{digest}.safetensors"
     if path.exists():
         try:
-            return _load(path, model_config, device, kind)
+            return load_trained(path, model_config, device, kind)
         except checkpoints.CheckpointError:
             if not may_train:
                 raise
@@ -116,7 +116,7 @@ def trained_model(
     about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
     checkpoints.save_model(model, path, about)
     checkpoints.TrainingState(state, {}).delete()
-    return _load(path, model_config, device, kind)
+    return load_trained(path, model_config, device, kind)
 
 
 def converted_model(
@@ -152,7 +152,7 @@ def converted_model(
     if not path.exists():
         history = train(model, corpus, training, device, max_tokens=max_tokens)
         checkpoints.save_model(model, path, {"history": history})
-    return _load(path, trained.config, device, type(model))
+    return load_trained(path, trained.config, device, type(model))
 
 
 def gated_model(
@@ -185,7 +185,7 @@ def gated_model(
     path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
     kind = type(trained.model)
     if path.exists():
-        return _load(path, config, device, kind)
+        return load_trained(path, config, device, kind)
     if not may_train:
         raise NotTrained(f"no gates for {trained.config}")
     model = kind.from_config(config).to(device)
@@ -195,15 +195,20 @@ def gated_model(
     )
     about = {"history": trained.history.to_dict("records"), "gates": report}
     checkpoints.save_model(model, path, about)
-    return _load(path, config, device, kind)
+    return load_trained(path, config, device, kind)
 
 
-def _load(
+def load_trained(
     path: Path,
     config: ModelConfig,
     device: torch.device,
     kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
 ) -> Trained:
+    """A stored model with its history.
+
+    Raises:
+        CheckpointError: see :func:`earlyexit.checkpoints.load_model`.
+    """
     model = checkpoints.load_model(path, config, device, kind)
     about = checkpoints.checkpoint_about(path)
     history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))

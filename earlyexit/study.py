@@ -13,14 +13,18 @@ from torch.utils.data import DataLoader
 
 from earlyexit import stages
 from earlyexit.artifacts import Outputs, read_table, run_label, use_style
+from earlyexit.checkpoints import checkpoint_about
 from earlyexit.corpus import Corpus, CorpusConfig, Split, load_corpus, loader
 from earlyexit.devices import resolve_device
 from earlyexit.model import EarlyExitLanguageModel, ModelConfig
+from earlyexit.model_card import model_card
 from earlyexit.paths import project
 from earlyexit.profiles import RECIPES, get_profile
 from earlyexit.stages import NotTrained, Trained
 from earlyexit.trace import ExitTrace
 from earlyexit.training import LossFunction, TrainingConfig
+
+LARGEST_PUBLISHED = 8_000_000  # bytes of one model's weights among the results
 
 
 class Study:
@@ -185,18 +189,56 @@ class Study:
         return self.with_gates(seed, self.train(seed))
 
     def model(self, seed: int) -> Trained:
-        """The profile's model with gates, as ``01_build`` made it.
+        """The profile's model with gates, as ``01_build`` made it here, or else published it.
 
         Raises:
-            NotTrained: it has not been run for this profile and seed.
+            NotTrained: it has not been run for this profile and seed, and nothing is published.
         """
         try:
             return self._gated(seed, self.train(seed, may_train=False), may_train=False)
         except NotTrained:
+            if published := self._published(seed):
+                return published
             raise NotTrained(
                 f"no model of profile {self.label!r}, seed {seed}: run 01_build first, here or with"
                 f" `python -m earlyexit run --profile {self.profile.name} --only 01`"
             ) from None
+
+    def publish(self, seed: int, trained: Trained) -> Path | None:
+        """Write weights among the results, for the other notebooks to read where nothing was trained.
+
+        Returns:
+            The file; None where the weights are too large to be committed.
+        """
+        if (
+            sum(p.numel() * p.element_size() for p in trained.model.parameters())
+            > LARGEST_PUBLISHED
+        ):
+            return None
+        about = self._recipe_of(seed) | {
+            "model_hash": trained.model_hash,
+            "history": trained.history.to_dict("records"),
+            "gates": trained.gates.to_dict("records"),
+        }
+        caption = f"Trained model with gates, seed {seed}."
+        return self.outputs.weights(
+            trained.model, f"model_seed{seed}", caption, about, self.corpus.data_hash
+        )
+
+    def _published(self, seed: int) -> Trained | None:
+        """The published model, if it was trained by this profile's recipe on this text."""
+        path = project().results / self.label / f"model_seed{seed}.safetensors"
+        if not path.is_file():
+            return None
+        config = replace(self.model_config(), gate_hidden=self.profile.gate_hidden)
+        trained = stages.load_trained(path, config, self.device)
+        about = checkpoint_about(path)
+        if any(about.get(key) != value for key, value in self._recipe_of(seed).items()):
+            return None
+        return replace(trained, model_hash=about["model_hash"])
+
+    def _recipe_of(self, seed: int) -> dict:
+        return {"training": asdict(self.training_config(seed)), "text": self.corpus.data_hash}
 
     def with_gates(self, seed: int, trained: Trained) -> Trained:
         """A model of this profile with gates trained on its frozen weights."""
@@ -240,6 +282,15 @@ class Study:
     def document(self, text: str, name: str, caption: str) -> Path:
         """Write a JSON file; see :meth:`earlyexit.artifacts.Outputs.document`."""
         return self.outputs.document(text, name, caption, text_hash=self.corpus.data_hash)
+
+    def card(self, trained: dict[int, Trained], files: dict[int, Path]) -> Path:
+        """Write the card of published weights, seed → model and file, beside them."""
+        names = {seed: path.name for seed, path in files.items()}
+        text = model_card(self.profile, trained, self.corpus.data_hash, names)
+        caption = "What the published weights are."
+        return self.outputs.document(
+            text, "model_card", caption, self.corpus.data_hash, suffix="md"
+        )
 
     def page(self, text: str, name: str, caption: str) -> Path:
         """Write an HTML page beside the figures; see :meth:`earlyexit.artifacts.Outputs.document`."""

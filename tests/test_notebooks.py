@@ -13,6 +13,8 @@ from earlyexit.artifacts import certificates, read_json
 from earlyexit.paths import project
 from earlyexit.receipts import discover, executed_path, receipt_path
 from earlyexit.settings import Settings
+from earlyexit.stages import NotTrained
+from earlyexit.study import Study
 
 NOTEBOOKS = [path.stem for path in discover(project())]
 WRITES = re.compile(r"\*\*Writes\*\*.*")
@@ -66,3 +68,18 @@ def test_every_result_names_its_command_text_and_machine(series):
     for path, meta in found:
         assert meta["command"].startswith("python -m earlyexit run --profile smoke"), path
         assert meta["text_hash"] and meta["hardware"]["cpu"] and meta["versions"]["torch"], path
+
+
+def test_published_weights_stand_in_for_a_training(series, tmp_path, monkeypatch):
+    for folder in ("notebooks", "results", ".cache/corpus"):
+        shutil.copytree(series.root / folder, tmp_path / folder)
+    seen = []
+    for root in (series.root, tmp_path):
+        monkeypatch.setenv("EARLYEXIT_HOME", str(root))
+        seen.append(Study("02_calibration", "smoke").model(0))
+    assert not (tmp_path / ".cache/models").exists()
+    trained, published = seen
+    assert published.model.fingerprint() == trained.model.fingerprint()
+    assert published.model_hash == trained.model_hash  # so that traces are shared
+    with pytest.raises(NotTrained, match="run 01_build first"):  # another recipe
+        Study("02_calibration", "smoke", overrides={"epochs": 9.0}).model(0)
