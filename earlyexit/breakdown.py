@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from earlyexit.clock import PARTS, timed_parts
 from earlyexit.evaluator import original_early_exit
 from earlyexit.exits import CRITERIA, Criterion, ExitPolicy, ExitState
+from earlyexit.layers import MoEResNetBKLayer
 from earlyexit.model import EarlyExitLanguageModel
 from earlyexit.timing import interleaved_times
 from earlyexit.vocabulary import softmax_
@@ -36,7 +38,7 @@ def part_functions(
     u = block.layer_norm(before)
     v = bk.potentials(u)
     features = bk.bk_core(v)
-    mixed = u + bk.bk_scale * bk.output_proj(features)
+    mixed = u + scaled_projection(bk, features)
     head = model.blocks[-1].exit_classifier
     flat = head.features(states[-1]).flatten(0, 1)
     normalised = model.blocks[layer + 1].layer_norm(after).flatten(0, 1)
@@ -51,7 +53,7 @@ def part_functions(
         ("block", "layer norm"): lambda: block.layer_norm(before),
         ("block", "potentials"): lambda: bk.potentials(u),
         ("block", "BK-Core"): lambda: bk.bk_core(v),
-        ("block", "projection"): lambda: u + bk.bk_scale * bk.output_proj(features),
+        ("block", "projection"): lambda: u + scaled_projection(bk, features),
         ("block", "experts and router"): lambda: bk.moe(mixed),
         ("head", "unembedding"): lambda: project(lambda logits: None),
         ("head", "unembedding and softmax"): lambda: project(softmax_),
@@ -66,6 +68,12 @@ def part_functions(
             check = lambda rule=rule: _decide(rule, rule.score(state))  # noqa: E731
         functions["check", rule.label] = check
     return functions
+
+
+def scaled_projection(layer: MoEResNetBKLayer, features: Tensor) -> Tensor:
+    """BK features ``(…, 2H)`` → what they add to the stream ``(…, D)``, as the layer computes it."""
+    project, scale = layer.output_proj, layer.bk_scale
+    return F.linear(features, scale * project.weight, scale * project.bias)
 
 
 def _decide(rule: Criterion, score: Tensor) -> list[int]:

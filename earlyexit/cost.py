@@ -76,7 +76,7 @@ def part_bytes(config: ModelConfig) -> dict[str, float]:
         "layer norm": FLOAT * 2 * d,
         "potentials": FLOAT * (d + h),
         "BK-Core": FLOAT * 3 * h + 2 * COMPLEX * h,
-        "projection": FLOAT * (2 * h + 8 * d),  # with scale, sum and residual
+        "projection": FLOAT * (2 * h + 6 * d),  # with sum and residual
         "router": FLOAT * (d + 3 * e),
         "experts": FLOAT * config.top_k * (expert + dispatch),
         "translator": FLOAT * 4 * d if config.exit_head == "translator" else 0.0,

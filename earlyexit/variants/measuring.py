@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from earlyexit.breakdown import scaled_projection
 from earlyexit.cost import (
     BLOCK,
     FINAL_HEAD,
@@ -33,7 +34,7 @@ from earlyexit.variants.act import ACTEarlyExitModel
 from earlyexit.variants.act_multi_scale import ACTMultiScaleExitModel
 from earlyexit.variants.multi_scale import MultiScaleLanguageModel, positions_run
 from earlyexit.variants.sparse_bk import SparseBKLayer, kept_shares
-from earlyexit.vocabulary import IGNORE
+from earlyexit.vocabulary import IGNORE, LinearUnembedding
 
 SKIPPED = ("potentials", "BK-Core", "projection")  # what a sparse core saves at a skipped position
 
@@ -188,19 +189,17 @@ def cheapest_within(curve: pd.DataFrame, limit: float) -> int | None:
 
 @contextmanager
 def few_words(model: EarlyExitLanguageModel, words: int = 32) -> Iterator[None]:
-    """``model`` with its unembeddings cut to ``words``: what is left to time are the layers."""
-    linears = {
-        id(b.exit_classifier.unembedding): b.exit_classifier.unembedding for b in model.blocks
-    }
-    kept = {key: (linear.weight, linear.bias) for key, linear in linears.items()}
+    """``model`` with an unembedding of only ``words``: what is left to time are the layers."""
+    small = LinearUnembedding(model.d_model, words).to(model.token_embedding.weight.device)
+    heads = [block.exit_classifier for block in model.blocks]
+    kept = [(head.linear, head._borrowed) for head in heads]
     try:
-        for linear in linears.values():
-            linear.weight = torch.nn.Parameter(linear.weight.detach()[:words].clone())
-            linear.bias = torch.nn.Parameter(linear.bias.detach()[:words].clone())
+        for head in heads:
+            head.linear, head._borrowed = None, (small,)
         yield
     finally:
-        for key, linear in linears.items():
-            linear.weight, linear.bias = kept[key]
+        for head, (linear, borrowed) in zip(heads, kept, strict=True):
+            head.linear, head._borrowed = linear, borrowed
 
 
 def system_times(
@@ -258,7 +257,7 @@ def sparse_times(
             "sparse": lambda sparse=sparse, u=u: sparse(u),
             "core": lambda dense=dense, v=v: dense.bk_core(v),
             "potentials": lambda dense=dense, u=u: dense.potentials(u),
-            "projection": lambda dense=dense, f=features: dense.bk_scale * dense.output_proj(f),
+            "projection": lambda dense=dense, f=features: scaled_projection(dense, f),
             "experts": lambda dense=dense, u=u: dense.moe(u),
         }
         seconds = interleaved_times(calls, device, repeats)
