@@ -37,7 +37,7 @@ def part_flops(config: ModelConfig) -> dict[str, float]:
         "BK-Core": (BK_STEP if config.causal else 3 * BK_STEP) * h,
         "projection": 2 * 2 * h * d + 2 * d,
         "router": 2 * d * config.num_experts + SOFTMAX * config.num_experts,
-        "experts": config.top_k * (2 * 2 * d * hidden + hidden),
+        "experts": config.top_k * (2 * 2 * d * hidden + hidden + 2 * d),  # with weights and sum
         "translator": 2 * d * d if config.exit_head == "translator" else 0.0,
         "head norm": LAYER_NORM * d,
         "unembedding": sum(2 * rows * width for rows, width, _ in _projections(config)),

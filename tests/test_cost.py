@@ -40,11 +40,12 @@ def products(config) -> dict[str, float]:
     """The matrix products of ``part_flops``: what is left without the element-wise operations."""
     parts, d = part_flops(config), config.d_model
     hidden = config.expert_hidden or 2 * d
+    weights = 2 * d if config.top_k == 1 else 0  # of several experts: a product of its own
     return {
         "potentials": parts["potentials"],
-        "projection": parts["projection"] - 2 * d,  # scale and residual
+        "projection": parts["projection"] - 2 * d,  # residuals
         "router": parts["router"] - 5 * config.num_experts,  # softmax
-        "experts": parts["experts"] - config.top_k * hidden,  # activation
+        "experts": parts["experts"] - config.top_k * hidden - weights,  # activation
         "translator": parts["translator"],
         "unembedding": parts["unembedding"],
     }
