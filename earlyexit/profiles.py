@@ -93,7 +93,7 @@ PROFILES = {
             "cpu",
             "the default: the embedded text on a laptop CPU, one seed, minutes",
             max_eval_tokens=50_000,
-            epochs=1.0,
+            epochs=2.0,
             gate_tokens=40_000,
             certify_tokens=1_024,
             combination_tokens=50_000,
