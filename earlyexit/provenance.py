@@ -52,7 +52,7 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, physical and usable logical cores, memory in GiB, GPU if one is in use."""
+    """Processor, physical and usable logical cores, threads of torch, memory in GiB, GPU if in use."""
     torch = sys.modules.get("torch")  # not worth importing for its own sake
     gpu = torch is not None and torch.cuda.is_available()
     affinity = getattr(psutil.Process(), "cpu_affinity", None)  # macOS has none
@@ -60,6 +60,7 @@ def hardware() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": psutil.cpu_count(logical=False),
         "usable_cpus": len(affinity()) if affinity else psutil.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
         "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "platform": f"{platform.system()} {platform.machine()}",

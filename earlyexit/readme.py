@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from earlyexit.artifacts import MissingResult, read_table
+from earlyexit.artifacts import MissingResult, read_json, read_table
 from earlyexit.atomic import atomic_path
 from earlyexit.paths import project
 from earlyexit.profiles import PROFILES
@@ -141,14 +141,15 @@ def text_block(profile: str, root: Path) -> str:
     text = read_table(profile, "text", root).set_index("split")
     front, p = read_table(profile, "front", root), PROFILES[profile]
     full = front["perplexity"] / (1 + front["quality_loss"])
-    hardware = next(r["hardware"] for r in all_receipts(project(root)) if r["label"] == profile)
+    hardware = read_json(project(root).results / profile / "front.meta.json")["hardware"]
     seeds = front["seed"].nunique()
     return (
         f"Profile `{profile}`: {p.n_layers} layers of width {p.d_model}, {p.epochs:g} passes over"
         f" {text.loc['train', 'tokens']:,} training tokens, {seeds} seed{'s' if seeds > 1 else ''},"
         f" perplexity {_span(full.groupby(front['seed']).mean(), '.1f')} at full depth on the test"
         f" split, {text.loc['test', 'unknown_share']:.1%} of whose words are unknown;"
-        f" {hardware['cpu']}, {hardware['usable_cpus']} cores, no GPU."
+        f" timed on {hardware['cpu']}, {hardware.get('threads') or hardware['usable_cpus']} thread(s),"
+        f" {'no GPU' if hardware['gpu'] is None else hardware['gpu']}."
     )
 
 
