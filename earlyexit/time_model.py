@@ -246,8 +246,7 @@ def calibrate(
 
 def machine() -> dict:
     """What prices depend on besides the configuration."""
-    hardware = provenance.hardware()
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "hardware": hardware}
+    return {"torch": torch.__version__, "hardware": provenance.hardware()}
 
 
 def stored(cache: Path, device: torch.device) -> Path:
