@@ -79,12 +79,12 @@ class Criterion:
 
 def max_probability(logits: Tensor) -> Tensor:
     """Largest softmax probability, the "softmax response" (Schuster et al. 2022, CALM, §3.4)."""
-    return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
+    return logits.log_softmax(dim=-1).amax(dim=-1).exp()
 
 
 def margin(logits: Tensor) -> Tensor:
     """Difference of the two largest softmax probabilities."""
-    top = (logits.topk(2, dim=-1).values - logits.logsumexp(dim=-1, keepdim=True)).exp()
+    top = logits.log_softmax(dim=-1).topk(2, dim=-1).values.exp()
     return top[..., 0] - top[..., 1]
 
 

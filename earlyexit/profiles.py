@@ -63,6 +63,7 @@ class Profile:
     shallow_depths: tuple[int, ...] = (1, 2)  # layers of models trained without exits
     shallow_seeds: int = 1  # how many of the seeds those are trained on
     # measurement
+    logits_tokens: int = 0  # of the test split, for real runs whose checks read logits; 0: all
     timing_repeats: int = 15
     seeds: tuple[int, ...] = (0,)
 
@@ -133,6 +134,7 @@ PROFILES = {
             recipes=("joint",),
             recipe_seeds=3,
             recipe_eval=100_000,
+            logits_tokens=60_000,
             seeds=(0, 1, 2),
         ),
         Profile(
@@ -149,6 +151,7 @@ PROFILES = {
             recipes=("joint",),
             recipe_eval=100_000,
             shallow_depths=(4,),
+            logits_tokens=40_000,
         ),
         Profile(
             "gpu",

@@ -140,6 +140,7 @@ def text_block(profile: str, root: Path) -> str:
     """Text, model and machine behind the numbers."""
     text = read_table(profile, "text", root).set_index("split")
     front, p = read_table(profile, "front", root), PROFILES[profile]
+    front = front[front["criterion"] == "static"]  # read on the whole split
     full = front["perplexity"] / (1 + front["quality_loss"])
     hardware = read_json(project(root).results / profile / "front.meta.json")["hardware"]
     seeds = front["seed"].nunique()

@@ -16,6 +16,7 @@ from earlyexit.artifacts import Outputs, read_table, run_label, use_style
 from earlyexit.checkpoints import checkpoint_about
 from earlyexit.corpus import Corpus, CorpusConfig, Split, load_corpus, loader
 from earlyexit.devices import resolve_device
+from earlyexit.exits import CRITERIA
 from earlyexit.model import EarlyExitLanguageModel, ModelConfig
 from earlyexit.model_card import model_card
 from earlyexit.paths import project
@@ -79,10 +80,17 @@ class Study:
         """A split, limited to the profile's ``max_eval_tokens``."""
         return self.corpus.splits[name].limit(self.profile.max_eval_tokens)
 
-    def loader(self, split: str, batch_size: int | None = None) -> DataLoader:
-        """Batches of :meth:`split` in order."""
-        size = batch_size or self.profile.batch_size
-        return loader(self.split(split), self.profile.n_seq, size, self.corpus.eos_id)
+    def loader(self, split: str, batch_size: int | None = None, max_tokens: int = 0) -> DataLoader:
+        """Batches of :meth:`split`, or of about ``max_tokens`` of it, in order."""
+        size, part = batch_size or self.profile.batch_size, self.split(split).limit(max_tokens)
+        return loader(part, self.profile.n_seq, size, self.corpus.eos_id)
+
+    def run_tokens(self, criterion: str) -> int:
+        """Tokens of the test split that real runs by a criterion are scored on; 0: all.
+
+        Checks that read logits take several times as long as everything else.
+        """
+        return self.profile.logits_tokens if CRITERIA[criterion].reads == "logits" else 0
 
     # ------------------------------------------------------------------ models and traces
 

@@ -342,18 +342,15 @@ def collect_trace(
 def _judge(model, states, target, temperatures, names) -> dict[str, list]:
     """Everything the trace keeps of one chunk: name → per exit ``(T,)``."""
     out: dict[str, list] = {k: [] for k in ("nll", "kl", "prediction", *names)}
-    logits = [
-        block.exit_classifier(states[layer + 1]) / temperatures[layer]
+    log_p = [
+        (block.exit_classifier(states[layer + 1]) / temperatures[layer]).log_softmax(dim=-1)
         for layer, block in enumerate(model.blocks)
     ]
-    log_last = logits[-1].log_softmax(dim=-1)
-    last = log_last.exp()
-    negentropy = (last * log_last).sum(dim=-1)
-    for layer, scores in enumerate(logits):
-        log_total = scores.logsumexp(dim=-1)
-        out["nll"].append(log_total - scores.gather(1, target[:, None]).squeeze(1))
-        kl = negentropy - (last * scores).sum(dim=-1) + log_total
-        out["kl"].append(kl.clamp_min(0))
+    last = log_p[-1].exp()
+    negentropy = (last * log_p[-1]).sum(dim=-1)
+    for layer, scores in enumerate(log_p):
+        out["nll"].append(-scores.gather(1, target[:, None]).squeeze(1))
+        out["kl"].append((negentropy - (last * scores).sum(dim=-1)).clamp_min(0))
         out["prediction"].append(scores.argmax(dim=-1))
         h = states[layer + 1]
         below = model.blocks[layer + 1].layer_norm(h) if layer + 1 < model.n_layers else None
