@@ -111,19 +111,25 @@ def part_times(model: EarlyExitLanguageModel, x: Tensor, repeats: int) -> pd.Dat
 
 
 def execution_runs(
-    model: EarlyExitLanguageModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
+    model: EarlyExitLanguageModel,
+    x: Tensor,
+    y: Tensor,
+    policy: ExitPolicy,
+    original: EarlyExitLanguageModel,
+    threshold: float,
 ) -> dict[str, Callable[[], object]]:
     """Scoring a batch ``(B, N)`` in every way there is.
 
     Args:
         policy: for this project's executions.
+        original: the model that the original's procedure runs; its head is a plain matrix there.
         threshold: of maximum probability, for the original's procedure.
     """
     return {
         FULL_DEPTH: lambda: model.nll(x, y),
         "compacted": lambda: model.nll(x, y, policy),
         "dense": lambda: model.nll(x, y, policy, "dense"),
-        ORIGINAL: lambda: original_early_exit(model, x, threshold),
+        ORIGINAL: lambda: original_early_exit(original, x, threshold),
     }
 
 

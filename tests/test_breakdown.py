@@ -42,7 +42,7 @@ def test_no_clock_runs_outside_and_after_an_error():
 def test_every_way_of_running_is_accounted_for(make_model, make_tokens, make_policy, exit_head):
     model, x = make_model(exit_head=exit_head), make_tokens(6, 12)
     policy = make_policy(model, x, "gate")
-    runs = execution_runs(model, x, x, policy, threshold=0.5)
+    runs = execution_runs(model, x, x, policy, model, threshold=0.5)
     table = run_times(model, runs, repeats=3)
     assert len(table) == len(runs) * len(PARTS)
     assert (table["milliseconds"] >= 0).all() and (table["total_ms"] > 0).all()
