@@ -279,7 +279,13 @@ def test_killed_at_any_moment_the_next_run_completes(tmp_path):
         assert_nothing_half_written(root)
     copy = root / "build/smoke/.01_build.tmp.ipynb"
     copy.unlink(missing_ok=True)  # of a killed run
-    started = subprocess.Popen([*COMMAND, "--force"], env=environment(root), stderr=subprocess.PIPE)
+    started = subprocess.Popen(
+        [*COMMAND, "--force"],
+        env=environment(root),
+        stderr=subprocess.PIPE,
+        # A shell's background job passes on that it ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not copy.exists():
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
