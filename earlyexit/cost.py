@@ -40,13 +40,13 @@ def part_flops(config: ModelConfig) -> dict[str, float]:
         "experts": config.top_k * (2 * 2 * d * hidden + hidden + 2 * d),  # with weights and sum
         "translator": 2 * d * d if config.exit_head == "translator" else 0.0,
         "head norm": LAYER_NORM * d,
-        "unembedding": sum(2 * rows * width for rows, width, _ in _projections(config)),
+        "unembedding": unembedding_flops(config),
         "softmax": SOFTMAX * vocabulary_width(config),
     }
 
 
-def _projections(config: ModelConfig) -> list[tuple[float, float, bool]]:
-    """Matrices ``(rows, columns)`` that scoring one token multiplies with, rows as an expected number.
+def _projections(config: ModelConfig, whole: bool) -> list[tuple[float, float, bool]]:
+    """Matrices ``(rows, columns)`` that one token is multiplied with, rows as an expected number.
 
     The third entry says whether the result is a part of the vocabulary.
     """
@@ -55,15 +55,29 @@ def _projections(config: ModelConfig) -> list[tuple[float, float, bool]]:
         return [(v, d, True)]
     cuts = (v // 10, 4 * v // 10, v)
     out: list[tuple[float, float, bool]] = [(cuts[0] + len(TAIL_SHARES), d, True)]
-    for k, share in enumerate(TAIL_SHARES):
+    for k, share in enumerate((1.0,) * len(TAIL_SHARES) if whole else TAIL_SHARES):
         width = d // 2 ** (k + 1)
         out += [(share * width, d, False), (share * (cuts[k + 1] - cuts[k]), width, True)]
     return out
 
 
-def vocabulary_width(config: ModelConfig) -> float:
-    """Logits made to score one token: V, or with an adaptive softmax its expected number."""
-    return sum(rows for rows, _, words in _projections(config) if words)
+def unembedding_flops(config: ModelConfig, whole: bool = False) -> float:
+    """Products per token of scoring its word, or of the ``whole`` distribution over all words.
+
+    The two differ with an adaptive softmax, where scoring opens the cluster of the word alone.
+    """
+    return sum(2 * rows * width for rows, width, _ in _projections(config, whole))
+
+
+def vocabulary_width(config: ModelConfig, whole: bool = False) -> float:
+    """Logits per token behind :func:`unembedding_flops`: V, or fewer with an adaptive softmax."""
+    return sum(rows for rows, _, words in _projections(config, whole) if words)
+
+
+def distribution_flops(config: ModelConfig) -> float:
+    """FLOPs per token of a LayerNorm and the probabilities of all words."""
+    norm, softmax = LAYER_NORM * config.d_model, SOFTMAX * vocabulary_width(config, whole=True)
+    return norm + unembedding_flops(config, whole=True) + softmax
 
 
 def part_bytes(config: ModelConfig) -> dict[str, float]:
@@ -100,7 +114,7 @@ def check_flops(config: ModelConfig, criterion: str) -> float:
     """FLOPs per token of one exit check, beyond what the exit itself costs."""
     d = config.d_model
     if CRITERIA[criterion].reads == "logits":
-        return total(part_flops(config), EXIT_HEAD)
+        return part_flops(config)["translator"] + distribution_flops(config)
     if criterion in ("gate", "agreement"):  # the next block's LayerNorm is shared
         hidden = config.gate_hidden or 0
         return 2 * hidden * (d + 2) if hidden else 2 * 2 * d
@@ -114,7 +128,8 @@ def policy_flops(
 
     Args:
         distribution: share of tokens per exit layer ``(L + 1,)``, the last for "no early exit".
-        criterion: what is checked after every layer but the last.
+        criterion: what is checked after every layer but the last; there too where tokens are counted
+            as exited at it, which costs nothing but for an adaptive softmax and a check of its logits.
 
     Returns:
         ``blocks``, ``checks``, ``propagation`` (potentials of exited tokens), ``head``, ``total``,
@@ -127,12 +142,15 @@ def policy_flops(
     checks = float(share @ np.minimum(executed, layers - 1))
     early = float(share[: layers - 1].sum())
     block, head = total(parts, BLOCK), total(parts, FINAL_HEAD)
-    paid_by_check = CRITERIA[criterion].reads == "logits"  # the exit reads the check's own logits
+    rule = CRITERIA[criterion]
+    paid_by_check = rule.reads == "logits"  # the exit reads the check's own logits
+    checked_at_last = paid_by_check and (rule.streak or share[layers - 1] > 0)
+    last_head = distribution_flops(config) if checked_at_last else head
     out = {
         "blocks": mean_layers * block,
         "checks": checks * check_flops(config, criterion),
         "propagation": (layers - mean_layers) * total(parts, PROPAGATION),
-        "head": (1 - early) * head if paid_by_check else head + early * parts["translator"],
+        "head": (1 - early) * last_head if paid_by_check else head + early * parts["translator"],
     }
     out["total"] = sum(out.values())
     out["full_depth"] = layers * block + head

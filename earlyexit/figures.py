@@ -43,6 +43,8 @@ def _percent(axis, decimals: int | None = None) -> None:
 def training_curves(history: pd.DataFrame) -> Figure:
     """Training NLL against tokens, and the fit part's perplexity of every exit.
 
+    Numbers at the exits are means over seeds.
+
     Args:
         history: columns seed, tokens, train_nll, perplexity_0 … (NaN between evaluations).
     """
@@ -53,13 +55,12 @@ def training_curves(history: pd.DataFrame) -> Figure:
     left.legend()
     columns = [c for c in history if c.startswith("perplexity_")]
     measured = history.dropna(subset=columns)
-    final = measured.groupby("seed").tail(1)[columns]
-    x = np.arange(len(columns))
+    final = measured.groupby("seed")[columns].last()
     for _, values in final.iterrows():
-        right.plot(x, values, "o-", color="C0")
-    for i, value in enumerate(final.mean()):
+        right.plot(range(len(columns)), values, "o-", markersize=4)
+    for i, (mean, top) in enumerate(zip(final.mean(), final.max(), strict=True)):
         right.annotate(
-            f"{value:.0f}", (i, value), (0, 6), textcoords="offset points", ha="center", fontsize=7
+            f"{mean:.0f}", (i, top), (0, 6), textcoords="offset points", ha="center", fontsize=7
         )
     right.set(xlabel="exit (layer index)", ylabel="perplexity, validation (fit part)")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -831,12 +832,14 @@ def claimed_measured(table: pd.DataFrame) -> Figure:
         at = x + (k - len(measures) / 2) * width
         color = "0.6" if column == "claimed" else f"C{k - 1}"
         bars = ax.bar(at, table[column].fillna(1) - 1, width, bottom=1, color=color, label=column)
-        texts = ["–" if np.isnan(v) else f"{v:.3g}" for v in table[column]]
+        texts = [
+            "–" if np.isnan(v) else f"{v:.1f}" if v >= 1.95 else f"{v:.2f}" for v in table[column]
+        ]
         for bar, text, value in zip(bars, texts, table[column].fillna(1), strict=True):
             up = value >= 1
             ax.annotate(
                 text, (bar.get_x() + width / 2, value), (0, 2 if up else -2),
-                textcoords="offset points", ha="center", va="bottom" if up else "top", fontsize=6,
+                textcoords="offset points", ha="center", va="bottom" if up else "top", fontsize=5.5,
             )  # fmt: skip
     ax.axhline(1, color="0.35", linewidth=0.8)
     ax.set_yscale("log", base=2)
@@ -886,7 +889,9 @@ def front(table: pd.DataFrame, claims: pd.DataFrame) -> Figure:
         "speedup_time": "speedup (wall-clock)",
     }
     fig, axes = plt.subplots(1, 3, figsize=(PAGE, 2.9), sharey=True)
-    points = {"static": "ks", "shallow twin": "k^", "original's threshold": "rX"}
+    points = {
+        "static": "ks", "shallow twin": "k^", "original's threshold": "rX", "oracle (kl)": "kd:"
+    }  # fmt: skip
     for ax, (x, label) in zip(axes, kinds.items(), strict=True):
         groups = table.groupby("criterion", sort=False)
         lines = [name for name in groups.groups if name not in points]
@@ -910,7 +915,7 @@ def front(table: pd.DataFrame, claims: pd.DataFrame) -> Figure:
         ax.axhline(0, **REFERENCE)
         ax.axvline(1, **REFERENCE)
         ax.set(xlabel=label, xscale="log")
-        _plain_ticks(ax, [t for t in (0.25, 0.5, 1, 2, 4) if _inside(ax, t)])
+        _plain_ticks(ax, [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4) if _inside(ax, t)])
     axes[0].set_ylabel("quality loss, test split")
     _percent(axes[0].yaxis)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

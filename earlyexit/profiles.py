@@ -116,7 +116,7 @@ PROFILES = {
         ),
         Profile(
             "combinations",
-            "07 long enough for conclusions: the embedded text, two seeds, half an hour or more",
+            "07 long enough for conclusions: the embedded text, two seeds, a quarter of an hour",
             max_eval_tokens=50_000,
             combination_tokens=600_000,
             gate_tokens=200_000,
@@ -134,6 +134,7 @@ PROFILES = {
             recipes=("joint",),
             recipe_seeds=3,
             recipe_eval=100_000,
+            shallow_seeds=3,
             logits_tokens=60_000,
             seeds=(0, 1, 2),
         ),

@@ -100,9 +100,15 @@ class Study:
         """The profile's model, with changes, as a configuration of ``kind``.
 
         Raises:
-            ValueError: an adaptive head on words that are not numbered by frequency.
+            ValueError: an adaptive head on words that are not numbered by frequency, or trained in
+                bfloat16 on a CPU.
         """
         p = self.profile
+        if p.bf16 and p.output_head == "adaptive" and self.device.type == "cpu":
+            raise ValueError(
+                "torch's adaptive softmax does not train in bfloat16 on a CPU: set bf16=false, or"
+                " output_head='linear'"
+            )
         if p.tokenizer == "bpe" and p.output_head == "adaptive":
             raise ValueError(
                 "an adaptive head wants words numbered by falling frequency, which byte pairs are not:"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from earlyexit.cost import part_bytes, part_flops, vocabulary_width
+from earlyexit.cost import part_bytes, part_flops, unembedding_flops, vocabulary_width
 from earlyexit.exits import CRITERIA
 from earlyexit.model import ModelConfig
 from earlyexit.vocabulary import CHUNK_ELEMENTS
@@ -109,8 +109,8 @@ def work(load: Load) -> Work:
             # An exit reads the check's logits; the last layer's tokens go through the head.
             projected = alive[-1]
             out["head"]["flops"] = out["head"]["bytes"] = 0.0
-            out["projected check"] = each | _projection(config, checks.sum())
-            out["projected check"]["launches"] += _chunks(config, checks)
+            out["projected check"] = each | _projection(config, checks.sum(), whole=True)
+            out["projected check"]["launches"] += _chunks(config, checks, whole=True)
         else:
             read = {"depth": 0, "saturation": 3}.get(load.criterion, 1)
             out["check"] = each | {"bytes": checks.sum() * 4 * read * config.d_model}
@@ -136,14 +136,13 @@ def work(load: Load) -> Work:
     return out
 
 
-def _projection(config: ModelConfig, tokens: float) -> dict[str, float]:
-    flops = part_flops(config)
+def _projection(config: ModelConfig, tokens: float, whole: bool = False) -> dict[str, float]:
     return {
-        "flops": tokens * (flops["unembedding"]),
-        "logits": tokens * vocabulary_width(config),
+        "flops": tokens * unembedding_flops(config, whole),
+        "logits": tokens * vocabulary_width(config, whole),
     }
 
 
-def _chunks(config: ModelConfig, tokens: np.ndarray) -> float:
-    rows = max(1, int(CHUNK_ELEMENTS // vocabulary_width(config)))
+def _chunks(config: ModelConfig, tokens: np.ndarray, whole: bool = False) -> float:
+    rows = max(1, int(CHUNK_ELEMENTS // vocabulary_width(config, whole)))
     return float(np.ceil(tokens / rows).sum())

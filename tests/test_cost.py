@@ -88,6 +88,30 @@ def test_a_run_costs_the_matrix_products_it_is_said_to(
     assert counted(lambda: model.predict(x, policy)) == pytest.approx(88 * truth, rel=1e-6)
 
 
+ADAPTIVE = {"output_head": "adaptive", "tie_embeddings": False, "vocab_size": 500}
+
+
+@pytest.mark.parametrize("criterion", [c for c in CRITERIA if CRITERIA[c].reads == "logits"])
+@pytest.mark.parametrize("change", [*CHANGES, ADAPTIVE])
+def test_a_check_by_logits_costs_the_whole_distribution(
+    make_model, make_tokens, make_policy, change, criterion
+):
+    """Thresholds at every layer, the last too: nothing is projected but for checks."""
+    model, x = make_model(**change), make_tokens(8, 11)
+    policy = make_policy(model, x, criterion)
+    parts, exits = products(model.config), model.predict(x, policy)[1].flatten()
+    shares = np.bincount(exits, minlength=4) / len(exits)
+    assert shares[2] > 0
+    cost = policy_flops(model.config, shares, criterion)
+    vocabulary = 502 if change is ADAPTIVE else model.config.vocab_size
+    elementwise = 8 * model.config.d_model + 5 * vocabulary  # LayerNorm and softmax
+    executed = (exits + 1).clamp_max(3).double().mean().item()
+    block = sum(parts[name] for name in BLOCK if name in parts)
+    truth = executed * block + (3 - executed) * parts["potentials"]
+    truth += cost["checks"] + cost["head"] - executed * elementwise
+    assert counted(lambda: model.predict(x, policy)) == pytest.approx(88 * truth, rel=1e-6)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_table_has_the_modules_own_parameters(make_model, change):
     model = make_model(**change)
@@ -166,7 +190,7 @@ def test_checking_with_a_full_head_caps_the_speedup(make_model):
 
 
 def test_an_adaptive_head_is_cheaper_and_counted_whole(make_model):
-    model = make_model(output_head="adaptive", tie_embeddings=False, vocab_size=500)
+    model = make_model(**ADAPTIVE)
     table = cost_table(model.config).set_index("part")
     head = model.blocks[-1].exit_classifier.unembedding
     assert table.parameters["unembedding"] == sum(p.numel() for p in head.parameters())
@@ -174,6 +198,13 @@ def test_an_adaptive_head_is_cheaper_and_counted_whole(make_model):
     for part in ("unembedding", "softmax"):
         assert 0 < table.flops_per_token[part] < full.flops_per_token[part]
         assert 0 < table.bytes_per_token[part] < full.bytes_per_token[part]
+    # A check by logits opens every cluster; scoring opens that of the word alone.
+    check, exit_head = (
+        check_flops(model.config, "entropy"),
+        total(part_flops(model.config), EXIT_HEAD),
+    )
+    assert check > 1.5 * exit_head
+    assert policy_flops(model.config, [1, 0, 0, 0], "entropy")["checks"] == check
 
 
 def test_bytes_are_at_least_what_goes_in_and_comes_out(make_model):

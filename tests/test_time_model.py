@@ -52,6 +52,10 @@ def test_every_token_is_projected_once_by_a_gate_and_once_a_check_by_its_logits(
     by_logits = work(Load(CONFIG, 4, 16, "max_probability", shares))
     assert by_logits["projected check"]["logits"] == 64 * 1.5 * 500
     assert by_logits["head"]["logits"] == 64 * 0.25 * 500
+    adaptive = replace(CONFIG, output_head="adaptive", tie_embeddings=False)
+    checked = work(Load(adaptive, 4, 16, "max_probability", shares))
+    assert checked["projected check"]["logits"] == 64 * 1.5 * 502  # all words, and two clusters
+    assert checked["head"]["logits"] < 64 * 0.25 * 200
 
 
 @pytest.mark.parametrize(
