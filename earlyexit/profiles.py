@@ -55,6 +55,7 @@ class Profile:
     certify_tokens: int = 2_048  # of each certification document; 0: all
     combination_tokens: int = 0  # training tokens of each system in 07; 0: max_train_tokens
     combination_eval: int = 0  # tokens of the fit part and the test split that 07 reads; 0: all
+    output_head_tokens: int = 0  # training tokens of each output head in 04; 0: recipe_tokens
     # ways of training exits, each against a twin without any
     recipe_tokens: int = 0  # training tokens of each; 0: the whole split
     recipe_seeds: int = 1  # how many of the seeds they are compared on
@@ -133,6 +134,7 @@ PROFILES = {
             certify_tokens=0,
             combination_tokens=600_000,
             combination_eval=30_000,
+            output_head_tokens=400_000,
             recipes=("joint",),
             recipe_seeds=3,
             recipe_eval=100_000,
@@ -151,6 +153,7 @@ PROFILES = {
             epochs=3.0,
             learning_rate=3e-3,
             certify_tokens=0,
+            output_head_tokens=150_000,
             recipes=("joint",),
             recipe_eval=100_000,
             shallow_depths=(4,),
