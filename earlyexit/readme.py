@@ -43,39 +43,20 @@ def status_block(root: Path) -> str:
 
 def answer(profile: str, root: Path) -> str:
     """What early exit saves, in three sentences."""
+    front = read_table(profile, "front", root)
+    gate = front[(front["criterion"] == "gate") & (front["threshold"] == BUDGET)]
     fitted = read_table(profile, "policies", root)
     fitted = fitted[(fitted["tolerance"] == BUDGET) & (fitted["thresholds"] == "per_layer")]
     naive = fitted[fitted["criterion"] == "max_probability"]
     learned = fitted[fitted["criterion"] == "gate"]
     return (
-        f"{_three_speedups(profile, root)} In layers, maximum probability saves"
-        f" {_span(naive['speedup_layers'])}×, cutting layers off"
-        f" {_span(learned['static_speedup'])}×, and hindsight about the last layer's prediction"
-        f" {_span(learned['oracle_speedup'])}×. {_against_shallow(profile, root)}"
-    )
-
-
-def short_answer(profile: str, root: Path) -> str:
-    """The three speedups, and the shallow models beside them."""
-    front = read_table(profile, "front", root)
-    told = [
-        f"{depth:.0f} layers trained from scratch without exits take {_span(rows['speedup_flops'])}×"
-        f" fewer FLOPs and {_span(rows['speedup_time'])}× less time, at a loss of"
-        f" {_span(rows['quality_loss'], '+.1%')}"
-        for depth, rows in front[front["criterion"] == "shallow twin"].groupby("threshold")
-    ]
-    beside = f" Beside it, {'; '.join(told)}." if told else ""
-    return _three_speedups(profile, root) + beside
-
-
-def _three_speedups(profile: str, root: Path) -> str:
-    front = read_table(profile, "front", root)
-    gate = front[(front["criterion"] == "gate") & (front["threshold"] == BUDGET)]
-    return (
         f"At a tolerated loss of {BUDGET:.0%}, a learned gate that never touches the vocabulary"
         f" saves **{_span(gate['speedup_layers'])}× in layers, {_span(gate['speedup_flops'])}× in"
         f" FLOPs and {_span(gate['speedup_time'])}× in time**, output head included, at a loss of"
-        f" {_span(gate['quality_loss'], '+.1%')} on the test split."
+        f" {_span(gate['quality_loss'], '+.1%')} on the test split. In layers, maximum probability saves"
+        f" {_span(naive['speedup_layers'])}×, cutting layers off"
+        f" {_span(learned['static_speedup'])}×, and hindsight about the last layer's prediction"
+        f" {_span(learned['oracle_speedup'])}×. {_against_shallow(profile, root)}"
     )
 
 
@@ -148,10 +129,21 @@ def text_block(profile: str, root: Path) -> str:
         f"Profile `{profile}`: {p.n_layers} layers of width {p.d_model}, {p.epochs:g} passes over"
         f" {text.loc['train', 'tokens']:,} training tokens, {seeds} seed{'s' if seeds > 1 else ''},"
         f" perplexity {_span(full.groupby(front['seed']).mean(), '.1f')} at full depth on the test"
-        f" split, {text.loc['test', 'unknown_share']:.1%} of whose words are unknown;"
-        f" timed on {hardware['cpu']}, {hardware.get('threads') or hardware['usable_cpus']} thread(s),"
+        f" split, {text.loc['test', 'unknown_share']:.1%} of whose words are unknown"
+        f"{_against_twin(profile, root)}; timed on {hardware['cpu']},"
+        f" {hardware.get('threads') or hardware['usable_cpus']} thread(s),"
         f" {'no GPU' if hardware['gpu'] is None else hardware['gpu']}."
     )
+
+
+def _against_twin(profile: str, root: Path) -> str:
+    """What training exits cost the last layer, where the twin saw the same text as the model."""
+    p = PROFILES[profile]
+    if p.recipe_tokens:
+        return ""
+    recipes = read_table(profile, "recipes", root)
+    joint = recipes[(recipes["recipe"] == "joint") & (recipes["exit"] == p.n_layers - 1)]
+    return f", {_span(joint['last_vs_twin'], '+.1%')} against its twin trained without exits"
 
 
 def products_block(profile: str, root: Path) -> str:
@@ -177,7 +169,7 @@ def _span(values: pd.Series, form: str = ".2f") -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "answer": partial(answer, "wikitext2"),
-    "answer-wide": partial(short_answer, "wikitext2-d256"),
+    "answer-wide": partial(answer, "wikitext2-d256"),
     "answer-default": partial(answer, "cpu"),
     "claims": partial(claims_block, "wikitext2"),
     "guarantee": partial(guarantee_block, "wikitext2"),
