@@ -84,7 +84,7 @@ def _decide(rule: Criterion, score: Tensor) -> list[int]:
 
 @torch.no_grad()
 def part_times(model: EarlyExitLanguageModel, x: Tensor, repeats: int) -> pd.DataFrame:
-    """Median time of every part, interleaved.
+    """Median time of every part with its own caches warm, interleaved.
 
     Returns:
         Columns group, part, milliseconds, share_of_block (of the whole block's median).
@@ -93,7 +93,7 @@ def part_times(model: EarlyExitLanguageModel, x: Tensor, repeats: int) -> pd.Dat
     functions = part_functions(model, x)
     names = {" / ".join(key): key for key in functions}
     seconds = interleaved_times(
-        {name: functions[key] for name, key in names.items()}, x.device, repeats
+        {name: functions[key] for name, key in names.items()}, x.device, repeats, prime=True
     )
     medians = {key: float(pd.Series(seconds[name]).median()) for name, key in names.items()}
     whole = medians["whole", "block"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -21,20 +22,28 @@ def interleaved_times(
     device: torch.device,
     repeats: int = 15,
     warmup: int = 2,
+    *,
+    prime: bool = False,
 ) -> dict[str, np.ndarray]:
     """Seconds of each function ``(repeats,)``, called in turn so that drift hits all alike.
 
-    The order is rotated from round to round: none always follows the same neighbour.
+    The order is drawn anew in every round: none always follows the same neighbour, which leaves it
+    caches that are warm or cold.
+
+    Args:
+        prime: call each function once more, untimed, right before it is timed. For parts so short that
+            refilling caches would take longer than they do.
     """
     _keep_freed_memory()
-    names = list(functions)
+    names, order = list(functions), random.Random(0)
     for _ in range(warmup):
         for name in names:
             functions[name]()
     seconds = {name: np.empty(repeats) for name in names}
     for repeat in range(repeats):
-        shift = repeat % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in order.sample(names, len(names)):
+            if prime:
+                functions[name]()
             synchronize(device)
             start = time.perf_counter()
             functions[name]()

@@ -14,12 +14,23 @@ from earlyexit.timing import interleaved_times, median_ratio, peak_rss_bytes, pe
 CPU, MIB = torch.device("cpu"), 2**20
 
 
-def test_functions_are_called_in_turn_and_the_order_rotates():
+def test_functions_are_called_in_turn_and_none_always_follows_the_same():
     calls = []
-    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = interleaved_times(functions, CPU, repeats=4, warmup=1)
-    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert {name: s.shape for name, s in seconds.items()} == dict.fromkeys("abc", (4,))
+    functions = {name: lambda name=name: calls.append(name) for name in "abcd"}
+    seconds = interleaved_times(functions, CPU, repeats=40, warmup=1)
+    assert {name: s.shape for name, s in seconds.items()} == dict.fromkeys("abcd", (40,))
+    rounds = ["".join(calls[i : i + 4]) for i in range(0, len(calls), 4)]
+    assert all(sorted(order) == list("abcd") for order in rounds) and len(rounds) == 41
+    for name in "abcd":
+        before = [calls[i - 1] for i in range(5, len(calls)) if calls[i] == name]
+        assert all(before.count(other) >= 5 for other in set("abcd") - {name})
+
+
+def test_a_primed_function_runs_right_before_it_is_timed():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    interleaved_times(functions, CPU, repeats=3, warmup=0, prime=True)
+    assert len(calls) == 12 and calls[::2] == calls[1::2]
 
 
 def test_times_are_seconds_of_the_function():
