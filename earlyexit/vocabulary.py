@@ -131,8 +131,16 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(features, weight, bias, targets, bf16, teacher)
 
 
+def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability and index of the most probable word of logits ``(T, V)``: ``(T,)`` each."""
+    value, word = logits.max(dim=-1)
+    return value - logits.logsumexp(dim=-1), word
+
+
 class LinearUnembedding(nn.Linear):
     """Linear(D, V): one product with the whole vocabulary."""
+
+    cheap_top = False  # the most probable word takes all logits
 
     def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """:func:`logit_chunks` of features ``(T, D)``."""
@@ -141,6 +149,11 @@ class LinearUnembedding(nn.Linear):
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
         """:func:`token_nll` of features ``(T, D)`` and targets ``(T,)``."""
         return token_nll(features, self.weight, self.bias, targets)
+
+    def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`most_probable` of features ``(T, D)``."""
+        tops = [most_probable(logits) for _, logits in self.chunks(features)]
+        return tuple(map(torch.cat, zip(*tops, strict=True)))
 
     def predict(self, features: Tensor) -> Tensor:
         """Most probable word of features ``(T, D)``: ``(T,)``."""
@@ -167,6 +180,8 @@ class AdaptiveUnembedding(nn.Module):
     Raises:
         ValueError: a vocabulary too small to be split in three, or a width below 4.
     """
+
+    cheap_top = True  # most probable words are mostly frequent ones
 
     def __init__(self, d_model: int, vocab_size: int, cutoffs: Sequence[int] | None = None):
         super().__init__()
@@ -199,13 +214,20 @@ class AdaptiveUnembedding(nn.Module):
             out[rows] = -self.softmax(features[rows], targets[rows]).output.to(out.dtype)
         return out
 
-    def predict(self, features: Tensor) -> Tensor:
-        """Most probable word ``(T,)``; exact: a cluster is opened where all of it outweighs the best
-        word so far."""
-        parts = self._parts(features, self.softmax.head_size)
-        return torch.cat([self._most_probable(features[part]) for part in parts])
+    def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability and index of the most probable word of features ``(T, D)``: ``(T,)`` each.
 
-    def _most_probable(self, features: Tensor) -> Tensor:
+        Exact: a cluster is opened where all of it outweighs the best word so far.
+        """
+        parts = self._parts(features, self.softmax.head_size)
+        tops = [self._most_probable(features[part]) for part in parts]
+        return tuple(map(torch.cat, zip(*tops, strict=True)))
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Most probable word of features ``(T, D)``: ``(T,)``."""
+        return self.top(features)[1]
+
+    def _most_probable(self, features: Tensor) -> tuple[Tensor, Tensor]:
         head = self.softmax.head(features).log_softmax(dim=-1)  # words, then one column per cluster
         best, word = head[:, : self.softmax.shortlist_size].max(dim=-1)
         clusters = head[:, self.softmax.shortlist_size :].unbind(dim=-1)
@@ -216,7 +238,7 @@ class AdaptiveUnembedding(nn.Module):
             value, before = weight[rows] + inside, best[rows]
             word[rows] = torch.where(value > before, first + index, word[rows])
             best[rows] = torch.maximum(value, before)
-        return word
+        return best, word
 
     def loss(
         self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
