@@ -63,7 +63,7 @@ def part_functions(
         if name == "depth" or (name in ("gate", "agreement") and not gated):
             continue
         if rule.reads == "logits":
-            check = lambda rule=rule: project(rule.score)  # noqa: E731
+            check = lambda rule=rule: _decide(rule, rule.of_features(head.unembedding, flat))  # noqa: E731
         else:
             check = lambda rule=rule: _decide(rule, rule.score(state))  # noqa: E731
         functions["check", rule.label] = check

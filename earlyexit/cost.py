@@ -22,9 +22,10 @@ BK_STEP = 18  # one complex reciprocal and multiply-add, in real arithmetic
 SOFTMAX = 5  # maximum, subtraction, exponential, sum, comparison or division
 COSINE = 6  # three inner products
 FLOAT, COMPLEX = 4, 16  # bytes; BK-Core computes in double precision
-# Shares of tokens whose word is in the middle and in the rare cluster of an adaptive softmax, as they
-# are in English text with words numbered by frequency.
-TAIL_SHARES = (0.15, 0.05)
+# Shares of tokens for which the middle and the rare cluster of an adaptive softmax are opened, as they
+# are in English text with words numbered by frequency: to score the word that comes, to find the most
+# probable word, and for the probabilities of all words. 01_build measures the first two.
+OPENED = {"word": (0.15, 0.05), "top": (1 / 3, 1 / 6), "all": (1.0, 1.0)}
 
 
 def part_flops(config: ModelConfig) -> dict[str, float]:
@@ -45,7 +46,7 @@ def part_flops(config: ModelConfig) -> dict[str, float]:
     }
 
 
-def _projections(config: ModelConfig, whole: bool) -> list[tuple[float, float, bool]]:
+def _projections(config: ModelConfig, wanted: str) -> list[tuple[float, float, bool]]:
     """Matrices ``(rows, columns)`` that one token is multiplied with, rows as an expected number.
 
     The third entry says whether the result is a part of the vocabulary.
@@ -53,31 +54,40 @@ def _projections(config: ModelConfig, whole: bool) -> list[tuple[float, float, b
     d, v = config.d_model, config.vocab_size
     if config.output_head == "linear":
         return [(v, d, True)]
-    cuts = (v // 10, 4 * v // 10, v)
-    out: list[tuple[float, float, bool]] = [(cuts[0] + len(TAIL_SHARES), d, True)]
-    for k, share in enumerate((1.0,) * len(TAIL_SHARES) if whole else TAIL_SHARES):
+    cuts, shares = (v // 10, 4 * v // 10, v), OPENED[wanted]
+    out: list[tuple[float, float, bool]] = [(cuts[0] + len(shares), d, True)]
+    for k, share in enumerate(shares):
         width = d // 2 ** (k + 1)
         out += [(share * width, d, False), (share * (cuts[k + 1] - cuts[k]), width, True)]
     return out
 
 
-def unembedding_flops(config: ModelConfig, whole: bool = False) -> float:
-    """Products per token of scoring its word, or of the ``whole`` distribution over all words.
-
-    The two differ with an adaptive softmax, where scoring opens the cluster of the word alone.
-    """
-    return sum(2 * rows * width for rows, width, _ in _projections(config, whole))
+def unembedding_flops(config: ModelConfig, wanted: str = "word") -> float:
+    """Products per token for what is ``wanted``, a key of ``OPENED``: alike with a linear head."""
+    return sum(2 * rows * width for rows, width, _ in _projections(config, wanted))
 
 
-def vocabulary_width(config: ModelConfig, whole: bool = False) -> float:
+def vocabulary_width(config: ModelConfig, wanted: str = "word") -> float:
     """Logits per token behind :func:`unembedding_flops`: V, or fewer with an adaptive softmax."""
-    return sum(rows for rows, _, words in _projections(config, whole) if words)
+    return sum(rows for rows, _, words in _projections(config, wanted) if words)
 
 
-def distribution_flops(config: ModelConfig) -> float:
-    """FLOPs per token of a LayerNorm and the probabilities of all words."""
-    norm, softmax = LAYER_NORM * config.d_model, SOFTMAX * vocabulary_width(config, whole=True)
-    return norm + unembedding_flops(config, whole=True) + softmax
+def wanted_by(criterion: str) -> str:
+    """What a check that reads logits wants of them: a key of ``OPENED``."""
+    return "top" if CRITERIA[criterion].of_top else "all"
+
+
+def read_by_check(config: ModelConfig, criterion: str) -> bool:
+    """Whether checks make all logits, so that an exit's prediction is read from them."""
+    rule = CRITERIA[criterion]
+    return rule.reads == "logits" and (config.output_head == "linear" or rule.of_top is None)
+
+
+def _reading_flops(config: ModelConfig, criterion: str) -> float:
+    """FLOPs per token of a LayerNorm, logits and softmax, as many as a check by ``criterion`` wants."""
+    wanted = wanted_by(criterion)
+    softmax = SOFTMAX * vocabulary_width(config, wanted)
+    return LAYER_NORM * config.d_model + unembedding_flops(config, wanted) + softmax
 
 
 def part_bytes(config: ModelConfig) -> dict[str, float]:
@@ -114,7 +124,7 @@ def check_flops(config: ModelConfig, criterion: str) -> float:
     """FLOPs per token of one exit check, beyond what the exit itself costs."""
     d = config.d_model
     if CRITERIA[criterion].reads == "logits":
-        return part_flops(config)["translator"] + distribution_flops(config)
+        return part_flops(config)["translator"] + _reading_flops(config, criterion)
     if criterion in ("gate", "agreement"):  # the next block's LayerNorm is shared
         hidden = config.gate_hidden or 0
         return 2 * hidden * (d + 2) if hidden else 2 * 2 * d
@@ -130,6 +140,7 @@ def policy_flops(
         distribution: share of tokens per exit layer ``(L + 1,)``, the last for "no early exit".
         criterion: what is checked after every layer but the last; there too where tokens are counted
             as exited at it, which costs nothing but for an adaptive softmax and a check of its logits.
+            With such a head, a check that wants the most probable word alone leaves the scoring to do.
 
     Returns:
         ``blocks``, ``checks``, ``propagation`` (potentials of exited tokens), ``head``, ``total``,
@@ -143,14 +154,20 @@ def policy_flops(
     early = float(share[: layers - 1].sum())
     block, head = total(parts, BLOCK), total(parts, FINAL_HEAD)
     rule = CRITERIA[criterion]
-    paid_by_check = rule.reads == "logits"  # the exit reads the check's own logits
-    checked_at_last = paid_by_check and (rule.streak or share[layers - 1] > 0)
-    last_head = distribution_flops(config) if checked_at_last else head
+    checked_at_last = rule.reads == "logits" and (rule.streak or share[layers - 1] > 0)
+    last_check = _reading_flops(config, criterion) if checked_at_last else 0.0
+    if read_by_check(config, criterion):  # the exit reads the check's own logits
+        heads = (1 - early) * (last_check or head)
+    elif rule.reads == "logits":  # scoring starts from the check's features
+        known = 1.0 if checked_at_last else early
+        heads = head - known * parts["head norm"] + (1 - early) * last_check
+    else:
+        heads = head + early * parts["translator"]
     out = {
         "blocks": mean_layers * block,
         "checks": checks * check_flops(config, criterion),
         "propagation": (layers - mean_layers) * total(parts, PROPAGATION),
-        "head": (1 - early) * last_head if paid_by_check else head + early * parts["translator"],
+        "head": heads,
     }
     out["total"] = sum(out.values())
     out["full_depth"] = layers * block + head
@@ -198,8 +215,8 @@ def cost_table(config: ModelConfig) -> pd.DataFrame:
 
 def _adaptive_parameters(d: int, v: int) -> int:
     cuts = (v // 10, 4 * v // 10, v)
-    head = cuts[0] + len(TAIL_SHARES)
-    clusters = [(d // 2 ** (k + 1), cuts[k + 1] - cuts[k]) for k in range(len(TAIL_SHARES))]
+    clusters = [(d // 2 ** (k + 1), cuts[k + 1] - cuts[k]) for k in range(len(cuts) - 1)]
+    head = cuts[0] + len(clusters)
     return head * d + head + sum(width * d + size * width for width, size in clusters)
 
 

@@ -231,7 +231,7 @@ def _step(
 class _Tally:
     """Who is still running, who left where, and what was read of each token.
 
-    A criterion that reads logits has paid for the projection: the prediction is read from the same
+    A criterion that needs all logits has paid for the projection: the prediction is read from the same
     chunk. Otherwise the features wait, and are projected together at the end, once per token.
     """
 
@@ -270,15 +270,20 @@ class _Tally:
         skip = threshold == rule.never and not rule.streak  # a streak must see every exit
         if not len(self.alive) or (skip and not last):
             return None
-        head, output = self.model.blocks[layer].exit_classifier, None
+        head, features, output = self.model.blocks[layer].exit_classifier, None, None
         if skip:
             passed = torch.zeros_like(self.alive, dtype=torch.bool)
             score = self.scores[self.alive]
         else:
-            if rule.reads == "logits":
-                score, output = self._score_and_read(head, state.hidden)
-            else:
+            if rule.reads == "state":
                 score = rule.score(state)
+            else:
+                features = head.features(state.hidden)
+                if rule.cheap(head.unembedding):
+                    log_p, word = head.unembedding.top(features)
+                    score, output = rule.of_top(log_p, word), self.read.from_top(word)
+                else:
+                    score, output = self._score_and_read(head, features)
             if rule.streak:
                 score = self._extend_streak(score)
             passed = self.policy.passes(layer, score, self._progress())
@@ -302,7 +307,8 @@ class _Tally:
             self._store(tokens, output.index_select(0, gone))
             mark("gather/scatter")
         elif self.read is not None:
-            self.waiting.append((head, tokens, head.features(hidden)))
+            seen = head.features(hidden) if features is None else features.index_select(0, gone)
+            self.waiting.append((head, tokens, seen))
             mark("head")
         return _Departure(tokens, hidden, stay)
 
@@ -310,9 +316,9 @@ class _Tally:
         """Where each alive token stands in its window; only thresholds that decay ask."""
         return self.progress[self.alive] if self.policy.decay else 0.0
 
-    def _score_and_read(self, head: ExitHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _score_and_read(self, head: ExitHead, features: Tensor) -> tuple[Tensor, Tensor]:
         score, output = [], []
-        for part, logits in head.unembedding.chunks(head.features(hidden)):
+        for part, logits in head.unembedding.chunks(features):
             score.append(self.policy.rule.score(logits))
             output.append(self.read(logits, self.alive[part]))
         return torch.cat(score), torch.cat(output)

@@ -1,7 +1,9 @@
 """When to exit: criteria that score a token at an exit, and policies that compare scores to thresholds.
 
 A criterion reads either the exit's logits, which costs a vocabulary projection at every check, or the
-hidden state alone, which costs O(d). To add one, write its score and put it into ``CRITERIA``.
+hidden state alone, which costs O(d). Where the most probable word says all that a criterion wants of the
+logits, an adaptive output head finds it without most of them. To add a criterion, write its score and
+put it into ``CRITERIA``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 
 from earlyexit.atomic import atomic_path
 from earlyexit.gates import AGREE, KL, ExitGates
+from earlyexit.vocabulary import Unembedding
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class Criterion:
         score: returns one number per token ``(T,)``, NaN where the criterion has none.
         exit_above: a token exits when its score is ≥ the threshold; otherwise when it is ≤.
         bounds: where a threshold makes sense.
+        streak: the score counts exits in a row whose reading stayed the same.
+        of_top: the score from the most probable word alone, its log-probability and index ``(T,)`` each,
+            where that is enough.
     """
 
     name: str
@@ -60,7 +66,8 @@ class Criterion:
     score: Callable[..., Tensor]
     exit_above: bool
     bounds: tuple[float, float]
-    streak: bool = False  # the score counts exits in a row whose reading stayed the same
+    streak: bool = False
+    of_top: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def never(self) -> float:
@@ -75,6 +82,16 @@ class Criterion:
     def passes(self, score, threshold):
         """Whether ``score`` (array or tensor) reaches ``threshold``."""
         return score >= threshold if self.exit_above else score <= threshold
+
+    def cheap(self, unembedding: Unembedding) -> bool:
+        """Whether a check by logits needs only some of what ``unembedding`` can give."""
+        return self.of_top is not None and unembedding.cheap_top
+
+    def of_features(self, unembedding: Unembedding, features: Tensor) -> Tensor:
+        """The score ``(T,)`` of a criterion that reads logits, from an exit's features ``(T, D)``."""
+        if self.cheap(unembedding):
+            return self.of_top(*unembedding.top(features))
+        return torch.cat([self.score(logits) for _, logits in unembedding.chunks(features)])
 
 
 def max_probability(logits: Tensor) -> Tensor:
@@ -125,15 +142,24 @@ def _gate(state: ExitState) -> Tensor:
 
 def prediction(logits: Tensor) -> Tensor:
     """Most probable token; patience counts how long it stays (Zhou et al. 2020, PABEE)."""
-    top = logits.max(dim=-1)
-    return torch.where(torch.isfinite(top.values), top.indices, torch.nan).to(logits.dtype)
+    return _word(*logits.max(dim=-1))
+
+
+def _word(value: Tensor, word: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(value), word, torch.nan).to(value.dtype)
 
 
 CRITERIA = {
     c.name: c
     for c in (
         Criterion(
-            "max_probability", "maximum probability", "logits", max_probability, True, (0, 1)
+            "max_probability",
+            "maximum probability",
+            "logits",
+            max_probability,
+            True,
+            (0, 1),
+            of_top=lambda log_p, word: log_p.exp(),
         ),
         Criterion("margin", "top-1 minus top-2 probability", "logits", margin, True, (0, 1)),
         Criterion("entropy", "entropy / log V", "logits", entropy, False, (0, 1)),
@@ -141,7 +167,14 @@ CRITERIA = {
         Criterion("gate", "KL predicted by the gate (nats)", "state", gate, False, (0, math.inf)),
         Criterion("agreement", "agreement predicted by the gate", "state", agreement, True, (0, 1)),
         Criterion(
-            "patience", "exits in a row that agree", "logits", prediction, True, (0, math.inf), True
+            "patience",
+            "exits in a row that agree",
+            "logits",
+            prediction,
+            True,
+            (0, math.inf),
+            streak=True,
+            of_top=_word,
         ),
         Criterion("depth", "layer", "state", depth, True, (0, math.inf)),
     )

@@ -146,8 +146,9 @@ def text(answer: dict) -> str:
             f"prices of this machine were off by {error['median_error']:.0%} (median),"
             f" {error['largest_error']:.0%} (largest) on configurations they were not fitted on"
         )
-    if CRITERIA[answer["criterion"]].reads == "logits" and answer["criterion"] != "max_probability":
-        lines.append("a check that reads logits is priced as one of maximum probability")
+    rule = CRITERIA[answer["criterion"]]
+    if rule.reads == "logits" and not rule.of_top:
+        lines.append("a logit costs this check what it costs one of maximum probability")
     if not np.isfinite(answer["speedup_time"]):
         lines.append("the prices are unusable: run again with --refit")
     return "\n".join(lines)

@@ -272,6 +272,10 @@ class Reader:
         """From logits ``(T', V)`` of the tokens ``(T',)`` (indices into the flattened batch)."""
         return logits
 
+    def from_top(self, word: Tensor) -> Tensor | None:
+        """The same from the most probable word ``(T',)``; None where that is not enough."""
+        return None
+
     def from_features(self, unembedding: Unembedding, features: Tensor, tokens: Tensor) -> Tensor:
         """The same from features ``(T', D)``, by the cheapest way there is."""
         chunks = unembedding.chunks(features)
@@ -298,6 +302,9 @@ class Predictions(Reader):
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
+
+    def from_top(self, word: Tensor) -> Tensor:
+        return word
 
     def from_features(self, unembedding: Unembedding, features: Tensor, tokens: Tensor) -> Tensor:
         return unembedding.predict(features)

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from earlyexit.cost import part_bytes, part_flops, unembedding_flops, vocabulary_width
+from earlyexit.cost import (
+    part_bytes,
+    part_flops,
+    read_by_check,
+    unembedding_flops,
+    vocabulary_width,
+    wanted_by,
+)
 from earlyexit.exits import CRITERIA
 from earlyexit.model import ModelConfig
 from earlyexit.vocabulary import CHUNK_ELEMENTS
@@ -106,11 +113,13 @@ def work(load: Load) -> Work:
         checks = alive[: layers - 1]
         each = {"launches": float((checks > 0).sum())}
         if CRITERIA[load.criterion].reads == "logits":
-            # An exit reads the check's logits; the last layer's tokens go through the head.
-            projected = alive[-1]
+            wanted = wanted_by(load.criterion)
+            if read_by_check(config, load.criterion):  # those who reach the end go through the head
+                projected = alive[-1]
             out["head"]["flops"] = out["head"]["bytes"] = 0.0
-            out["projected check"] = each | _projection(config, checks.sum(), whole=True)
-            out["projected check"]["launches"] += _chunks(config, checks, whole=True)
+            out["projected check"] = each | _projection(config, checks.sum(), wanted)
+            out["projected check"]["flops"] += checks.sum() * flops["translator"]
+            out["projected check"]["launches"] += _chunks(config, checks, wanted)
         else:
             read = {"depth": 0, "saturation": 3}.get(load.criterion, 1)
             out["check"] = each | {"bytes": checks.sum() * 4 * read * config.d_model}
@@ -136,13 +145,13 @@ def work(load: Load) -> Work:
     return out
 
 
-def _projection(config: ModelConfig, tokens: float, whole: bool = False) -> dict[str, float]:
+def _projection(config: ModelConfig, tokens: float, wanted: str = "word") -> dict[str, float]:
     return {
-        "flops": tokens * unembedding_flops(config, whole),
-        "logits": tokens * vocabulary_width(config, whole),
+        "flops": tokens * unembedding_flops(config, wanted),
+        "logits": tokens * vocabulary_width(config, wanted),
     }
 
 
-def _chunks(config: ModelConfig, tokens: np.ndarray, whole: bool = False) -> float:
-    rows = max(1, int(CHUNK_ELEMENTS // vocabulary_width(config, whole)))
+def _chunks(config: ModelConfig, tokens: np.ndarray, wanted: str = "word") -> float:
+    rows = max(1, int(CHUNK_ELEMENTS // vocabulary_width(config, wanted)))
     return float(np.ceil(tokens / rows).sum())

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from earlyexit.cost import (
     BLOCK,
     EXIT_HEAD,
+    OPENED,
     PROPAGATION,
     break_even_depth,
     check_flops,
@@ -18,6 +19,8 @@ from earlyexit.cost import (
     part_flops,
     policy_flops,
     total,
+    unembedding_flops,
+    vocabulary_width,
 )
 from earlyexit.exits import CRITERIA, ExitPolicy
 
@@ -91,8 +94,14 @@ def test_a_run_costs_the_matrix_products_it_is_said_to(
 ADAPTIVE = {"output_head": "adaptive", "tie_embeddings": False, "vocab_size": 500}
 
 
-@pytest.mark.parametrize("criterion", [c for c in CRITERIA if CRITERIA[c].reads == "logits"])
-@pytest.mark.parametrize("change", [*CHANGES, ADAPTIVE])
+LOGITS = [c for c in CRITERIA if CRITERIA[c].reads == "logits"]
+NEED_ALL = [c for c in LOGITS if CRITERIA[c].of_top is None]
+
+
+@pytest.mark.parametrize(
+    "change, criterion",
+    [*((c, name) for c in CHANGES for name in LOGITS), *((ADAPTIVE, name) for name in NEED_ALL)],
+)
 def test_a_check_by_logits_costs_the_whole_distribution(
     make_model, make_tokens, make_policy, change, criterion
 ):
@@ -104,12 +113,55 @@ def test_a_check_by_logits_costs_the_whole_distribution(
     assert shares[2] > 0
     cost = policy_flops(model.config, shares, criterion)
     vocabulary = 502 if change is ADAPTIVE else model.config.vocab_size
-    elementwise = 8 * model.config.d_model + 5 * vocabulary  # LayerNorm and softmax
     executed = (exits + 1).clamp_max(3).double().mean().item()
-    block = sum(parts[name] for name in BLOCK if name in parts)
-    truth = executed * block + (3 - executed) * parts["potentials"]
-    truth += cost["checks"] + cost["head"] - executed * elementwise
+    truth = layers(model, parts, executed)
+    truth += cost["checks"] + cost["head"] - executed * elementwise(model, vocabulary)
     assert counted(lambda: model.predict(x, policy)) == pytest.approx(88 * truth, rel=1e-6)
+
+
+def layers(model, parts, executed: float) -> float:
+    """Products per token of the layers that run, and of propagation in those that do not."""
+    block = sum(parts[name] for name in BLOCK if name in parts)
+    return executed * block + (3 - executed) * parts["potentials"]
+
+
+def elementwise(model, logits: float) -> float:
+    """LayerNorm and softmax of one token, which count as no product."""
+    return 8 * model.config.d_model + 5 * logits
+
+
+@pytest.mark.parametrize("criterion", [c for c in LOGITS if CRITERIA[c].of_top])
+def test_a_check_of_the_most_probable_word_costs_the_clusters_that_it_opens(
+    make_model, make_tokens, make_policy, monkeypatch, criterion
+):
+    """With the shares that were opened in the place of the usual ones, products agree exactly."""
+    model, x = make_model(**ADAPTIVE), make_tokens(8, 11)
+    y = x.flip(0)
+    policy = make_policy(model, x, criterion)
+    exits = model.predict(x, policy)[1].flatten()
+    shares = np.bincount(exits, minlength=4) / len(exits)
+    executed = (exits + 1).clamp_max(3).double().mean().item()
+    assert shares[2] > 0 and executed < 3
+    clusters = ((y >= 50) & (y < 200), y >= 200)
+    opened = [0, 0]
+
+    def count(cluster, rows):
+        opened[cluster] += len(rows)
+
+    for k, tail in enumerate(model.blocks[0].exit_classifier.unembedding.softmax.tail):
+        tail.register_forward_pre_hook(lambda module, inputs, k=k: count(k, *inputs))
+    greedy = counted(lambda: model.predict(x, policy))
+    assert 0 < opened[0] < 88 * executed
+    top = tuple(rows / (88 * executed) for rows in opened)
+    monkeypatch.setitem(OPENED, "top", top)
+    monkeypatch.setitem(OPENED, "word", tuple(c.double().mean().item() for c in clusters))
+    said = policy_flops(model.config, shares, criterion)
+    truth = layers(model, products(model.config), executed) + said["checks"] + said["head"]
+    truth -= executed * elementwise(model, vocabulary_width(model.config, "top"))
+    truth -= 5 * vocabulary_width(model.config)  # softmax of the scoring; its norm was the check's
+    assert counted(lambda: model.nll(x, y, policy)) == pytest.approx(88 * truth, rel=1e-6)
+    scoring = unembedding_flops(model.config)  # a greedy prediction is the check's own word
+    assert greedy == pytest.approx(88 * (truth - scoring), rel=1e-6)
 
 
 @pytest.mark.parametrize("change", CHANGES)

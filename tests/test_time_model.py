@@ -53,9 +53,16 @@ def test_every_token_is_projected_once_by_a_gate_and_once_a_check_by_its_logits(
     assert by_logits["projected check"]["logits"] == 64 * 1.5 * 500
     assert by_logits["head"]["logits"] == 64 * 0.25 * 500
     adaptive = replace(CONFIG, output_head="adaptive", tie_embeddings=False)
-    checked = work(Load(adaptive, 4, 16, "max_probability", shares))
+    checked = work(Load(adaptive, 4, 16, "entropy", shares))
     assert checked["projected check"]["logits"] == 64 * 1.5 * 502  # all words, and two clusters
     assert checked["head"]["logits"] < 64 * 0.25 * 200
+    # The most probable word opens a third of 150 words and a sixth of 300; scoring is left to do.
+    checked = work(Load(adaptive, 4, 16, "max_probability", shares))
+    assert checked["projected check"]["logits"] == pytest.approx(64 * 1.5 * (52 + 50 + 50))
+    assert checked["head"] == pytest.approx(
+        work(Load(adaptive, 4, 16, "gate", shares))["head"]
+        | {"flops": checked["head"]["flops"], "bytes": 0}
+    )
 
 
 @pytest.mark.parametrize(

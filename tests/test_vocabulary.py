@@ -159,6 +159,22 @@ def test_readers_take_the_same_from_logits_and_from_features(chunked, kind):
         found = read.from_features(head, features[tokens], tokens)
         torch.testing.assert_close(found, from_logits)
         assert len(read.from_features(head, features[:0], tokens[:0])) == 0
+        word = read.from_top(head.predict(features[tokens]))
+        assert word is None or torch.equal(word, from_logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
+def test_the_most_probable_word_is_that_of_all_words(chunked, kind, sharpness):
+    head, features, _ = unembedding(kind)
+    features = sharpness * features
+    log_p, word = head.top(features)
+    truth = head(features).log_softmax(dim=-1).max(dim=-1)
+    torch.testing.assert_close(log_p, truth.values)
+    assert torch.equal(word, truth.indices)
+    assert torch.equal(word, head.predict(features))
+    if head.cheap_top and sharpness == 5.0:  # rare words are among them
+        assert (word >= head.softmax.shortlist_size).any()
 
 
 def test_an_adaptive_head_scores_without_the_vocabulary():

@@ -146,8 +146,7 @@ class _Exits:
 
     def _judge(self, head: ExitHead, hidden: Tensor) -> Tensor:
         """What a criterion that reads logits says of hidden states ``(T, D)``: ``(T,)``."""
-        chunks = head.unembedding.chunks(head.features(hidden))
-        return torch.cat([self.policy.rule.score(logits) for _, logits in chunks])
+        return self.policy.rule.of_features(head.unembedding, head.features(hidden))
 
     def finish(self, read: Reader) -> ExitRun:
         """Project the predictions of all tokens, once each."""
