@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="ratios of times, beside their targets")
     bench.set_defaults(command=_bench)
     bench.add_argument("--quick", action="store_true", help="small sizes, three repeats")
-    bench.add_argument("--repeats", type=int, default=9, help="of each run (default: 9)")
+    bench.add_argument("--repeats", type=int, default=7, help="of each run (default: 7)")
     bench.add_argument("--model", metavar="FILE", help="checkpoint for the end-to-end rows")
     _add_machine(bench)
 

@@ -118,7 +118,7 @@ def throughput(
                 runs[execution, grouping] = _pass(model, parts, policy, execution)
             if signal is None:
                 runs["full depth", ""] = _pass(model, parts, never, "compacted")
-        seconds = interleaved_times(runs, x.device, repeats, warmup=1)
+        seconds = interleaved_times(runs, x.device, repeats)
         full = float(np.median(seconds["full depth", ""]))
         for (execution, grouping), taken in seconds.items():
             rows.append(

@@ -78,7 +78,7 @@ class Bench:
     """
 
     device: torch.device
-    repeats: int = 9
+    repeats: int = 7
     quick: bool = False
     model: EarlyExitLanguageModel | None = None
 

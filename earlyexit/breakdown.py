@@ -21,7 +21,6 @@ from earlyexit.vocabulary import softmax_
 from earlyexit.work import FULL_DEPTH
 
 ORIGINAL = "original's procedure"
-WARMUP = 2  # runs that are not counted
 
 
 def part_functions(
@@ -93,7 +92,7 @@ def part_times(model: EarlyExitLanguageModel, x: Tensor, repeats: int) -> pd.Dat
     functions = part_functions(model, x)
     names = {" / ".join(key): key for key in functions}
     seconds = interleaved_times(
-        {name: functions[key] for name, key in names.items()}, x.device, repeats, prime=True
+        {name: functions[key] for name, key in names.items()}, x.device, repeats
     )
     medians = {key: float(pd.Series(seconds[name]).median()) for name, key in names.items()}
     whole = medians["whole", "block"]
@@ -169,10 +168,11 @@ def timed_runs(
     timed = {name: run for name, (_, run) in runs.items()}
     for name, (model, run) in runs.items():
         timed[f"{name}, clock"] = partial(_clocked, model, run, name in plain, parts[name])
-    seconds = interleaved_times(timed, device, repeats, WARMUP)
+    seconds = interleaved_times(timed, device, repeats)
     rows = []
     for name in runs:
-        typical = 1e3 * pd.DataFrame(parts[name][WARMUP:]).quantile(quantile)
+        timed = parts[name][1::2]  # before each of them one ran untimed
+        typical = 1e3 * pd.DataFrame(timed).quantile(quantile)
         total = 1e3 * float(np.quantile(seconds[name], quantile))
         rows += [
             {

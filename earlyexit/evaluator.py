@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from earlyexit.clock import marker
@@ -119,9 +120,7 @@ class EarlyExitEvaluator:
                     ("early", lambda x=x, y=y: model.nll(x, y, policy, execution)),
                 ]
                 order = pair[:: (-1) ** len(plain)]  # who goes first alternates
-                seconds = interleaved_times(
-                    dict(order), self.device, repeats=1, warmup=0 if plain else 2
-                )
+                seconds = interleaved_times(dict(order), self.device, repeats=1)
                 plain.append(seconds["plain"][0])
                 early.append(seconds["early"][0])
         if not plain:
@@ -180,6 +179,51 @@ def expert_shares(model: EarlyExitLanguageModel, batches: Iterable) -> Tensor:
     for x, _ in batches:
         model.hidden_states(x.to(device))
     return torch.stack([moe.expert_utilisation() for moe in layers])
+
+
+@torch.no_grad()
+def opened_shares(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFrame:
+    """How often an adaptive output head opens its clusters, at full-depth states.
+
+    Returns:
+        Columns ``exit``, ``cluster`` (0 the more frequent), and the share of tokens for which it is
+        opened to score the ``word`` that comes, and to find the most probable one (``top``).
+
+    Raises:
+        ValueError: the model has no adaptive head, or there are no batches.
+    """
+    if model.config.output_head != "adaptive":
+        raise ValueError(f"output_head={model.config.output_head!r} has no clusters to open")
+    heads = [block.exit_classifier for block in model.blocks]
+    cuts, tokens = heads[0].unembedding.softmax.cutoffs, 0
+    counts = np.zeros((len(heads), len(cuts) - 1, 2))
+    for x, y in batches:
+        x, y = (t.to(model.token_embedding.weight.device) for t in (x, y))
+        states, scored = model.hidden_states(x), y != IGNORE
+        tokens += int(scored.sum())
+        for layer, head in enumerate(heads):
+            features = head.features(states[layer + 1][scored])
+            for k, (first, end) in enumerate(pairwise(cuts)):
+                counts[layer, k, 0] += int(((y >= first) & (y < end)).sum())
+                with _rows_into(head.unembedding.softmax.tail[k]) as rows:
+                    head.unembedding.top(features)
+                counts[layer, k, 1] += sum(rows)
+    if not tokens:
+        raise ValueError("the loader is empty: there is nothing to count")
+    index = pd.MultiIndex.from_product(map(range, counts.shape[:2]), names=["exit", "cluster"])
+    shares = counts.reshape(-1, 2) / tokens
+    return pd.DataFrame(shares, index, columns=["word", "top"]).reset_index()
+
+
+@contextmanager
+def _rows_into(module: nn.Module) -> Iterator[list[int]]:
+    """How many rows each call of a module gets, while the context lasts."""
+    rows: list[int] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

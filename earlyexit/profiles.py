@@ -64,8 +64,8 @@ class Profile:
     shallow_depths: tuple[int, ...] = (1, 2)  # layers of models trained without exits
     shallow_seeds: int = 1  # how many of the seeds those are trained on
     # measurement
-    logits_tokens: int = 0  # of the test split, for real runs whose checks read logits; 0: all
-    timing_repeats: int = 15
+    logits_tokens: int = 0  # of the test split, for real runs whose checks need all logits; 0: all
+    timing_repeats: int = 9
     seeds: tuple[int, ...] = (0,)
 
 

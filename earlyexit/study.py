@@ -15,8 +15,8 @@ from earlyexit import stages
 from earlyexit.artifacts import Outputs, read_table, run_label, use_style
 from earlyexit.checkpoints import checkpoint_about
 from earlyexit.corpus import Corpus, CorpusConfig, Split, load_corpus, loader
+from earlyexit.cost import read_by_check
 from earlyexit.devices import resolve_device
-from earlyexit.exits import CRITERIA
 from earlyexit.model import EarlyExitLanguageModel, ModelConfig
 from earlyexit.model_card import model_card
 from earlyexit.paths import project
@@ -88,9 +88,10 @@ class Study:
     def run_tokens(self, criterion: str) -> int:
         """Tokens of the test split that real runs by a criterion are scored on; 0: all.
 
-        Checks that read logits take several times as long as everything else.
+        Checks that need all logits take several times as long as everything else.
         """
-        return self.profile.logits_tokens if CRITERIA[criterion].reads == "logits" else 0
+        part = read_by_check(self.model_config(), criterion)
+        return self.profile.logits_tokens if part else 0
 
     # ------------------------------------------------------------------ models and traces
 

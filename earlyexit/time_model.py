@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from earlyexit import digests, provenance
 from earlyexit.atomic import atomic_path
-from earlyexit.breakdown import WARMUP, timed_runs
+from earlyexit.breakdown import timed_runs
 from earlyexit.clock import PARTS
 from earlyexit.model import ModelConfig
 from earlyexit.patterns import geometric_shares, policy_for_shares, random_model, random_tokens
@@ -92,7 +92,7 @@ def measure(wanted: Sequence[Load], device: torch.device, repeats: int = 5) -> p
         else:
             policy = policy_for_shares(model, x, load.shares, load.criterion)
         runs[str(index)] = model, partial(model.nll, x, x, policy)
-    with tqdm(total=2 * len(runs) * (repeats + WARMUP), desc="time runs", leave=False) as bar:
+    with tqdm(total=4 * len(runs) * repeats, desc="time runs", leave=False) as bar:
         counted = {name: (m, partial(_counted, run, bar)) for name, (m, run) in runs.items()}
         table = timed_runs(counted, plain, repeats, UNDISTURBED)
     return table.assign(load=table["run"].astype(int)).drop(columns="run")

@@ -20,30 +20,20 @@ from earlyexit.devices import synchronize
 def interleaved_times(
     functions: dict[str, Callable[[], object]],
     device: torch.device,
-    repeats: int = 15,
-    warmup: int = 2,
-    *,
-    prime: bool = False,
+    repeats: int = 9,
 ) -> dict[str, np.ndarray]:
     """Seconds of each function ``(repeats,)``, called in turn so that drift hits all alike.
 
-    The order is drawn anew in every round: none always follows the same neighbour, which leaves it
-    caches that are warm or cold.
-
-    Args:
-        prime: call each function once more, untimed, right before it is timed. For parts so short that
-            refilling caches would take longer than they do.
+    Each is called once more, untimed, right before it is timed: caches are warm, as they are when one
+    batch follows another, whatever ran before. The order is drawn anew in every round, so that none
+    always follows the same neighbour.
     """
     _keep_freed_memory()
     names, order = list(functions), random.Random(0)
-    for _ in range(warmup):
-        for name in names:
-            functions[name]()
     seconds = {name: np.empty(repeats) for name in names}
     for repeat in range(repeats):
         for name in order.sample(names, len(names)):
-            if prime:
-                functions[name]()
+            functions[name]()
             synchronize(device)
             start = time.perf_counter()
             functions[name]()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from earlyexit.corpus import loader
-from earlyexit.evaluator import EarlyExitEvaluator, original_early_exit
+from earlyexit.evaluator import EarlyExitEvaluator, opened_shares, original_early_exit
 from earlyexit.exits import CRITERIA, ExitPolicy
 from earlyexit.trace import collect_trace
 from earlyexit.vocabulary import IGNORE
@@ -223,3 +224,25 @@ def test_the_original_stops_when_all_have_left(make_model, make_tokens):
         logits, exits = original_early_exit(model, x, 1.0)
         assert (exits == 3).all() and ran
         torch.testing.assert_close(logits, model(x))
+
+
+def test_a_cluster_is_opened_where_all_of_it_outweighs_every_more_frequent_word(make_model, ragged):
+    """As told from the probabilities of all words."""
+    model = make_model(output_head="adaptive", tie_embeddings=False)
+    found = opened_shares(model, ragged)
+    cuts, hits = (5, 21, model.vocab_size), torch.zeros(3, 2, 2, dtype=torch.double)
+    tokens = 0
+    for x, y in ragged:
+        tokens += int((y != IGNORE).sum())
+        for layer, block in enumerate(model.blocks):
+            p = block.exit_classifier(model.hidden_states(x)[layer + 1][y != IGNORE]).exp()
+            for k, (first, end) in enumerate(pairwise(cuts)):
+                hits[layer, k, 0] += ((y >= first) & (y < end)).sum()
+                hits[layer, k, 1] += (p[:, first:end].sum(1) > p[:, :first].amax(1)).sum()
+    truth = (hits / tokens).reshape(-1, 2)
+    torch.testing.assert_close(torch.tensor(found[["word", "top"]].to_numpy()), truth)
+    assert (truth > 0).all() and (truth < 1).all()
+    with pytest.raises(ValueError, match="clusters"):
+        opened_shares(make_model(), ragged)
+    with pytest.raises(ValueError, match="empty"):
+        opened_shares(model, [])

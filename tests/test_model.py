@@ -20,6 +20,7 @@ from earlyexit.model import EarlyExitLanguageModel
 from earlyexit.vocabulary import IGNORE
 
 READY = [name for name in CRITERIA if name != "depth"]
+ADAPTIVE = {"output_head": "adaptive", "tie_embeddings": False}
 HEADS = ("translator", "full")
 
 
@@ -271,7 +272,7 @@ def test_without_exits_every_way_of_running_agrees(make_model, make_tokens, exit
 @settings(max_examples=60, deadline=None)
 @given(
     criterion=st.sampled_from(READY),
-    exit_head=st.sampled_from(HEADS),
+    head=st.sampled_from([*({"exit_head": h} for h in HEADS), ADAPTIVE]),
     top_k=st.integers(1, 4),
     causal=st.booleans(),
     batch=st.integers(1, 4),
@@ -280,9 +281,9 @@ def test_without_exits_every_way_of_running_agrees(make_model, make_tokens, exit
     seed=st.integers(0, 5),
 )
 def test_compacted_equals_dense(
-    make_model, make_tokens, make_policy, criterion, exit_head, top_k, causal, batch, length, share, seed
+    make_model, make_tokens, make_policy, criterion, head, top_k, causal, batch, length, share, seed
 ):  # fmt: skip
-    model = make_model(seed, top_k=top_k, exit_head=exit_head, causal=causal).double()
+    model = make_model(seed, top_k=top_k, causal=causal, **head).double()
     x = make_tokens(batch, length, seed)
     policy = make_policy(model, x, criterion, share)
     runs = [
@@ -328,9 +329,12 @@ def naive_run(model, x, policy):
     return logits, exits
 
 
+@pytest.mark.parametrize("head", [{}, ADAPTIVE])
 @pytest.mark.parametrize("criterion", READY)
-def test_both_equal_a_run_written_out_naively(make_model, make_tokens, make_policy, criterion):
-    model, x = make_model(2, top_k=2).double(), make_tokens(4, 11)
+def test_both_equal_a_run_written_out_naively(
+    make_model, make_tokens, make_policy, criterion, head
+):
+    model, x = make_model(2, top_k=2, **head).double(), make_tokens(4, 11)
     policy = make_policy(model, x, criterion)
     logits, exits = naive_run(model, x, policy)
     for execution in ("compacted", "dense"):
@@ -339,12 +343,13 @@ def test_both_equal_a_run_written_out_naively(make_model, make_tokens, make_poli
         close(found, logits)
 
 
+@pytest.mark.parametrize("head", [{}, ADAPTIVE])
 @pytest.mark.parametrize("execution", ["compacted", "dense"])
 @pytest.mark.parametrize("criterion", [None, *READY])
 def test_nll_and_predictions_are_those_of_forward(
-    make_model, make_tokens, make_policy, criterion, execution
+    make_model, make_tokens, make_policy, criterion, execution, head
 ):
-    model, x, y = make_model().double(), make_tokens(3, 10), make_tokens(3, 10, 1)
+    model, x, y = make_model(**head).double(), make_tokens(3, 10), make_tokens(3, 10, 1)
     y[:, 7:] = IGNORE
     if criterion is None:
         logits, nll, predicted = model(x), model.nll(x, y), model.predict(x)
