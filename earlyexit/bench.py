@@ -232,7 +232,7 @@ class Bench:
     @staticmethod
     def _flop_speedup(model: EarlyExitLanguageModel, x: Tensor, policy: ExitPolicy) -> float:
         shares = exit_shares(model, x, x, policy)
-        return policy_flops(model.config, shares, policy.criterion)["speedup_flops"]
+        return policy_flops(model.config, shares, policy)["speedup_flops"]
 
 
 @torch.no_grad()

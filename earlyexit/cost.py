@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from earlyexit.exits import CRITERIA
+from earlyexit.exits import CRITERIA, ExitPolicy
 from earlyexit.model import ModelConfig
 
 # FLOPs per element of what is not a matrix product.
@@ -132,15 +132,17 @@ def check_flops(config: ModelConfig, criterion: str) -> float:
 
 
 def policy_flops(
-    config: ModelConfig, distribution: Sequence[float], criterion: str
+    config: ModelConfig, distribution: Sequence[float], policy: ExitPolicy | str
 ) -> dict[str, float]:
-    """FLOPs per token of a compacted run, by part.
+    """FLOPs per token of a compacted run that scores one word per token, by part.
+
+    A check at the last layer costs nothing but for an adaptive softmax and a check of its logits. With
+    such a head, a check that wants the most probable word alone leaves the scoring to do.
 
     Args:
         distribution: share of tokens per exit layer ``(L + 1,)``, the last for "no early exit".
-        criterion: what is checked after every layer but the last; there too where tokens are counted
-            as exited at it, which costs nothing but for an adaptive softmax and a check of its logits.
-            With such a head, a check that wants the most probable word alone leaves the scoring to do.
+        policy: whose checks are paid; or a criterion, checked after every layer but the last, and there
+            too where tokens count as exited at it.
 
     Returns:
         ``blocks``, ``checks``, ``propagation`` (potentials of exited tokens), ``head``, ``total``,
@@ -150,11 +152,16 @@ def policy_flops(
     share = np.asarray(distribution, dtype=float)
     executed = np.minimum(np.arange(layers + 1) + 1, layers)
     mean_layers = float(share @ executed)
-    checks = float(share @ np.minimum(executed, layers - 1))
     early = float(share[: layers - 1].sum())
     block, head = total(parts, BLOCK), total(parts, FINAL_HEAD)
-    rule = CRITERIA[criterion]
-    checked_at_last = rule.reads == "logits" and (rule.streak or share[layers - 1] > 0)
+    if isinstance(policy, ExitPolicy):
+        criterion, checked = policy.criterion, [policy.checks(i) for i in range(layers)]
+    else:
+        last_too = CRITERIA[policy].streak or share[layers - 1] > 0
+        criterion, checked = policy, [True] * (layers - 1) + [last_too]
+    rule, alive = CRITERIA[criterion], 1 - np.append(0, np.cumsum(share))[:layers]
+    checks = float(alive[:-1] @ np.asarray(checked[:-1], dtype=float))
+    checked_at_last = rule.reads == "logits" and checked[-1]
     last_check = _reading_flops(config, criterion) if checked_at_last else 0.0
     if read_by_check(config, criterion):  # the exit reads the check's own logits
         heads = (1 - early) * (last_check or head)

@@ -266,8 +266,7 @@ class _Tally:
         """
         mark = self.mark
         layer, rule = state.layer, self.policy.rule
-        threshold, last = self.policy.thresholds[layer], state.layer == self.model.n_layers - 1
-        skip = threshold == rule.never and not rule.streak  # a streak must see every exit
+        skip, last = not self.policy.checks(layer), layer == self.model.n_layers - 1
         if not len(self.alive) or (skip and not last):
             return None
         head, features, output = self.model.blocks[layer].exit_classifier, None, None

@@ -230,6 +230,10 @@ class ExitPolicy:
     def rule(self) -> Criterion:
         return CRITERIA[self.criterion]
 
+    def checks(self, layer: int) -> bool:
+        """Whether tokens are judged at ``layer``; a streak must see every exit, others skip "never"."""
+        return self.rule.streak or self.thresholds[layer] != self.rule.never
+
     def passes(self, layer: int, scores, progress):
         """Whether scores at ``layer`` pass; ``progress`` is each token's position over n_seq."""
         threshold = self.thresholds[layer]

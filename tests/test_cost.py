@@ -91,6 +91,33 @@ def test_a_run_costs_the_matrix_products_it_is_said_to(
     assert counted(lambda: model.predict(x, policy)) == pytest.approx(88 * truth, rel=1e-6)
 
 
+@pytest.mark.parametrize("criterion", ["agreement", "entropy"])
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_a_layer_where_no_token_may_leave_is_not_checked(
+    make_model, make_tokens, make_policy, criterion, skipped
+):
+    model, x = make_model(), make_tokens(8, 11)
+    thresholds = list(make_policy(model, x, criterion).thresholds)
+    thresholds[skipped] = CRITERIA[criterion].never
+    policy = ExitPolicy(criterion, tuple(thresholds))
+    exits = model.predict(x, policy)[1].flatten()
+    shares = np.bincount(exits, minlength=4) / len(exits)
+    executed = (exits + 1).clamp_max(3).double().mean().item()
+    cost, everywhere = (policy_flops(model.config, shares, p) for p in (policy, criterion))
+    parts = products(model.config)
+    truth = layers(model, parts, executed) + parts["unembedding"]
+    alive = 1 - np.append(0, np.cumsum(shares))[:3]
+    seen = sum(alive[i] for i in {0, 1} - {skipped})
+    if criterion == "agreement":
+        truth += cost["checks"] + (1 - shares[2:].sum()) * parts["translator"]
+    else:  # the exit's own word is read from the check
+        gone = shares[:2].sum()
+        truth += seen * (parts["translator"] + parts["unembedding"]) - gone * parts["unembedding"]
+    assert counted(lambda: model.predict(x, policy)) == pytest.approx(88 * truth, rel=1e-6)
+    assert cost["checks"] == pytest.approx(seen * check_flops(model.config, criterion))
+    assert (cost["total"] < everywhere["total"]) == (skipped < 2)
+
+
 ADAPTIVE = {"output_head": "adaptive", "tie_embeddings": False, "vocab_size": 500}
 
 

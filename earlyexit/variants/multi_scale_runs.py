@@ -88,8 +88,7 @@ class _Exits:
         """
         model, policy, rule, N = self.model, self.policy, self.policy.rule, self.shape[1]
         size, last = model.block_size(layer), layer == model.n_layers - 1
-        threshold = policy.thresholds[layer]
-        judge = threshold != rule.never or rule.streak
+        judge = policy.checks(layer)
         alive = self.alive.nonzero().squeeze(1)
         first = (alive - alive % N % size).unique_consecutive() if len(alive) else alive
         state = None
