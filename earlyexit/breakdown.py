@@ -17,7 +17,6 @@ from earlyexit.exits import CRITERIA, Criterion, ExitPolicy, ExitState
 from earlyexit.layers import MoEResNetBKLayer
 from earlyexit.model import EarlyExitLanguageModel
 from earlyexit.timing import interleaved_times
-from earlyexit.vocabulary import softmax_
 from earlyexit.work import FULL_DEPTH
 
 ORIGINAL = "original's procedure"
@@ -28,8 +27,8 @@ def part_functions(
 ) -> dict[tuple[str, str], Callable[[], object]]:
     """(group, part) → a call that runs just that part of ``layer`` on the batch ``x`` ``(B, N)``.
 
-    Groups: "whole" (the block), "block" (its parts), "check" (deciding by each criterion), "head" (the
-    final head without and with its softmax). ``layer`` is not the last: nothing is decided there.
+    Groups: "whole" (the block), "block" (its parts), "check" (deciding by each criterion), "head" (what
+    scoring takes, and all logits). ``layer`` is not the last: nothing is decided there.
     """
     states = model.hidden_states(x)
     block, before, after = model.blocks[layer], states[layer], states[layer + 1]
@@ -43,9 +42,9 @@ def part_functions(
     normalised = model.blocks[layer + 1].layer_norm(after).flatten(0, 1)
     state = ExitState(layer, after.flatten(0, 1), before.flatten(0, 1), normalised, model.gates)
 
-    def project(and_then: Callable[[Tensor], object]) -> None:
-        for _, logits in head.unembedding.chunks(flat):
-            and_then(logits)
+    def project() -> None:
+        for _ in head.unembedding.chunks(flat):
+            pass
 
     functions: dict[tuple[str, str], Callable[[], object]] = {
         ("whole", "block"): lambda: block.hidden(before),
@@ -54,8 +53,8 @@ def part_functions(
         ("block", "BK-Core"): lambda: bk.bk_core(v),
         ("block", "projection"): lambda: u + scaled_projection(bk, features),
         ("block", "experts and router"): lambda: bk.moe(mixed),
-        ("head", "unembedding"): lambda: project(lambda logits: None),
-        ("head", "unembedding and softmax"): lambda: project(softmax_),
+        ("head", "scoring one word"): lambda: head.unembedding.nll(flat, x.flatten()),
+        ("head", "logits of all words"): project,
     }
     gated = model.gates is not None and bool(model.gates.trained)
     for name, rule in CRITERIA.items():
