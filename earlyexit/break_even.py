@@ -15,7 +15,8 @@ from earlyexit.time_model import FITTED_CRITERIA, TimeModel
 from earlyexit.work import FULL_DEPTH, Load
 
 VOCABULARIES = np.geomspace(100, 50_000, 14).astype(int)
-SHARES_EXECUTED = np.linspace(0, 1, 9)  # of what lies between one layer and all
+# Of what lies between one layer and all; with exactly one layer the run stops, which is another matter.
+SHARES_EXECUTED = np.linspace(0.05, 1, 9)
 
 
 def head_ratio(config: ModelConfig) -> float:

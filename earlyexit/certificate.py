@@ -152,8 +152,11 @@ class Certificate:
     def check(self, model: EarlyExitLanguageModel, text: Corpus | Split) -> bool:
         """Whether the guarantee covers this model and text.
 
+        It speaks of the mean over documents like those it was made on, read up to ``longest_unit``
+        tokens; which split of the text they come from makes no difference.
+
         Returns:
-            True on the text it was made on; False, with a warning in the log, on another.
+            True on any split of the text it was made on; False, with a warning in the log, on another.
 
         Raises:
             ValueError: another model.
@@ -303,8 +306,11 @@ def certify(
     check_risk(epsilon, delta)
     if split.name != "certify":
         raise ValueError(f"certify on the certification part, not on {split.name!r}")
-    if trace.split == "certify":
-        raise ValueError("the certification part may not propose: give a trace of the fit part")
+    if trace.split in ("certify", "valid"):
+        raise ValueError(
+            f"a trace of {trace.split!r} holds documents that certify, and may not propose: give one of"
+            " the fit part"
+        )
     if trace.model_hash != (fingerprint := model.fingerprint()):
         raise ValueError(f"the trace is of model {trace.model_hash}, not of {fingerprint}")
     policies = propose(trace, epsilon * np.array(PATH), criterion, thresholds, costs)

@@ -25,7 +25,7 @@ FLOAT, COMPLEX = 4, 16  # bytes; BK-Core computes in double precision
 # Shares of tokens for which the middle and the rare cluster of an adaptive softmax are opened, as they
 # are in English text with words numbered by frequency: to score the word that comes, to find the most
 # probable word, and for the probabilities of all words. 01_build measures the first two.
-OPENED = {"word": (0.15, 0.05), "top": (1 / 3, 1 / 6), "all": (1.0, 1.0)}
+OPENED = {"word": (0.14, 0.06), "top": (1 / 3, 1 / 5), "all": (1.0, 1.0)}
 
 
 def part_flops(config: ModelConfig) -> dict[str, float]:
@@ -132,7 +132,10 @@ def check_flops(config: ModelConfig, criterion: str) -> float:
 
 
 def policy_flops(
-    config: ModelConfig, distribution: Sequence[float], policy: ExitPolicy | str
+    config: ModelConfig,
+    distribution: Sequence[float],
+    policy: ExitPolicy | str,
+    stops: bool = True,
 ) -> dict[str, float]:
     """FLOPs per token of a compacted run that scores one word per token, by part.
 
@@ -143,6 +146,7 @@ def policy_flops(
         distribution: share of tokens per exit layer ``(L + 1,)``, the last for "no early exit".
         policy: whose checks are paid; or a criterion, checked after every layer but the last, and there
             too where tokens count as exited at it.
+        stops: whether a run ends where nobody is left, so that nothing is propagated any further.
 
     Returns:
         ``blocks``, ``checks``, ``propagation`` (potentials of exited tokens), ``head``, ``total``,
@@ -160,6 +164,7 @@ def policy_flops(
         last_too = CRITERIA[policy].streak or share[layers - 1] > 0
         criterion, checked = policy, [True] * (layers - 1) + [last_too]
     rule, alive = CRITERIA[criterion], 1 - np.append(0, np.cumsum(share))[:layers]
+    ran = alive > 1e-9 if stops else np.ones(layers, dtype=bool)
     checks = float(alive[:-1] @ np.asarray(checked[:-1], dtype=float))
     checked_at_last = rule.reads == "logits" and checked[-1]
     last_check = _reading_flops(config, criterion) if checked_at_last else 0.0
@@ -173,7 +178,7 @@ def policy_flops(
     out = {
         "blocks": mean_layers * block,
         "checks": checks * check_flops(config, criterion),
-        "propagation": (layers - mean_layers) * total(parts, PROPAGATION),
+        "propagation": float((1 - alive) @ ran) * total(parts, PROPAGATION),
         "head": heads,
     }
     out["total"] = sum(out.values())
@@ -182,10 +187,10 @@ def policy_flops(
 
 
 def exit_costs(config: ModelConfig, criterion: str) -> np.ndarray:
-    """FLOPs per token of leaving at exit 0 … L − 1 in a compacted run ``(L,)``."""
+    """FLOPs per token of leaving at exit 0 … L − 1 in a compacted run that goes on ``(L,)``."""
     rows = np.eye(config.n_layers, config.n_layers + 1)
     rows[-1] = np.roll(rows[-1], 1)  # leaving at the last layer is not leaving early
-    return np.array([policy_flops(config, row, criterion)["total"] for row in rows])
+    return np.array([policy_flops(config, row, criterion, stops=False)["total"] for row in rows])
 
 
 def cost_table(config: ModelConfig) -> pd.DataFrame:

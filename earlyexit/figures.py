@@ -22,6 +22,7 @@ from earlyexit.reading import layer_colours
 COLUMN, PAGE = 3.4, 7.0  # inches
 REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
 MARKERS = "osD^vP*X"
+FEW = 12  # thresholds, up to which a curve is drawn as points
 
 
 def label_of(criterion: str) -> str:
@@ -157,19 +158,26 @@ def pareto(
     """Quality loss against a speedup, one curve per criterion, static exits and oracles beside.
 
     Args:
-        curves: columns seed, criterion, quality_loss and ``x``; "static" is drawn as points, oracles
-            dashed. Several seeds are drawn as their mean and range.
+        curves: columns seed, criterion, threshold, quality_loss and ``x``; static exits, and criteria of
+            few thresholds, are drawn as points, oracles dashed. Several seeds are drawn as their mean
+            and range.
         limit: largest quality loss shown.
         points: extra labelled points: columns label, quality_loss, ``x``.
     """
     fig, ax = plt.subplots(figsize=(PAGE * 0.62, 3.0))
     for k, (criterion, rows) in enumerate(curves.groupby("criterion", sort=False)):
         style = {"color": f"C{k}", "label": label_of(criterion)}
-        if criterion == "static":
-            exits = rows[rows["quality_loss"] <= limit].groupby("threshold")[[x, "quality_loss"]]
-            mean, spread = exits.mean(), exits.max() - exits.mean()
-            style |= {"color": "black", "fmt": "s", "markersize": 4}
-            ax.errorbar(mean[x], mean["quality_loss"], yerr=spread["quality_loss"], **style)
+        if rows.groupby("seed").size().max() <= FEW:
+            settings = rows.groupby("threshold")
+            mean = settings[[x, "quality_loss"]].mean()
+            shown = mean["quality_loss"] <= limit
+            style |= {"fmt": MARKERS[k % len(MARKERS)], "markersize": 4}
+            if criterion == "static":
+                style |= {"color": "black", "fmt": "s"}
+            loss = mean["quality_loss"][shown]
+            ends = settings["quality_loss"].agg(["min", "max"])[shown]
+            spread = [loss - ends["min"], ends["max"] - loss]
+            ax.errorbar(mean[x][shown], loss, yerr=spread, **style)
             continue
         if criterion.startswith("oracle"):
             style |= {"color": "0.35" if "nll" in criterion else "0.6", "linestyle": "--"}
@@ -308,7 +316,7 @@ def part_times(table: pd.DataFrame) -> Figure:
 
 
 def speedups(table: pd.DataFrame) -> Figure:
-    """Wall-clock against layers, identity as the ideal, one colour per execution.
+    """Wall-clock against layers with intervals, identity as the ideal, one colour per execution.
 
     Args:
         table: columns execution, speedup_layers, speedup_time, low, high.
@@ -323,10 +331,13 @@ def speedups(table: pd.DataFrame) -> Figure:
             rows["speedup_layers"], rows["speedup_time"], yerr=np.clip(error, 0, None),
             fmt=f"{MARKERS[k]}-", capsize=2, label=name,
         )  # fmt: skip
-    high = table["speedup_layers"].max()
-    ax.plot([1, high], [1, high], **REFERENCE)
+    ideal = np.linspace(1, table["speedup_layers"].max())
+    ax.plot(ideal, ideal, **REFERENCE, label="as much as layers")
     ax.axhline(1, **(REFERENCE | {"linestyle": ":"}))
-    ax.set(xlabel="theoretical speedup (layers)", ylabel="wall-clock speedup", yscale="log")
+    ax.set(
+        xlabel="theoretical speedup (layers)", ylabel="wall-clock speedup\n(90 % interval)",
+        yscale="log",
+    )  # fmt: skip
     ticks = [0.1, 0.2, 0.5, 1, 2, 4]
     low, top = ax.get_ylim()
     ax.set_yticks([t for t in ticks if low <= t <= top], minor=False)
@@ -384,6 +395,7 @@ def run_parts(table: pd.DataFrame, apart: str) -> Figure:
         ax.set_xlim(0, 1.15 * max(left.max(), totals[runs].max()))
         ax.grid(axis="y", visible=False)
     axes[1].set_ylim(0.6, -0.6)
+    axes[1].set_title("on a scale of its own", fontsize=7, loc="left")
     axes[1].set_xlabel("milliseconds per batch, scored (median)")
     handles, names = axes[0].get_legend_handles_labels()
     fig.legend(handles, names, loc="outside right upper", markerscale=0.5)
@@ -413,7 +425,7 @@ def compaction(table: pd.DataFrame) -> Figure:
     bars = right.bar([f"{d:g}" for d in rows["depth"]], ratio, color="C0", width=0.6)
     texts = [f"{100 * v:.0f} %" for v in ratio]
     right.bar_label(bars, texts, fontsize=7, label_type="center", color="white")
-    right.axhline(0.9, **REFERENCE)
+    right.axhline(1, **REFERENCE)
     right.set(xlabel="mean layers executed", ylabel="wall-clock / FLOP speedup")
     right.set_ylim(0, max(1.15, 1.1 * ratio.max()))
     _percent(right.yaxis)
@@ -744,7 +756,10 @@ def equal_cost(table: pd.DataFrame) -> Figure:
     ax.axhline(0, **REFERENCE)
     names = [f"{d} layer" if d == 1 else f"{d} layers" for d in depths]
     ax.set_xticks(np.arange(len(depths)) + 0.06 * (table["seed"].nunique() - 1), names)
-    ax.set(xlabel="cost of a model with", ylabel="adaptive / shallow\nperplexity − 1")
+    ax.set(
+        xlabel="shallow model of equal FLOPs",
+        ylabel="adaptive / shallow perplexity − 1\n(95 %, over documents)",
+    )
     ax.margins(x=0.4)
     _percent(ax.yaxis, 1)
     ax.grid(axis="x", visible=False)
@@ -892,6 +907,7 @@ def front(table: pd.DataFrame, claims: pd.DataFrame) -> Figure:
     points = {
         "static": "ks", "shallow twin": "k^", "original's threshold": "rX", "oracle (kl)": "kd:"
     }  # fmt: skip
+    markers = "ov<>"
     for ax, (x, label) in zip(axes, kinds.items(), strict=True):
         groups = table.groupby("criterion", sort=False)
         lines = [name for name in groups.groups if name not in points]
@@ -900,7 +916,7 @@ def front(table: pd.DataFrame, claims: pd.DataFrame) -> Figure:
             mean, low, high = settings.mean(), settings.min(), settings.max()
             style = {"fmt": points.get(name), "markersize": 4}
             if name in lines:
-                style |= {"fmt": f"C{lines.index(name)}{MARKERS[lines.index(name)]}-"}
+                style |= {"fmt": f"C{lines.index(name)}{markers[lines.index(name)]}-"}
             ax.errorbar(
                 mean[x], mean["quality_loss"], label=label_of(name), linewidth=1, **style,
                 xerr=[mean[x] - low[x], high[x] - mean[x]],
@@ -915,7 +931,7 @@ def front(table: pd.DataFrame, claims: pd.DataFrame) -> Figure:
         ax.axhline(0, **REFERENCE)
         ax.axvline(1, **REFERENCE)
         ax.set(xlabel=label, xscale="log")
-        _plain_ticks(ax, [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4) if _inside(ax, t)])
+        _plain_ticks(ax, [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8) if _inside(ax, t)])
     axes[0].set_ylabel("quality loss, test split")
     _percent(axes[0].yaxis)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

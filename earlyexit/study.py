@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from earlyexit import stages
@@ -84,6 +86,12 @@ class Study:
         """Batches of :meth:`split`, or of about ``max_tokens`` of it, in order."""
         size, part = batch_size or self.profile.batch_size, self.split(split).limit(max_tokens)
         return loader(part, self.profile.n_seq, size, self.corpus.eos_id)
+
+    def batch(self, split: str, size: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets ``(size, N)`` of windows that lie evenly spread over :meth:`split`."""
+        inputs, targets = self.loader(split).dataset.tensors
+        rows = torch.linspace(0, len(inputs) - 1, min(size, len(inputs))).long()
+        return inputs[rows].to(self.device), targets[rows].to(self.device)
 
     def run_tokens(self, criterion: str) -> int:
         """Tokens of the test split that real runs by a criterion are scored on; 0: all.

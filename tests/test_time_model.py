@@ -56,9 +56,9 @@ def test_every_token_is_projected_once_by_a_gate_and_once_a_check_by_its_logits(
     checked = work(Load(adaptive, 4, 16, "entropy", shares))
     assert checked["projected check"]["logits"] == 64 * 1.5 * 502  # all words, and two clusters
     assert checked["head"]["logits"] < 64 * 0.25 * 200
-    # The most probable word opens a third of 150 words and a sixth of 300; scoring is left to do.
+    # The most probable word opens a third of 150 words and a fifth of 300; scoring is left to do.
     checked = work(Load(adaptive, 4, 16, "max_probability", shares))
-    assert checked["projected check"]["logits"] == pytest.approx(64 * 1.5 * (52 + 50 + 50))
+    assert checked["projected check"]["logits"] == pytest.approx(64 * 1.5 * (52 + 50 + 60))
     assert checked["head"] == pytest.approx(
         work(Load(adaptive, 4, 16, "gate", shares))["head"]
         | {"flops": checked["head"]["flops"], "bytes": 0}
