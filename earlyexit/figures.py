@@ -470,7 +470,7 @@ def break_even(grid: pd.DataFrame, points: pd.DataFrame) -> Figure:
         len(rows), len(columns), figsize=(PAGE, 1.75 * len(rows) + 0.4), sharex=True, sharey=True,
         squeeze=False,
     )  # fmt: skip
-    norm = plt.matplotlib.colors.TwoSlopeNorm(0, -2, 2)  # log2: white is break-even
+    norm = plt.matplotlib.colors.TwoSlopeNorm(0, -1, 1)  # log2: white is break-even
     for line, criterion in zip(axes, rows, strict=True):
         for ax, (layers, batch) in zip(line, columns, strict=True):
             part = grid.query("criterion == @criterion and n_layers == @layers and batch == @batch")
@@ -502,9 +502,16 @@ def break_even(grid: pd.DataFrame, points: pd.DataFrame) -> Figure:
             ax.grid(visible=False)
     fig.supxlabel("FLOPs of the head / FLOPs of a block", fontsize=8)
     fig.supylabel("share of layers executed", fontsize=8)
-    bar = fig.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2])
-    bar.ax.set_yticklabels(["¼×", "½×", "1×", "2×", "4×"])
+    bar = fig.colorbar(image, ax=axes, ticks=[-1, 0, 1], extend="both")
+    bar.ax.set_yticklabels(["½×", "1×", "2×"])
     bar.set_label("wall-clock speedup")
+    look = {"color": "white", "markeredgecolor": "black", "linestyle": "none"}
+    handles = [
+        plt.Line2D([], [], color="black", linewidth=1, label="break-even, predicted"),
+        plt.Line2D([], [], marker="o", label="measured, exits win", **look),
+        plt.Line2D([], [], marker="X", label="measured, exits lose", **look),
+    ]
+    fig.legend(handles=handles, loc="outside upper center", ncols=3)
     return fig
 
 
@@ -758,7 +765,7 @@ def equal_cost(table: pd.DataFrame) -> Figure:
     ax.set_xticks(np.arange(len(depths)) + 0.06 * (table["seed"].nunique() - 1), names)
     ax.set(
         xlabel="shallow model of equal FLOPs",
-        ylabel="adaptive / shallow perplexity − 1\n(95 %, over documents)",
+        ylabel="adaptive / shallow − 1\n(perplexity, 95 %\nover documents)",
     )
     ax.margins(x=0.4)
     _percent(ax.yaxis, 1)
