@@ -10,8 +10,9 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,11 @@ class MissingResult(FileNotFoundError):
     """A result that has not been made, was not finished, or was changed since."""
 
 
-def run_label(profile: str, overrides: dict[str, Any] | None = None) -> str:
+def run_label(
+    profile: str, overrides: dict[str, Any] | None = None, seeds: Sequence[int] = ()
+) -> str:
     """The label a notebook writes under: the runner's, or under JupyterLab the profile's."""
-    return os.environ.get(LABEL) or profiles.label(profile, overrides)
+    return os.environ.get(LABEL) or profiles.label(profile, overrides, seeds)
 
 
 def use_style() -> None:
@@ -210,12 +213,12 @@ def read_table(label: str, name: str, root: str | Path | None = None) -> pd.Data
     what = place.relative(path)
     certificate = path.with_name(f"{name}.meta.json")
     if not (certificate.is_file() and path.is_file()):
-        raise MissingResult(f"{what} is missing: {_remedy(label, _producer(place, name))}")
+        raise MissingResult(f"{what} is missing: {remedy(label, _producer(place, name))}")
     meta = read_json(certificate)
     if not is_whole(certificate, meta):
         raise MissingResult(
             f"{what} does not match its certificate (interrupted, or changed by hand): "
-            f"{_remedy(label, meta['notebook'])}"
+            f"{remedy(label, meta['notebook'])}"
         )
     return pd.read_csv(path)
 
@@ -264,11 +267,15 @@ def _latex(df: pd.DataFrame, name: str, caption: str) -> str:
     )
 
 
-def _remedy(label: str, notebook: str | None) -> str:
+def remedy(label: str, notebook: str | None) -> str:
+    """The command that makes what is missing under a label, as part of a sentence."""
     profile, *changed = label.split("~")
-    options = [f"--profile {profile}", *(f"--set {pair}" for pair in changed)]
-    only = [f"--only {notebook}"] if notebook else []
-    return f"run `python -m earlyexit run {' '.join(options + only)}`"
+    options = ["--profile", profile]
+    for pair in changed:
+        key, _, value = pair.partition("=")
+        options += ["--seeds", *value.split(",")] if key == "seeds" else ["--set", pair]
+    options += ["--only", notebook] if notebook else []
+    return f"run `{shlex.join(['python', '-m', 'earlyexit', 'run', *options])}`"
 
 
 def _producer(place: Project, name: str) -> str | None:

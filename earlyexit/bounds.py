@@ -94,11 +94,14 @@ METHODS: dict[str, Callable[[np.ndarray, float, float], float]] = {
 
 
 def upper_bound(x: np.ndarray, delta: float, ceiling: float, method: str = "betting") -> float:
-    """Smallest level that the test certifies with failure probability δ; B where none is."""
+    """Smallest level that the test certifies with failure probability δ; B where none is.
+
+    No level below −B is tried.
+    """
     if method == "betting":
-        grid = np.linspace(max(float(x.mean()), -ceiling), ceiling, 2001)[:-1]
-        refused = np.flatnonzero(betting_p_value(x, grid, ceiling) > delta)
-        return ceiling if refused.size == 0 else float(grid[min(refused[-1] + 1, len(grid) - 1)])
+        levels = np.linspace(max(float(x.mean()), -ceiling), ceiling, 2001)
+        refused = np.flatnonzero(betting_p_value(x, levels[:-1], ceiling) > delta)
+        return float(levels[refused[-1] + 1 if refused.size else 0])
     low, high = float(np.clip(x.mean(), -ceiling, ceiling)), ceiling
     for _ in range(40):
         middle = (low + high) / 2
@@ -110,7 +113,7 @@ def upper_bound(x: np.ndarray, delta: float, ceiling: float, method: str = "bett
 
 
 def smallest_level(n: int, delta: float, ceiling: float) -> float:
-    """No valid test of losses in [0, B] can certify less at n units: B (1 − δ^{1/n}).
+    """No valid test can certify less at n units where no loss is negative: B (1 − δ^{1/n}).
 
     A loss that is B with probability level/B, otherwise 0, shows only zeros in n units with
     probability (1 − level/B)ⁿ.

@@ -70,10 +70,13 @@ def break_even_map(
 def measured_points(checked: pd.DataFrame) -> pd.DataFrame:
     """Measured and predicted speedups of the runs in a table of :func:`earlyexit.time_model.check`.
 
+    The map is one of linear output heads: other runs are left out.
+
     Returns:
         The columns of :func:`break_even_map` and d_model; ``speedup_time`` is measured,
         ``speedup_predicted`` is not.
     """
+    checked = checked[checked["output_head"] == "linear"]
     keys = ["d_model", "n_layers", "vocab_size", "batch", "n_seq"]
     plain = checked[checked["criterion"] == FULL_DEPTH].set_index(keys)
     runs = checked[checked["criterion"] != FULL_DEPTH]

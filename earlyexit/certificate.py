@@ -119,7 +119,8 @@ class Certificate:
             by the family-wise guarantee.
         mean_gap, token_gap: its mean loss over units (unclipped), and over tokens, nats.
         layers: mean layers executed on the certification part; n_layers: of the model.
-        smallest_level: the least mean loss that any valid test could certify here, nats.
+        smallest_level: the least mean loss that any valid test could certify here if no loss were
+            negative, nats.
         candidates, accepted: how many were on the path, and how many passed.
         model_hash, data_hash: of the weights and the text.
     """

@@ -690,7 +690,11 @@ def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame) -> Figu
         rows = rows.groupby("n")["bound"].mean()
         ax.plot(rows.index, rows, f"{MARKERS[k]}-", label=name)
     ax.plot(
-        least["n"], least["level"], ":", color="0.35", label="least any valid test\ncould certify"
+        least["n"],
+        least["level"],
+        ":",
+        color="0.35",
+        label="least any valid test\ncould certify if no\nloss were negative",
     )
     ax.axhline(level, **REFERENCE)
     ax.text(

@@ -19,11 +19,16 @@ TEXTS = {
 
 
 def model_card(
-    profile: Profile, trained: Mapping[int, Trained], text_hash: str, files: Mapping[int, str]
+    profile: Profile,
+    label: str,
+    trained: Mapping[int, Trained],
+    text_hash: str,
+    files: Mapping[int, str],
 ) -> str:
     """Markdown card of one profile's models.
 
     Args:
+        label: folder of its results, the profile's name where nothing was changed.
         trained: seed → model with gates.
         text_hash: digest of the text they were trained on.
         files: seed → name of the published file; empty where none is small enough.
@@ -31,7 +36,7 @@ def model_card(
     first = next(iter(trained.values()))
     parameters = sum(p.numel() for p in first.model.parameters())
     lines = [
-        f"# Model card: ResNet-BK with early exits, profile `{profile.name}`",
+        f"# Model card: ResNet-BK with early exits, profile `{label}`",
         "",
         f"A causal word-level language model with an exit after each of {first.config.n_layers} layers,"
         f" {parameters:,} parameters, float32. Seeds: {', '.join(map(str, trained))}.",
@@ -67,7 +72,7 @@ def model_card(
             "",
             "```python",
             "from earlyexit.checkpoints import load_model",
-            f'model = load_model("results/{profile.name}/{name}")',
+            f'model = load_model("results/{label}/{name}")',
             "```",
             "",
         ]

@@ -120,6 +120,7 @@ def answer(model: TimeModel, load: Load) -> dict:
         },
         "parts": {FULL_DEPTH: model.predict(full), "with exits": model.predict(load)},
         "prediction_error": model.check,
+        "beyond": times.beyond(load),
         "machine": model.machine,
     }
 
@@ -146,6 +147,8 @@ def text(answer: dict) -> str:
             f"prices of this machine were off by {error['median_error']:.0%} (median),"
             f" {error['largest_error']:.0%} (largest) on configurations they were not fitted on"
         )
+    if answer["beyond"]:
+        lines.append(f"outside of what was measured, so take care: {', '.join(answer['beyond'])}")
     rule = CRITERIA[answer["criterion"]]
     if rule.reads == "logits" and not rule.of_top:
         lines.append("a logit costs this check what it costs one of maximum probability")

@@ -1,11 +1,13 @@
 """Profiles: one table of sizes. A profile names everything that decides how long a study takes.
 
 A profile's results live in ``results/<label>/`` and ``figures/<label>/``; the label is the profile's
-name, plus ``~key=value`` for every field changed with ``--set``, so that no run overwrites another's.
+name, plus ``~key=value`` for every field changed with ``--set`` and for other seeds, so that no run
+overwrites another's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 # Ways of training exits, as changes to a profile's training.
@@ -205,6 +207,9 @@ def get_profile(name: str, overrides: dict | None = None) -> Profile:
     return profile
 
 
-def label(name: str, overrides: dict | None = None) -> str:
-    """Folder name of a profile's results: ``cpu``, or ``cpu~epochs=2.0`` when fields are replaced."""
-    return "~".join([name, *(f"{k}={v}" for k, v in sorted((overrides or {}).items()))])
+def label(name: str, overrides: dict | None = None, seeds: Sequence[int] = ()) -> str:
+    """Folder name of a profile's results: ``cpu``, or ``cpu~epochs=2.0~seeds=1,2`` when changed."""
+    changed = dict(overrides or {})
+    if seeds and name in PROFILES and tuple(seeds) != PROFILES[name].seeds:
+        changed["seeds"] = ",".join(map(str, seeds))
+    return "~".join([name, *(f"{k}={v}" for k, v in sorted(changed.items()))])

@@ -36,7 +36,8 @@ class Settings:
     Attributes:
         profile: a name in ``profiles.PROFILES``.
         seeds: instead of the profile's, if any.
-        sets: ``key=value`` for profile fields and notebook parameters; they change the label.
+        sets: ``key=value`` for profile fields and notebook parameters; they change the label, as
+            other seeds do.
         data_dir: folder with local text, if the corpus needs one.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``.
     """
@@ -111,7 +112,7 @@ def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
     try:
         profile = profiles.get_profile(settings.profile, overrides)
         changed = overrides | {k: v for values in own.values() for k, v in values.items()}
-        label = profiles.label(settings.profile, changed)
+        label = profiles.label(settings.profile, changed, settings.seeds)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if Path(label).name != label:

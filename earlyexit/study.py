@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from earlyexit import stages
-from earlyexit.artifacts import Outputs, read_table, run_label, use_style
+from earlyexit.artifacts import Outputs, read_table, remedy, run_label, use_style
 from earlyexit.checkpoints import checkpoint_about
 from earlyexit.corpus import Corpus, CorpusConfig, Split, load_corpus, loader
 from earlyexit.cost import read_by_check
@@ -58,7 +58,7 @@ class Study:
         self.seeds = list(seeds or self.profile.seeds)
         self.device = resolve_device(device)
         self.data_dir = data_dir or None
-        self.label = run_label(profile, overrides)
+        self.label = run_label(profile, overrides, seeds)
         self.cache = project().cache
         parameters = {
             "profile": profile,
@@ -223,8 +223,8 @@ class Study:
             if published := self._published(seed):
                 return published
             raise NotTrained(
-                f"no model of profile {self.label!r}, seed {seed}: run 01_build first, here or with"
-                f" `python -m earlyexit run --profile {self.profile.name} --only 01`"
+                f"no model of profile {self.label!r}, seed {seed}: run 01_build first, here, or"
+                f" {remedy(self.label, '01_build')}"
             ) from None
 
     def publish(self, seed: int, trained: Trained) -> Path | None:
@@ -309,7 +309,7 @@ class Study:
     def card(self, trained: dict[int, Trained], files: dict[int, Path]) -> Path:
         """Write the card of published weights, seed → model and file, beside them."""
         names = {seed: path.name for seed, path in files.items()}
-        text = model_card(self.profile, trained, self.corpus.data_hash, names)
+        text = model_card(self.profile, self.label, trained, self.corpus.data_hash, names)
         caption = "What the published weights are."
         return self.outputs.document(
             text, "model_card", caption, self.corpus.data_hash, suffix="md"

@@ -27,8 +27,8 @@ from earlyexit.model import ModelConfig
 from earlyexit.patterns import geometric_shares, policy_for_shares, random_model, random_tokens
 from earlyexit.work import FULL_DEPTH, Load, work
 
-# (d_model, n_layers, vocabulary, batch, length, mean depth): spread over every size that prices depend
-# on. What is fitted and what is checked have no configuration in common.
+# (d_model, n_layers, vocabulary, batch, length, mean depth, output head): spread over every size that
+# prices depend on. What is fitted and what is checked have no configuration in common.
 FITTED = (
     (32, 3, 1000, 4, 64, 1.5),
     (64, 4, 2000, 32, 128, 2.0),
@@ -38,11 +38,15 @@ FITTED = (
     (128, 8, 1000, 16, 64, 4.0),
     (256, 2, 2000, 16, 128, 1.5),
     (256, 4, 500, 8, 128, 2.0),
+    (64, 4, 10000, 32, 128, 2.0, "adaptive"),
+    (128, 3, 4000, 8, 128, 1.5, "adaptive"),
+    (256, 4, 10000, 8, 128, 2.5, "adaptive"),
 )
 CHECKED = (
     (64, 4, 10000, 16, 128, 2.0),
-    (96, 6, 2000, 16, 128, 3.0),
+    (96, 6, 6000, 16, 128, 3.0, "adaptive"),
     (192, 4, 4000, 8, 128, 1.5),
+    (192, 6, 10000, 8, 128, 2.0, "adaptive"),
     (48, 3, 1500, 32, 64, 2.0),
     (256, 6, 1000, 4, 128, 2.5),
     (128, 3, 8000, 2, 128, 2.0),
@@ -65,8 +69,12 @@ FITTED_CRITERIA = ("gate", "max_probability")
 def loads(grid: Sequence[tuple], criteria: Sequence[str] = FITTED_CRITERIA) -> list[Load]:
     """Every configuration of a grid, at full depth and with exits of each criterion."""
     out = []
-    for d, layers, vocabulary, batch, length, depth in grid:
-        config = ModelConfig(vocabulary, d, layers, n_seq=length, dropout_p=0.0, gate_hidden=0)
+    for d, layers, vocabulary, batch, length, depth, *head in grid:
+        (head,) = head or ("linear",)
+        config = ModelConfig(
+            vocabulary, d, layers, n_seq=length, dropout_p=0.0, gate_hidden=0,
+            output_head=head, tie_embeddings=head == "linear",
+        )  # fmt: skip
         shares = tuple(geometric_shares(layers, depth))
         out.append(Load(config, batch, length))
         out += [Load(config, batch, length, criterion, shares) for criterion in criteria]
@@ -191,7 +199,7 @@ def check(model: TimeModel, measured: pd.DataFrame, wanted: Sequence[Load]) -> p
     """Predicted against measured time of loads.
 
     Returns:
-        One row per load: d_model, n_layers, vocab_size, batch, n_seq, criterion, mean_depth,
+        One row per load: d_model, n_layers, vocab_size, output_head, batch, n_seq, criterion, mean_depth,
         measured_ms, predicted_ms, error (relative).
     """
     totals = measured.groupby("load")["total_ms"].first()
@@ -203,6 +211,7 @@ def check(model: TimeModel, measured: pd.DataFrame, wanted: Sequence[Load]) -> p
                 "d_model": load.config.d_model,
                 "n_layers": load.config.n_layers,
                 "vocab_size": load.config.vocab_size,
+                "output_head": load.config.output_head,
                 "batch": load.batch,
                 "n_seq": load.length,
                 "criterion": load.criterion,
@@ -242,6 +251,19 @@ def calibrate(
         table.assign(used="checked"),
     ]
     return TimeModel(model.prices, model.machine, summary), pd.concat(both, ignore_index=True)
+
+
+def beyond(load: Load) -> list[str]:
+    """In which sizes a load lies outside all that prices are fitted on, as phrases."""
+    config = load.config
+    sizes = (config.d_model, config.n_layers, config.vocab_size, load.batch, load.length)
+    names = ("d_model", "n_layers", "vocabulary", "batch", "n_seq")
+    measured = zip(*(row[:5] for row in FITTED), strict=True)
+    return [
+        f"{name}={size} (measured: {min(seen)} to {max(seen)})"
+        for name, size, seen in zip(names, sizes, measured, strict=True)
+        if not min(seen) <= size <= max(seen)
+    ]
 
 
 def machine() -> dict:

@@ -147,6 +147,8 @@ def test_a_figure_is_vector_truetype_and_stable(out, root):
 
 def test_the_label_is_the_runners_or_the_profiles(monkeypatch):
     assert artifacts.run_label("cpu", {"epochs": 2.0}) == "cpu~epochs=2.0"
+    assert artifacts.run_label("cpu", {}, [0]) == "cpu"
+    assert artifacts.run_label("cpu", {"epochs": 2.0}, [3, 4]) == "cpu~epochs=2.0~seeds=3,4"
     monkeypatch.setenv(artifacts.LABEL, "cpu~rows=3")
     assert artifacts.run_label("cpu") == "cpu~rows=3"
 
@@ -156,3 +158,11 @@ def test_no_artifact_names_a_folder_of_this_machine(out, root):
     text = (root / "results/smoke/sweep.meta.json").read_text()
     assert str(Path.home()) not in text
     assert str(root) not in text
+
+
+def test_a_remedy_asks_for_what_the_label_says():
+    told = artifacts.remedy("cpu~seeds=3,4~tolerances=[0.01, 0.1]", "03_threshold_sweep")
+    assert told == (
+        "run `python -m earlyexit run --profile cpu --seeds 3 4 --set 'tolerances=[0.01, 0.1]'"
+        " --only 03_threshold_sweep`"
+    )

@@ -108,6 +108,7 @@ def test_predict_fits_once_and_answers_in_both_forms(capsys, monkeypatch, tmp_pa
     answer = json.loads(capsys.readouterr().out)
     assert answer["speedup_layers"] == pytest.approx(2)
     assert answer["pays"] == (answer["speedup_time"] > 1)
+    assert [told.split("=")[0] for told in answer["beyond"]] == ["d_model", "vocabulary"]
     total = sum(answer["parts"]["with exits"].values())
     assert answer["milliseconds"]["with exits"] == pytest.approx(total)
     shares = ["--exit-shares", "0.5", "0.5", "0", "0", "--criterion", "entropy"]
