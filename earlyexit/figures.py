@@ -598,7 +598,7 @@ def memory(table: pd.DataFrame) -> Figure:
     """
     fig, ax = plt.subplots(figsize=(COLUMN * 1.3, 2.4))
     rows = table.groupby("execution", sort=False)[["logits_mib", "rest_mib"]].mean().iloc[::-1]
-    ax.barh(rows.index, rows["rest_mib"], color="C0", label="activations")
+    ax.barh(rows.index, rows["rest_mib"], color="C0", label="everything else")
     ax.barh(rows.index, rows["logits_mib"], left=rows["rest_mib"], color="C1", label="logits")
     for y, total in enumerate(rows.sum(axis=1)):
         ax.text(total, y, f" {total:.0f}", va="center", fontsize=7)
@@ -858,14 +858,13 @@ def claimed_measured(table: pd.DataFrame) -> Figure:
         at = x + (k - len(measures) / 2) * width
         color = "0.6" if column == "claimed" else f"C{k - 1}"
         bars = ax.bar(at, table[column].fillna(1) - 1, width, bottom=1, color=color, label=column)
-        texts = [
-            "–" if np.isnan(v) else f"{v:.1f}" if v >= 1.95 else f"{v:.2f}" for v in table[column]
-        ]
+        texts = ["–" if np.isnan(v) else f"{v:.2f}" for v in table[column]]
         for bar, text, value in zip(bars, texts, table[column].fillna(1), strict=True):
             up = value >= 1
             ax.annotate(
                 text, (bar.get_x() + width / 2, value), (0, 2 if up else -2),
                 textcoords="offset points", ha="center", va="bottom" if up else "top", fontsize=5.5,
+                rotation=90,
             )  # fmt: skip
     ax.axhline(1, color="0.35", linewidth=0.8)
     ax.set_yscale("log", base=2)

@@ -16,6 +16,7 @@ from earlyexit.timing import peak_rss_bytes, peak_tensor_bytes
 
 MIB = 2**20
 RETURNED, SCORED = "logits returned", "scored in chunks"
+NONE_EARLY = "compacted, none early"  # the control: what is saved here, exits do not save
 
 
 def executions(
@@ -23,9 +24,14 @@ def executions(
 ) -> dict[tuple[str, str], Callable[[], object]]:
     """(output, execution) → one forward pass; ``policy`` for ours, ``threshold`` for the original's."""
     exits = {"use_early_exit": True, "policy": policy}
+    nobody = {
+        "use_early_exit": True,
+        "policy": ExitPolicy.static(model.n_layers - 1, model.n_layers),
+    }
     return {
         (RETURNED, "full depth"): lambda: model(x),
         (RETURNED, "compacted"): lambda: model(x, **exits),
+        (RETURNED, NONE_EARLY): lambda: model(x, **nobody),
         (RETURNED, "dense"): lambda: model(x, execution="dense", **exits),
         (RETURNED, "original's procedure"): lambda: original_early_exit(model, x, threshold),
         (SCORED, "full depth"): lambda: model.nll(x, y),

@@ -36,7 +36,11 @@ def status_block(root: Path) -> str:
             lines.append(f"| {profile} | none yet: `{_command(profile)}` | | | |")
             continue
         last = max(own, key=lambda r: r["time"])
-        commit = (last["commit"] or "none")[:10] + (" + changes" if last["dirty"] else "")
+        commits = dict.fromkeys(
+            (r["commit"] or "none")[:10] + (" + changes" if r["dirty"] else "")
+            for r in sorted(own, key=lambda r: r["time"])
+        )
+        commit = ", ".join(commits)
         day, processor = last["time"][:10], last["hardware"]["cpu"]
         lines.append(f"| {profile} | {len(own)} | {commit} | {day} | {processor} |")
     return "\n".join(lines)
@@ -172,8 +176,10 @@ def products_block(profile: str, root: Path) -> str:
     measures = ["positions", "layer FLOPs", "layer time", "total time"]
     lines = [f"| | claimed | {' | '.join(measures)} |", "|---|---|---|---|---|---|"]
     for claim, rows in read_table(profile, "claimed_products", root).groupby("claim", sort=False):
-        cells = " | ".join(f"{_span(rows[m])}×" for m in measures)
-        lines.append(f"| {claim} | {rows['claimed'].iloc[0]:g}× | {cells} |")
+        spans = [_time(rows, m) if f"{m}_low" in rows else _span(rows[m]) for m in measures]
+        claimed = rows["claimed"].iloc[0]
+        said = "" if pd.isna(claimed) else f"{claimed:g}×"
+        lines.append(f"| {claim} | {said} | {' | '.join(f'{s}×' for s in spans)} |")
     return "\n".join(lines)
 
 

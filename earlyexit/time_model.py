@@ -199,8 +199,8 @@ def check(model: TimeModel, measured: pd.DataFrame, wanted: Sequence[Load]) -> p
     """Predicted against measured time of loads.
 
     Returns:
-        One row per load: d_model, n_layers, vocab_size, output_head, batch, n_seq, criterion, mean_depth,
-        measured_ms, predicted_ms, error (relative).
+        One row per load: d_model, n_layers, vocab_size, output_head, batch, n_seq, criterion,
+        mean_depth, measured_ms, predicted_ms, error (relative).
     """
     totals = measured.groupby("load")["total_ms"].first()
     rows = []

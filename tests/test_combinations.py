@@ -111,7 +111,7 @@ def test_with_few_words_the_layers_are_the_same_and_the_model_is_put_back(
         assert torch.equal(model.predict(x, policy)[1], exits)
     assert torch.equal(model(x), before)
     seconds = system_times({"full": (model, None), "exits": (model, policy)}, x, y, repeats=2)
-    assert {len(v) for v in seconds["total"].values()} == {1}
+    assert {len(v) for v in seconds["total"].values()} == {2}
     assert all((v > 0).all() for part in seconds.values() for v in part.values())
 
 

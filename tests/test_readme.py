@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 from tiny_project import write_project
 
 from earlyexit import readme
+from earlyexit.__main__ import main
 from earlyexit.artifacts import MissingResult
 from earlyexit.paths import project
 
@@ -42,3 +46,14 @@ def test_the_status_block_names_profiles_without_results(tmp_path):
     text = readme.status_block(tmp_path)
     assert "| cpu | none yet: `python -m earlyexit run --profile cpu` |" in text
     assert "smoke" not in text
+
+
+def test_the_commands_it_shows_are_accepted():
+    """Those that run notebooks, as they stand, up to the point where work would begin."""
+    lines = re.findall(r"python -m earlyexit (run[^`#\n]*)", project().readme.read_text("utf-8"))
+    assert len(lines) >= 5
+    for line in lines:
+        arguments = [a for a in shlex.split(line) if a != "--dry-run"]
+        if "DIR" in arguments:  # the reader's own folder
+            arguments[arguments.index("DIR")] = str(project().root)
+        assert main([*arguments, "--dry-run"]) == 0, line

@@ -219,7 +219,7 @@ def system_times(
     short = {
         name: lambda m=model, p=policy: m.predict(x, p) for name, (model, policy) in runs.items()
     }
-    out = {"total": interleaved_times(whole, x.device, (repeats + 1) // 2)}
+    out = {"total": interleaved_times(whole, x.device, repeats)}
     with ExitStack() as stack:
         for model in {id(model): model for model, _ in runs.values()}.values():
             stack.enter_context(few_words(model))
