@@ -181,6 +181,8 @@ def pareto(
             continue
         if criterion.startswith("oracle"):
             style |= {"color": "0.35" if "nll" in criterion else "0.6", "linestyle": "--"}
+        if criterion.endswith(", before"):  # what comes after lies on it
+            style |= {"linewidth": 3, "alpha": 0.4}
         speedup, mean, low, high = _over_seeds(rows, x, limit)
         ax.plot(speedup, mean, **style)
         ax.fill_between(speedup, low, high, color=style["color"], alpha=0.2, linewidth=0)
@@ -789,14 +791,15 @@ def sparse_limits(table: pd.DataFrame) -> Figure:
     """
     fig, ax = plt.subplots(figsize=(PAGE * 0.75, 2.6))
     names = [
-        f"{r.heads} heads\nN = {r.positions}\nd = {r.d_model}"
+        f"{r.heads} heads\n{r.batch} × N = {r.positions}\nd = {r.d_model}"
         for r in table.itertuples()
     ]  # fmt: skip
     x, width = np.arange(len(table)), 0.38
     labels = {"at_most": "if skipping cost nothing", "measured": "measured"}
     for k, (column, label) in enumerate(labels.items()):
         bars = ax.bar(x + (k - 0.5) * width, table[column], width, label=label)
-        ax.bar_label(bars, fmt="%.2f×", fontsize=7)
+        back = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        ax.bar_label(bars, fmt="%.2f×", fontsize=7, padding=2, bbox=back)
     ax.axhline(1, **REFERENCE)
     ax.set_xticks(x, names)
     ax.set(ylabel="speedup of one layer")
@@ -831,7 +834,7 @@ def combinations(curves: pd.DataFrame, alone: pd.DataFrame, tolerance: float) ->
                 rows[column], rows["quality_loss"], color=colors[k], linestyle=many,
                 marker=MARKERS[k % 8], markevery=at, label=name,
             )  # fmt: skip
-        ax.axhline(tolerance, **REFERENCE)
+        ax.axhline(tolerance, **REFERENCE, label="tolerated loss")
         ax.axhline(0, **(REFERENCE | {"linestyle": ":"}))
         ax.set(xlabel=label, xscale="log")
         low, high = ax.get_xlim()
