@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from earlyexit.runner import Plan
+    from earlyexit.runs.runner import Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # disk full, no such project, missing results
         return _complain(str(error), 1)
     except (ValueError, RuntimeError) as error:
-        from earlyexit.receipts import RunError
-        from earlyexit.settings import UsageError
+        from earlyexit.runs.freshness import RunError
+        from earlyexit.runs.settings import UsageError
 
         if isinstance(error, UsageError | RunError):
             return _complain(str(error), 2 if isinstance(error, UsageError) else 1)
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from earlyexit import runner
-    from earlyexit.settings import Settings
+    from earlyexit.runs import runner
+    from earlyexit.runs.settings import Settings
 
     settings = Settings(
         profile=options.profile,
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from earlyexit import runner
+    from earlyexit.runs import runner
 
     plans = runner.status(options.profile)
     for plan in plans:
@@ -67,8 +67,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _readme(options: argparse.Namespace) -> int:
-    from earlyexit import readme
-    from earlyexit.paths import project
+    from earlyexit.runs import publish as readme
+    from earlyexit.runs.paths import project
 
     path = project().readme
     if not options.check:
@@ -80,16 +80,16 @@ def _readme(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from earlyexit import bench
-    from earlyexit.prediction import device_and_threads
-    from earlyexit.settings import UsageError
+    from earlyexit.cost import bench
+    from earlyexit.runs.cli import device_and_threads
+    from earlyexit.runs.settings import UsageError
 
     device = device_and_threads(options.device, options.threads)
     if options.repeats < 1:
         raise UsageError(f"--repeats {options.repeats} must be at least 1")
     model = None
     if options.model:
-        from earlyexit.checkpoints import CheckpointError, load_model
+        from earlyexit.models.checkpoints import CheckpointError, load_model
 
         try:
             model = load_model(options.model, device=device)
@@ -121,11 +121,12 @@ def _progress(sections: dict) -> Iterator[tuple]:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from earlyexit import prediction
+    from earlyexit.cost import predict as prediction
+    from earlyexit.runs import cli, machine
 
-    load = prediction.load_from(options)
-    device = prediction.device_and_threads(options.device, options.threads)
-    model = prediction.time_model(device, refit=options.refit)
+    load = cli.load_from(options)
+    device = cli.device_and_threads(options.device, options.threads)
+    model = machine.time_model(device, refit=options.refit)
     answer = prediction.answer(model, load)
     print(json.dumps(answer, indent=2) if options.json else prediction.text(answer))
     return 0

@@ -13,19 +13,25 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from earlyexit import stages
-from earlyexit.artifacts import Outputs, read_table, remedy, run_label, use_style
-from earlyexit.checkpoints import checkpoint_about
-from earlyexit.corpus import Corpus, CorpusConfig, Split, load_corpus, loader
-from earlyexit.cost import read_by_check
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.corpus.corpus import Corpus
+from earlyexit.corpus.documents import CorpusConfig
+from earlyexit.corpus.load import load_corpus
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.windows import loader
+from earlyexit.cost.parts import read_by_check
 from earlyexit.devices import resolve_device
-from earlyexit.model import EarlyExitLanguageModel, ModelConfig
-from earlyexit.model_card import model_card
-from earlyexit.paths import project
-from earlyexit.profiles import RECIPES, get_profile
-from earlyexit.stages import NotTrained, Trained
-from earlyexit.trace import ExitTrace
-from earlyexit.training import LossFunction, TrainingConfig
+from earlyexit.models.checkpoints import checkpoint_about
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.nn.config import ModelConfig
+from earlyexit.runs import cache as stages
+from earlyexit.runs.artifacts import Outputs, read_table, remedy, run_label, use_style
+from earlyexit.runs.cache import NotTrained, Trained
+from earlyexit.runs.model_card import model_card
+from earlyexit.runs.paths import project
+from earlyexit.runs.profiles import get_profile
+from earlyexit.training.config import RECIPES, TrainingConfig
+from earlyexit.training.losses import LossFunction
 
 LARGEST_PUBLISHED = 8_000_000  # bytes of one model's weights among the results
 
@@ -295,15 +301,15 @@ class Study:
     # ------------------------------------------------------------------ results
 
     def table(self, df: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
-        """Write a result table; see :meth:`earlyexit.artifacts.Outputs.table`."""
+        """Write a result table; see :meth:`earlyexit.runs.artifacts.Outputs.table`."""
         return self.outputs.table(df, name, caption, text_hash=self.corpus.data_hash)
 
     def figure(self, fig: Figure, name: str, caption: str) -> Figure:
-        """Write a figure; see :meth:`earlyexit.artifacts.Outputs.figure`."""
+        """Write a figure; see :meth:`earlyexit.runs.artifacts.Outputs.figure`."""
         return self.outputs.figure(fig, name, caption, text_hash=self.corpus.data_hash)
 
     def document(self, text: str, name: str, caption: str) -> Path:
-        """Write a JSON file; see :meth:`earlyexit.artifacts.Outputs.document`."""
+        """Write a JSON file; see :meth:`earlyexit.runs.artifacts.Outputs.document`."""
         return self.outputs.document(text, name, caption, text_hash=self.corpus.data_hash)
 
     def card(self, trained: dict[int, Trained], files: dict[int, Path]) -> Path:
@@ -316,7 +322,7 @@ class Study:
         )
 
     def page(self, text: str, name: str, caption: str) -> Path:
-        """Write an HTML page beside the figures; see :meth:`earlyexit.artifacts.Outputs.document`."""
+        """Write an HTML page beside the figures."""
         return self.outputs.document(text, name, caption, self.corpus.data_hash, suffix="html")
 
     def read_table(self, name: str) -> pd.DataFrame:

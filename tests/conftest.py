@@ -10,9 +10,12 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from earlyexit.corpus import Corpus, CorpusConfig, Split
-from earlyexit.exits import CRITERIA, ExitPolicy, ExitState
-from earlyexit.model import EarlyExitLanguageModel
+from earlyexit.corpus.corpus import Corpus
+from earlyexit.corpus.documents import CorpusConfig
+from earlyexit.corpus.splits import Split
+from earlyexit.exits.criteria import CRITERIA, ExitState
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 torch.set_num_threads(1)  # on tensors this small a second thread only gets in the way
 

@@ -37,7 +37,9 @@ def digest(*things) -> str:
         if isinstance(thing, torch.Tensor):
             thing = thing.detach().cpu().numpy()
         if isinstance(thing, np.ndarray):
-            sha.update(f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes())
+            sha.update(
+                f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes()
+            )
         else:
             sha.update(json.dumps(thing, sort_keys=True, default=str).encode())
     return sha.hexdigest()[:16]
@@ -65,7 +67,7 @@ act_loss, act_multi_loss, multi_loss, sparse_loss = (
     _get(n, "training.losses", "variants")
     for n in ("act_loss", "act_multi_scale_loss", "multi_scale_loss", "sparse_loss")
 )
-SIZES = dict(d_model=32, n_layers=3, n_seq=32, bk_heads=4)
+SIZES = {"d_model": 32, "n_layers": 3, "n_seq": 32, "bk_heads": 4}
 
 
 def trace_digest(trace) -> str:
@@ -119,11 +121,11 @@ def main() -> None:
         return model.eval(), digest(report)
 
     recipes = {
-        "tokens": dict(exit_sampling="tokens"),
-        "one": dict(exit_sampling="one"),
-        "all": dict(exit_sampling="all", exit_loss_weight=1.5, exit_ramp=0.5),
-        "dropout": dict(exit_sampling="one", layer_dropout=0.2),
-        "distilled": dict(exit_sampling="one", distillation=0.5),
+        "tokens": {"exit_sampling": "tokens"},
+        "one": {"exit_sampling": "one"},
+        "all": {"exit_sampling": "all", "exit_loss_weight": 1.5, "exit_ramp": 0.5},
+        "dropout": {"exit_sampling": "one", "layer_dropout": 0.2},
+        "distilled": {"exit_sampling": "one", "distillation": 0.5},
     }
     for head in ("linear", "adaptive"):
         for name, change in recipes.items():
@@ -148,12 +150,16 @@ def main() -> None:
             say(f"{head}/temperatures", digest(temperatures))
             trace = ee.collect_trace(own, corpus.splits["fit"].limit(3000), corpus.eos_id)
             say(f"{head}/to cost", digest(fit_to_cost(trace, "gate", 2.0, [1, 2, 3]).to_dict()))
-            say(f"{head}/decaying", digest(
-                ee.fit_policy(trace, "max_probability", 0.2, "decaying").to_dict()))
+            say(
+                f"{head}/decaying",
+                digest(ee.fit_policy(trace, "max_probability", 0.2, "decaying").to_dict()),
+            )
             part = corpus.splits["certify"].truncate(64)
             for criterion in ("gate", "max_probability"):
                 try:
-                    c = ee.certify(own, trace, part, corpus.eos_id, epsilon=0.3, criterion=criterion)
+                    c = ee.certify(
+                        own, trace, part, corpus.eos_id, epsilon=0.3, criterion=criterion
+                    )
                     say(f"{head}/certificate {criterion}", digest(json.loads(c.to_json())), c.bound)
                 except ValueError as error:
                     say(f"{head}/certificate {criterion}", type(error).__name__)
@@ -163,12 +169,12 @@ def main() -> None:
             say(f"{head}/generated", digest(*own.generate(x[:2, :5], 6, static)))
 
     kinds = {
-        "sparse": (Sparse, sparse_loss, dict(keep=0.5)),
-        "act": (ACT, act_loss, dict(ponder_weight=0.02)),
-        "act sparse": (ACT, act_loss, dict(ponder_weight=0.02, keep=0.5)),
-        "scales": (MultiScale, multi_loss, dict(n_layers=5)),
-        "scales sparse": (MultiScale, multi_loss, dict(n_layers=5, keep=0.5)),
-        "act scales": (ACTMultiScale, act_multi_loss, dict(n_layers=5, ponder_weight=0.02)),
+        "sparse": (Sparse, sparse_loss, {"keep": 0.5}),
+        "act": (ACT, act_loss, {"ponder_weight": 0.02}),
+        "act sparse": (ACT, act_loss, {"ponder_weight": 0.02, "keep": 0.5}),
+        "scales": (MultiScale, multi_loss, {"n_layers": 5}),
+        "scales sparse": (MultiScale, multi_loss, {"n_layers": 5, "keep": 0.5}),
+        "act scales": (ACTMultiScale, act_multi_loss, {"n_layers": 5, "ponder_weight": 0.02}),
     }
     for name, (kind, loss, change) in kinds.items():
         torch.manual_seed(0)
@@ -186,7 +192,10 @@ def main() -> None:
             say(f"{name}/gates", report)
             criteria = ["gate", "max_probability", "patience", "saturation", "entropy", "depth"]
         study(name, own, corpus, x, y, criteria)
-        say(f"{name}/generated", digest(*own.generate(x[:1, :5], 4, ee.ExitPolicy.static(1, own.n_layers))))
+        say(
+            f"{name}/generated",
+            digest(*own.generate(x[:1, :5], 4, ee.ExitPolicy.static(1, own.n_layers))),
+        )
 
     for path in sorted(Path(__file__).parents[1].glob("results/*/model_seed*.safetensors")):
         say(f"{path.parent.name}/{path.stem}", dropped(path).fingerprint())

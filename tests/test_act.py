@@ -9,13 +9,15 @@ import torch
 from conftest import SIZES, VOCABULARY
 from torch.nn import functional as F
 
-from earlyexit import checkpoints
-from earlyexit.causality import future_effect, replace_future
-from earlyexit.evaluator import EarlyExitEvaluator
-from earlyexit.exits import ExitPolicy
-from earlyexit.trace import collect_trace
-from earlyexit.training import TrainingConfig, train
-from earlyexit.variants.act import ACTLanguageModel, act_loss, convert_act_to_early_exit
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.evaluation.causality import future_effect, replace_future
+from earlyexit.evaluation.evaluator import EarlyExitEvaluator
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models import checkpoints
+from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
+from earlyexit.training.config import TrainingConfig
+from earlyexit.training.losses import act_loss
+from earlyexit.training.train import train
 
 ACT = {k: v for k, v in SIZES.items() if k != "gate_hidden"} | {"n_layers": 4}
 
@@ -210,7 +212,7 @@ def test_trace_and_evaluator_agree_with_act(make_act, corpus):
 
 
 def _windows(model, corpus):
-    from earlyexit.corpus import windows
+    from earlyexit.corpus.windows import windows
 
     w = windows(corpus.splits["fit"], model.n_seq, corpus.eos_id)
     return w.inputs, w.targets
@@ -248,7 +250,7 @@ def test_calibration_trains_the_exits_and_nothing_else(make_act, corpus):
 
 
 def train_quality(model, corpus):
-    from earlyexit.training import perplexity_per_exit
+    from earlyexit.training.train import perplexity_per_exit
 
     return perplexity_per_exit(model, corpus.splits["train"], corpus.eos_id)
 

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from tiny_project import write_project
 
-from earlyexit import artifacts
-from earlyexit.artifacts import MissingResult, Outputs, read_table
+from earlyexit.runs import artifacts
+from earlyexit.runs.artifacts import MissingResult, Outputs, read_table
 
 mpl.use("Agg")
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from earlyexit.batching import batches, executed_depth, predicted_difficulty, throughput
-from earlyexit.corpus import loader
-from earlyexit.exits import ExitPolicy
-from earlyexit.left_states import left_states, propagation_cost
-from earlyexit.trace import collect_trace
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.corpus.windows import loader
+from earlyexit.cost.batching import batches, executed_depth, predicted_difficulty, throughput
+from earlyexit.evaluation.propagation_error import left_states, propagation_cost
+from earlyexit.exits.policy import ExitPolicy
 
 
 @pytest.mark.parametrize("difficulty", [None, "given"])

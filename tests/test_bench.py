@@ -9,12 +9,13 @@ import pytest
 import torch
 from test_time_model import PRICES
 
-from earlyexit import bench, prediction
 from earlyexit.__main__ import main
-from earlyexit.bench import Bench, Row, position_loop
-from earlyexit.bk_core import BKCore
-from earlyexit.checkpoints import save_model
-from earlyexit.time_model import TimeModel
+from earlyexit.cost import bench
+from earlyexit.cost import predict as prediction
+from earlyexit.cost.bench import Bench, Row, position_loop
+from earlyexit.cost.time_model import TimeModel
+from earlyexit.models.checkpoints import save_model
+from earlyexit.nn.bk_core import BKCore
 
 SIZES = ["--d-model", "16", "--n-layers", "3", "--vocab", "300"]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earlyexit.bk_core import BKCore, causal_resolvent, two_sided_resolvent
+from earlyexit.nn.bk_core import BKCore, causal_resolvent, two_sided_resolvent
 
 BACKENDS = ("cpu", "torch")
 RESOLVENTS = (causal_resolvent, two_sided_resolvent)

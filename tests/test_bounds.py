@@ -5,7 +5,7 @@ import pytest
 from mapie.risk_control import control_fwer
 from scipy import stats
 
-from earlyexit.bounds import (
+from earlyexit.calibration.bounds import (
     METHODS,
     betting_p_value,
     binomial_interval,

@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 
-from earlyexit.breakdown import FULL_DEPTH, ORIGINAL, execution_runs, part_times, run_times
-from earlyexit.clock import PARTS, marker, timed_parts
-from earlyexit.exits import CRITERIA
+from earlyexit.cost.breakdown import ORIGINAL, execution_runs, part_times, run_times
+from earlyexit.cost.work import FULL_DEPTH
+from earlyexit.exits.clock import PARTS, marker, timed_parts
+from earlyexit.exits.criteria import CRITERIA
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,16 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from earlyexit.calibration import calibration_errors, fit_temperatures, refuse_test, reliability
-from earlyexit.corpus import Split, loader
-from earlyexit.trace import ExitTrace, collect_trace
-from earlyexit.vocabulary import IGNORE
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.calibration.temperature import (
+    calibration_errors,
+    fit_temperatures,
+    refuse_test,
+    reliability,
+)
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.windows import IGNORE, loader
 
 
 def trace_of(confidence: list, correct: list) -> ExitTrace:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from earlyexit.causality import future_effect, perplexity_without_future, replace_future
-from earlyexit.exits import CRITERIA
+from earlyexit.evaluation.causality import future_effect, perplexity_without_future, replace_future
+from earlyexit.exits.criteria import CRITERIA
 
 READY = [name for name in CRITERIA if name != "depth"]
 

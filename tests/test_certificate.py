@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from earlyexit.audit import PROCEDURES, audit, synthetic_units
-from earlyexit.certificate import (
+from earlyexit.calibration.audit import PROCEDURES, audit, synthetic_units
+from earlyexit.calibration.certificate import (
     CEILING,
     Certificate,
     Refused,
-    WindowLosses,
     certify,
     certify_losses,
     decide,
-    window_losses,
 )
-from earlyexit.exits import ExitPolicy
-from earlyexit.trace import collect_trace
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.calibration.unit_losses import WindowLosses, window_losses
+from earlyexit.exits.policy import ExitPolicy
 
 POLICIES = [ExitPolicy.constant(t, 3, "saturation") for t in (0.99, 0.9, 0.5)]
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from earlyexit.checkpoints import CheckpointError, checkpoint_about, load_model, save_model
-from earlyexit.exits import ExitPolicy
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.checkpoints import CheckpointError, checkpoint_about, load_model, save_model
 
 
 def rewrite(path, change) -> None:

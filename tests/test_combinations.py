@@ -11,25 +11,24 @@ import torch
 from conftest import SIZES
 
 from earlyexit import figures
-from earlyexit.cost import policy_flops
-from earlyexit.exits import ExitPolicy
-from earlyexit.variants.act import ACTLanguageModel, convert_act_to_early_exit
-from earlyexit.variants.measuring import (
+from earlyexit.cost.parts import policy_flops
+from earlyexit.cost.system_times import few_words, sparse_times, system_times
+from earlyexit.evaluation.systems import (
+    candidate_policies,
     cheapest_within,
     choose,
-    few_words,
     flops,
     quantile_policies,
     run_policy,
     run_positions,
-    sparse_times,
     speedups,
     sweep,
-    system_times,
 )
-from earlyexit.variants.multi_scale import MultiScaleLanguageModel
-from earlyexit.variants.sparse_bk import SparseBKLanguageModel
-from earlyexit.variants.systems import EXITS, REFERENCE, SYSTEMS, candidate_policies
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
+from earlyexit.models.multi_scale import MultiScaleLanguageModel
+from earlyexit.models.sparse_bk import SparseBKLanguageModel
+from earlyexit.training.systems import EXITS, REFERENCE, SYSTEMS
 
 
 @pytest.fixture

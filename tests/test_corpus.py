@@ -19,21 +19,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earlyexit import corpus as room
-from earlyexit import texts as texts_room
-from earlyexit.corpus import (
-    EOS,
-    EOS_ID,
-    IGNORE,
-    ROLES,
-    UNK,
-    UNK_ID,
-    CorpusConfig,
-    Split,
-    load_corpus,
-    loader,
-    windows,
-)
+from earlyexit.corpus import documents as texts_room
+from earlyexit.corpus import load as room
+from earlyexit.corpus.documents import EOS, ROLES, UNK, CorpusConfig
+from earlyexit.corpus.load import load_corpus
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.tokenizers import EOS_ID, UNK_ID
+from earlyexit.corpus.windows import IGNORE, loader, windows
 
 NAMES = ("train", "fit", "certify", "valid", "test")
 WIKITEXT2 = os.environ.get("EARLYEXIT_WIKITEXT2")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from earlyexit.cost import (
+from earlyexit.cost.parts import (
     BLOCK,
     EXIT_HEAD,
     OPENED,
@@ -22,7 +22,8 @@ from earlyexit.cost import (
     unembedding_flops,
     vocabulary_width,
 )
-from earlyexit.exits import CRITERIA, ExitPolicy
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.policy import ExitPolicy
 
 CHANGES = [
     {},

@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from earlyexit import digests, settings
-from earlyexit.paths import project
+from earlyexit.runs import digests, settings
+from earlyexit.runs.paths import project
 
 ROOT = project().root
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from earlyexit.corpus import loader
-from earlyexit.evaluator import EarlyExitEvaluator, opened_shares, original_early_exit
-from earlyexit.exits import CRITERIA, ExitPolicy
-from earlyexit.trace import collect_trace
-from earlyexit.vocabulary import IGNORE
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.corpus.windows import IGNORE, loader
+from earlyexit.evaluation.evaluator import EarlyExitEvaluator
+from earlyexit.evaluation.routing import opened_shares
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.original import original_early_exit
+from earlyexit.exits.policy import ExitPolicy
 
 READY = [name for name in CRITERIA if name != "depth"]
 METRICS = {

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earlyexit.exits import CRITERIA, ExitPolicy, ExitState, check_threshold
+from earlyexit.exits.criteria import CRITERIA, ExitState
+from earlyexit.exits.policy import ExitPolicy, check_threshold
 
 NAIVE = {
     "max_probability": lambda p: max(p),

@@ -5,10 +5,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from earlyexit.cost import exit_costs, policy_flops
-from earlyexit.exits import CRITERIA, ExitPolicy
-from earlyexit.fitting import Unreachable, fit_policy, fit_policy_to_cost, mean_cost
-from earlyexit.trace import ExitTrace
+from earlyexit.calibration.thresholds import Unreachable, fit_policy, fit_policy_to_cost, mean_cost
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.cost.parts import exit_costs, policy_flops
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.policy import ExitPolicy
 
 KINDS = ("global", "per_layer", "decaying")
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.linear_model import PoissonRegressor
 
-from earlyexit.exits import ExitPolicy
-from earlyexit.gates import gate_data, train_gates
-from earlyexit.trace import collect_trace
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.training.gates import gate_data, train_gates
 
 
 def test_targets_are_the_trace_s(make_model, corpus):

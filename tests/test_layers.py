@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from earlyexit.layers import EarlyExitResNetBKBlock, ExitHead, MoEResNetBKLayer, SparseMoELayer
+from earlyexit.nn.block import EarlyExitResNetBKBlock, MoEResNetBKLayer
+from earlyexit.nn.heads import ExitHead
+from earlyexit.nn.moe import SparseMoELayer
 
 
 def naive(moe: SparseMoELayer, x: torch.Tensor) -> torch.Tensor:

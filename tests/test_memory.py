@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from earlyexit.exits import ExitPolicy
-from earlyexit.memory import MIB, RETURNED, SCORED, memory_parts, peak_memory, peak_resident
+from earlyexit.cost.memory import MIB, RETURNED, SCORED, memory_parts, peak_memory, peak_resident
+from earlyexit.exits.policy import ExitPolicy
 
 
 def test_peaks_by_execution(make_model, make_tokens, make_policy):

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from earlyexit.exits import CRITERIA, ExitPolicy
-from earlyexit.model import EarlyExitLanguageModel
-from earlyexit.vocabulary import IGNORE
+from earlyexit.corpus.windows import IGNORE
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 READY = [name for name in CRITERIA if name != "depth"]
 ADAPTIVE = {"output_head": "adaptive", "tie_embeddings": False}

@@ -10,24 +10,19 @@ import torch
 from conftest import SIZES, VOCABULARY
 from test_causality import future_jacobian
 
-from earlyexit import checkpoints
-from earlyexit.causality import future_effect, replace_future
-from earlyexit.evaluator import EarlyExitEvaluator
-from earlyexit.exits import CRITERIA, ExitPolicy
-from earlyexit.gates import train_gates
-from earlyexit.trace import collect_trace
-from earlyexit.training import TrainingConfig, perplexity_per_exit, train
-from earlyexit.variants.act_multi_scale import (
-    ACTMultiScaleLanguageModel,
-    act_multi_scale_loss,
-    convert_act_multi_scale,
-)
-from earlyexit.variants.multi_scale import (
-    MultiScaleLanguageModel,
-    block_trace,
-    multi_scale_loss,
-    positions_run,
-)
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.calibration.trace import block_trace
+from earlyexit.evaluation.causality import future_effect, replace_future
+from earlyexit.evaluation.evaluator import EarlyExitEvaluator
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models import checkpoints
+from earlyexit.models.act_multi_scale import ACTMultiScaleLanguageModel, convert_act_multi_scale
+from earlyexit.models.multi_scale import MultiScaleLanguageModel, positions_run
+from earlyexit.training.config import TrainingConfig
+from earlyexit.training.gates import train_gates
+from earlyexit.training.losses import act_multi_scale_loss, multi_scale_loss
+from earlyexit.training.train import perplexity_per_exit, train
 
 READY = [name for name in CRITERIA if name != "depth"]
 MULTI = SIZES | {"n_layers": 5, "n_seq": 13}
@@ -226,7 +221,7 @@ def test_trace_and_evaluator(make_multi, corpus, kind):
         assert np.array_equal(layers, trace.exit_layers(policy))  # a block's scores are one anyway
     # Where nothing has left before, trace and run agree: all at one exit.
     only = ExitPolicy("agreement", (0.6, *[math.inf] * 4))
-    from earlyexit.corpus import loader
+    from earlyexit.corpus.windows import loader
 
     batches = list(loader(corpus.splits["fit"], model.n_seq, 4, corpus.eos_id))
     evaluator = EarlyExitEvaluator(model, "cpu")

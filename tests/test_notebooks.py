@@ -8,12 +8,12 @@ import shutil
 import nbformat
 import pytest
 
-from earlyexit import runner
-from earlyexit.artifacts import certificates, read_json
-from earlyexit.paths import project
-from earlyexit.receipts import discover, executed_path, receipt_path
-from earlyexit.settings import Settings
-from earlyexit.stages import NotTrained
+from earlyexit.runs import runner
+from earlyexit.runs.artifacts import certificates, read_json
+from earlyexit.runs.cache import NotTrained
+from earlyexit.runs.freshness import discover, executed_path, receipt_path
+from earlyexit.runs.paths import project
+from earlyexit.runs.settings import Settings
 from earlyexit.study import Study
 
 NOTEBOOKS = [path.stem for path in discover(project())]

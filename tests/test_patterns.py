@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from earlyexit.evaluator import exit_shares
-from earlyexit.execution import decide
-from earlyexit.exits import ExitPolicy
-from earlyexit.model import ModelConfig
-from earlyexit.patterns import geometric_shares, policy_for_shares, random_model, random_tokens
+from earlyexit.cost.synthetic import (
+    geometric_shares,
+    policy_for_shares,
+    random_model,
+    random_tokens,
+)
+from earlyexit.exits.execution import decide
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.statistics import exit_shares
+from earlyexit.nn.config import ModelConfig
 
 CONFIG = ModelConfig(53, d_model=16, n_layers=4, n_seq=32, bk_heads=4)
 

@@ -8,10 +8,10 @@ import shlex
 import pytest
 from tiny_project import write_project
 
-from earlyexit import readme
 from earlyexit.__main__ import main
-from earlyexit.artifacts import MissingResult
-from earlyexit.paths import project
+from earlyexit.runs import publish as readme
+from earlyexit.runs.artifacts import MissingResult
+from earlyexit.runs.paths import project
 
 
 def test_the_readme_quotes_the_results_that_are_here():

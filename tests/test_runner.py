@@ -17,12 +17,13 @@ import psutil
 import pytest
 from tiny_project import write_notebook, write_project
 
-from earlyexit import artifacts, estimates, profiles, receipts, runner
 from earlyexit.__main__ import main
-from earlyexit.paths import HOME_VARIABLE, PACKAGE, project
-from earlyexit.profiles import get_profile
-from earlyexit.receipts import RunError
-from earlyexit.settings import Settings, UsageError, parse_value, resolve
+from earlyexit.runs import artifacts, estimates, profiles, runner
+from earlyexit.runs import freshness as receipts
+from earlyexit.runs.freshness import RunError
+from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
+from earlyexit.runs.profiles import get_profile
+from earlyexit.runs.settings import Settings, UsageError, parse_value, resolve
 
 SMOKE = Settings("smoke")
 COMMAND = [sys.executable, "-m", "earlyexit", "run", "--profile", "smoke"]

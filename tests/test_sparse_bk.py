@@ -7,20 +7,17 @@ import torch
 from conftest import SIZES, VOCABULARY
 from test_causality import future_jacobian
 
-from earlyexit.bk_core import BKCore, causal_resolvent
-from earlyexit.causality import future_effect, replace_future
-from earlyexit.exits import CRITERIA
-from earlyexit.layers import MoEResNetBKLayer
-from earlyexit.trace import collect_trace
-from earlyexit.training import TrainingConfig, train
-from earlyexit.variants.sparse_bk import (
-    SparseBKCore,
-    SparseBKLanguageModel,
-    SparseBKLayer,
-    kept_shares,
-    sparse_layers,
-    sparse_loss,
-)
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.evaluation.causality import future_effect, replace_future
+from earlyexit.evaluation.routing import kept_shares
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.models.sparse_bk import SparseBKLanguageModel, sparse_layers
+from earlyexit.nn.bk_core import BKCore, causal_resolvent
+from earlyexit.nn.block import MoEResNetBKLayer
+from earlyexit.nn.sparse_bk import SparseBKCore, SparseBKLayer
+from earlyexit.training.config import TrainingConfig
+from earlyexit.training.losses import sparse_loss
+from earlyexit.training.train import train
 
 READY = [name for name in CRITERIA if name != "depth"]
 
@@ -148,7 +145,7 @@ def test_the_recursion_is_shorter_and_its_projections_are_skipped(make_sparse, m
     assert 0.2 < kept.double().mean() < 0.8
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        from earlyexit.variants import sparse_bk
+        from earlyexit.models import sparse_bk
 
         def watch(v, *rest):
             seen.append(v.shape[1])

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from earlyexit import runner
-from earlyexit.model import EarlyExitLanguageModel
-from earlyexit.profiles import PROFILES, RECIPES
-from earlyexit.settings import Settings
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.runs import runner
+from earlyexit.runs.profiles import PROFILES
+from earlyexit.runs.settings import Settings
 from earlyexit.study import Study
+from earlyexit.training.config import RECIPES
 
 
 @pytest.mark.parametrize(

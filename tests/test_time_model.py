@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from earlyexit import time_model as times
-from earlyexit.break_even import break_even_map, measured_points
-from earlyexit.clock import PARTS
-from earlyexit.cost import BLOCK, part_flops
-from earlyexit.model import ModelConfig
-from earlyexit.patterns import geometric_shares
-from earlyexit.time_model import TimeModel, check, fit, loads, measure
-from earlyexit.work import FULL_DEPTH, Load, work
+from earlyexit.cost import time_model as times
+from earlyexit.cost.break_even import break_even_map, measured_points
+from earlyexit.cost.parts import BLOCK, part_flops
+from earlyexit.cost.synthetic import geometric_shares
+from earlyexit.cost.time_model import TimeModel, check, fit, loads, measure
+from earlyexit.cost.work import FULL_DEPTH, Load, work
+from earlyexit.exits.clock import PARTS
+from earlyexit.nn.config import ModelConfig
 
 CONFIG = ModelConfig(500, 16, 3, n_seq=16, bk_heads=4, dropout_p=0.0, gate_hidden=0)
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from earlyexit.cost.memory import peak_rss_bytes, peak_tensor_bytes
+from earlyexit.cost.timing import interleaved_times, median_ratio
 from earlyexit.devices import resolve_device
-from earlyexit.timing import interleaved_times, median_ratio, peak_rss_bytes, peak_tensor_bytes
 
 CPU, MIB = torch.device("cpu"), 2**20
 

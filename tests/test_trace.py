@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earlyexit.calibration import fit_temperatures
-from earlyexit.corpus import loader, windows
-from earlyexit.exits import CRITERIA, ExitPolicy, ExitState
-from earlyexit.trace import ExitTrace, collect_trace
-from earlyexit.vocabulary import IGNORE
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.calibration.temperature import fit_temperatures
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.corpus.windows import IGNORE, loader, windows
+from earlyexit.exits.criteria import CRITERIA, ExitState
+from earlyexit.exits.policy import ExitPolicy
 
 STORED = [name for name in CRITERIA if name not in ("depth", "patience")]
 READY = [*STORED, "patience"]  # which follows from the predictions

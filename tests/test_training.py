@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from earlyexit import training
-from earlyexit.checkpoints import CheckpointError
-from earlyexit.corpus import loader
-from earlyexit.exits import CRITERIA, ExitPolicy
-from earlyexit.training import TrainingConfig, perplexity_per_exit, train, training_loss
-from earlyexit.vocabulary import IGNORE
+from earlyexit.corpus.windows import IGNORE, loader
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.checkpoints import CheckpointError
+from earlyexit.training import train as training
+from earlyexit.training.config import TrainingConfig
+from earlyexit.training.losses import training_loss
+from earlyexit.training.train import perplexity_per_exit, train
 
 FAST = {"epochs": 0.5, "batch_size": 8, "learning_rate": 1e-2}  # 8 steps
 HEADS = ("translator", "full")

@@ -6,20 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from earlyexit import vocabulary
-from earlyexit.timing import peak_tensor_bytes
-from earlyexit.vocabulary import (
-    IGNORE,
-    AdaptiveUnembedding,
-    LinearUnembedding,
-    Predictions,
-    Reader,
-    Scores,
-    linear_cross_entropy,
-    logit_chunks,
-    softmax_,
-    token_nll,
-)
+from earlyexit.corpus.windows import IGNORE
+from earlyexit.cost.memory import peak_tensor_bytes
+from earlyexit.exits.readers import Predictions, Reader, Scores
+from earlyexit.nn import unembedding as vocabulary
+from earlyexit.nn.cross_entropy import linear_cross_entropy, logit_chunks, softmax_
+from earlyexit.nn.unembedding import AdaptiveUnembedding, LinearUnembedding, token_nll
 
 CPU = torch.device("cpu")
 

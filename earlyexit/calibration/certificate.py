@@ -1,0 +1,286 @@
+"""A certificate on perplexity: the riskiest policy that a test on held-out units accepts.
+
+The fit part proposes policies, ordered from safest to riskiest. They are run for real (compacted) on
+the certification part, which nothing else reads. A unit's loss is its mean NLL gap to full depth,
+clipped from above at a ceiling B fixed beforehand; fixed-sequence testing then accepts policies until
+one fails, so the probability that the returned one breaks
+
+    mean over units of min(gap, B) ≤ log(1 + ε)
+
+is at most δ. Units are documents, or, as a labelled alternative, windows; never tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from earlyexit.atomic import atomic_path
+from earlyexit.calibration.bounds import METHODS, fixed_sequence, smallest_level, upper_bound
+from earlyexit.calibration.thresholds import Thresholds, Unreachable, fit_policy
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.calibration.unit_losses import Unit, WindowLosses, window_losses
+from earlyexit.corpus.corpus import Corpus
+from earlyexit.corpus.splits import Split
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+
+log = logging.getLogger(__name__)
+
+
+CEILING = 4.0  # B in multiples of log(1 + ε): a unit four times over budget counts as that
+
+
+PATH = (
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    1.0,
+    1.1,
+    1.2,
+)  # budgets of the candidates, in multiples of ε
+
+
+class Refused(ValueError):
+    """Nothing can be certified; the message says what would be needed."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was certified, of which policy, on which units.
+
+    Attributes:
+        policy: the certified policy.
+        epsilon, delta: tolerated quality loss, and the probability with which it may be broken.
+        unit, n: what the units are, and how many; longest_unit: tokens of the longest, which tells
+            whether documents were cut.
+        ceiling: B in nats; clipped_share: of units above it.
+        method: the test; p_value: of the certified policy.
+        bound: upper bound (1 − δ) on its mean clipped loss, nats; only the certified level is covered
+            by the family-wise guarantee.
+        mean_gap, token_gap: its mean loss over units (unclipped), and over tokens, nats.
+        layers: mean layers executed on the certification part; n_layers: of the model.
+        smallest_level: the least mean loss that any valid test could certify here if no loss were
+            negative, nats.
+        candidates, accepted: how many were on the path, and how many passed.
+        model_hash, data_hash: of the weights and the text.
+    """
+
+    policy: ExitPolicy
+    epsilon: float
+    delta: float
+    unit: str
+    n: int
+    longest_unit: int
+    ceiling: float
+    clipped_share: float
+    method: str
+    p_value: float
+    bound: float
+    mean_gap: float
+    token_gap: float
+    layers: float
+    n_layers: int
+    smallest_level: float
+    candidates: int
+    accepted: int
+    model_hash: str
+    data_hash: str
+
+    @property
+    def speedup_layers(self) -> float:
+        return self.n_layers / self.layers
+
+    def check(self, model: EarlyExitLanguageModel, text: Corpus | Split) -> bool:
+        """Whether the guarantee covers this model and text.
+
+        It speaks of the mean over documents like those it was made on, read up to ``longest_unit``
+        tokens; which split of the text they come from makes no difference.
+
+        Returns:
+            True on any split of the text it was made on; False, with a warning in the log, on another.
+
+        Raises:
+            ValueError: another model.
+        """
+        if (found := model.fingerprint()) != self.model_hash:
+            raise ValueError(
+                f"the certificate is for model {self.model_hash}, not {found}: certify again"
+            )
+        if text.data_hash != self.data_hash:
+            log.warning("another text: the policy runs, but nothing is certified there")
+            return False
+        return True
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        return json.dumps(asdict(self) | {"policy": self.policy.to_dict()}, indent=2)
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_json` to a file."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Certificate:
+        """Read what :meth:`save` wrote."""
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**data | {"policy": ExitPolicy.from_dict(data["policy"])})
+
+
+def propose(
+    trace: ExitTrace,
+    budgets: Sequence[float],
+    criterion: str = "gate",
+    thresholds: Thresholds = "per_layer",
+    costs: Sequence[float] | None = None,
+) -> list[ExitPolicy]:
+    """Candidates fitted to each budget on the fit part, safest first (Pareto testing,
+    Laufer-Goldshtein et al. 2023).
+
+    Raises:
+        Unreachable: no candidate leaves early.
+    """
+    found: list[ExitPolicy] = []
+    for budget in budgets:
+        try:
+            policy = fit_policy(trace, criterion, float(budget), thresholds, costs)
+        except Unreachable as error:
+            reason = error
+        else:
+            if policy not in found:
+                found.append(policy)
+    if not found:
+        raise reason
+    return sorted(found, key=lambda policy: trace.evaluate(policy)["quality_loss"])
+
+
+def certify_losses(
+    losses: np.ndarray, epsilon: float, delta: float, method: str = "betting", ceiling: float = 0.0
+) -> tuple[int, np.ndarray]:
+    """Fixed-sequence testing of candidates on unit losses ``(units, candidates)``.
+
+    Returns:
+        Index of the riskiest accepted candidate, or −1, and the p-values.
+
+    Raises:
+        ValueError: ε ≤ 0, δ outside (0, 1), fewer than two units, or NaN among the losses.
+    """
+    check_risk(epsilon, delta)
+    if losses.shape[0] < 2:
+        raise ValueError(f"{losses.shape[0]} units: no test can use fewer than two")
+    if np.isnan(losses).any():
+        raise ValueError("NaN among the losses: the model's NLL is broken on some unit")
+    level, ceiling = math.log1p(epsilon), ceiling or CEILING * math.log1p(epsilon)
+    clipped = np.minimum(losses, ceiling)
+    p_values = np.array([METHODS[method](x, level, ceiling) for x in clipped.T])
+    return fixed_sequence(p_values, delta), p_values
+
+
+def certify(
+    model: EarlyExitLanguageModel,
+    trace: ExitTrace,
+    split: Split,
+    eos_id: int,
+    *,
+    epsilon: float = 0.05,
+    delta: float = 0.05,
+    criterion: str = "gate",
+    thresholds: Thresholds = "per_layer",
+    costs: Sequence[float] | None = None,
+    unit: Unit = "document",
+    method: str = "betting",
+) -> Certificate:
+    """The fastest policy that can be certified.
+
+    Args:
+        trace: of the fit part; proposes the candidates.
+        split: the certification part; decides.
+        epsilon: tolerated quality loss; delta: probability with which it may be broken.
+        method: a key of ``METHODS``; the bootstrap is asymptotic only.
+
+    Raises:
+        ValueError: bad ε or δ, fewer than two units, a trace of another model, or a split that may not
+            certify.
+        Unreachable: no candidate within reach of ε leaves early.
+        Refused: the safest candidate could not be certified.
+    """
+    check_risk(epsilon, delta)
+    if split.name != "certify":
+        raise ValueError(f"certify on the certification part, not on {split.name!r}")
+    if trace.split in ("certify", "valid"):
+        raise ValueError(
+            f"a trace of {trace.split!r} holds documents that certify, and may not propose: give one of"
+            " the fit part"
+        )
+    if trace.model_hash != (fingerprint := model.fingerprint()):
+        raise ValueError(f"the trace is of model {trace.model_hash}, not of {fingerprint}")
+    policies = propose(trace, epsilon * np.array(PATH), criterion, thresholds, costs)
+    losses = window_losses(model, split, eos_id, policies)
+    return decide(policies, losses, epsilon, delta, unit, method)
+
+
+def decide(
+    policies: Sequence[ExitPolicy],
+    losses: WindowLosses,
+    epsilon: float,
+    delta: float,
+    unit: Unit = "document",
+    method: str = "betting",
+) -> Certificate:
+    """The certificate that these losses allow; see :func:`certify`."""
+    level, ceiling = math.log1p(epsilon), CEILING * math.log1p(epsilon)
+    per_unit = losses.per_unit(unit)
+    n = len(per_unit)
+    index, p_values = certify_losses(per_unit, epsilon, delta, method)
+    least = smallest_level(n, delta, ceiling)
+    if index < 0:
+        clipped = np.minimum(per_unit[:, 0], ceiling)
+        raise Refused(
+            f"the safest candidate has mean loss {clipped.mean():.4f} nats over {n} {unit}s"
+            f" (p = {p_values[0]:.3f} > δ = {delta}); ε = {epsilon:.2%} allows {level:.4f}, and with"
+            f" {n} units no test can certify less than {least:.4f}: give more {unit}s, or a larger ε"
+        )
+    gaps = per_unit[:, index]
+    clipped = np.minimum(gaps, ceiling)
+    return Certificate(
+        policy=policies[index],
+        epsilon=epsilon,
+        delta=delta,
+        unit=unit,
+        n=n,
+        longest_unit=losses.longest(unit),
+        ceiling=ceiling,
+        clipped_share=float((gaps > ceiling).mean()),
+        method=method,
+        p_value=float(p_values[index]),
+        bound=upper_bound(clipped, delta, ceiling, method),
+        mean_gap=float(gaps.mean()),
+        token_gap=float(losses.per_token[index]),
+        layers=float(losses.layers[index]),
+        n_layers=losses.n_layers,
+        smallest_level=least,
+        candidates=len(policies),
+        accepted=index + 1,
+        model_hash=losses.model_hash,
+        data_hash=losses.data_hash,
+    )
+
+
+def check_risk(epsilon: float, delta: float) -> None:
+    if not epsilon > 0:
+        raise ValueError(f"epsilon={epsilon} must be > 0: it is the tolerated quality loss")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta={delta} must lie in (0, 1): it is a probability of failure")

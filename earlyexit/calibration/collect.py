@@ -1,0 +1,104 @@
+"""calibration/collect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.windows import IGNORE, windows
+from earlyexit.exits.criteria import CRITERIA, ExitState
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
+
+COMPUTED = ("depth", "patience")  # follow from what the trace holds anyway
+
+
+GATED = ("gate", "agreement")
+
+
+@torch.no_grad()
+def collect_trace(
+    model: EarlyExitLanguageModel,
+    split: Split,
+    eos_id: int,
+    *,
+    temperatures: Sequence[float] | None = None,
+    batch_size: int = 32,
+) -> ExitTrace:
+    """Run ``model`` at full depth over ``split`` and record what every exit says.
+
+    Args:
+        temperatures: divide the logits of each exit, by default 1.
+
+    Raises:
+        FloatingPointError: an NLL is not finite.
+    """
+    device, exits = next(model.parameters()).device, model.n_layers
+    temperatures = list(temperatures or [1.0] * exits)
+    if len(temperatures) != exits:
+        raise ValueError(f"{len(temperatures)} temperatures for {exits} exits")
+    was_training = model.training
+    model.eval()
+    gated = model.gates is not None and bool(model.gates.trained)
+    names = [c.name for c in CRITERIA.values() if c.name not in COMPUTED]
+    names = [name for name in names if gated or name not in GATED]
+    kept: dict[str, list[np.ndarray]] = {k: [] for k in ("nll", "kl", "prediction", *names)}
+    w = windows(split, model.n_seq, eos_id)
+    inputs, targets = (torch.as_tensor(a) for a in (w.inputs, w.targets))
+    for start in tqdm(range(0, len(inputs), batch_size), desc=f"trace {split.name}", mininterval=2):
+        x, y = (a[start : start + batch_size].to(device) for a in (inputs, targets))
+        scored = (y.flatten() != IGNORE).nonzero().squeeze(1)
+        states = [h.flatten(0, 1)[scored] for h in model.hidden_states(x)]
+        target = y.flatten()[scored]
+        rows = max(1, CHUNK_ELEMENTS // (model.vocab_size * exits))
+        for chunk in torch.arange(len(scored), device=device).split(rows):
+            part = _judge(model, [h[chunk] for h in states], target[chunk], temperatures, names)
+            for name, values in part.items():
+                kept[name].append(torch.stack(values, dim=1).cpu().numpy())
+    model.train(was_training)
+    arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
+    if not np.isfinite(arrays["nll"]).all():
+        raise FloatingPointError("the model's NLL is not finite: its weights hold NaN or infinity")
+    scored = w.targets != IGNORE
+    position = np.broadcast_to(np.arange(model.n_seq), scored.shape)[scored]
+    document = np.broadcast_to(np.asarray(w.document)[:, None], scored.shape)[scored]
+    return ExitTrace(
+        split=split.name,
+        document=document.astype(np.int32),
+        position=position.astype(np.int32),
+        target=np.asarray(w.targets)[scored].astype(np.int32),
+        nll=arrays.pop("nll"),
+        kl=arrays.pop("kl"),
+        prediction=arrays.pop("prediction").astype(np.int32),
+        scores=arrays,
+        n_seq=model.n_seq,
+        model_hash=model.fingerprint(),
+        data_hash=split.data_hash,
+    )
+
+
+def _judge(model, states, target, temperatures, names) -> dict[str, list]:
+    """Everything the trace keeps of one chunk: name → per exit ``(T,)``."""
+    out: dict[str, list] = {k: [] for k in ("nll", "kl", "prediction", *names)}
+    log_p = [
+        (block.exit_classifier(states[layer + 1]) / temperatures[layer]).log_softmax(dim=-1)
+        for layer, block in enumerate(model.blocks)
+    ]
+    last = log_p[-1].exp()
+    negentropy = (last * log_p[-1]).sum(dim=-1)
+    for layer, scores in enumerate(log_p):
+        out["nll"].append(-scores.gather(1, target[:, None]).squeeze(1))
+        out["kl"].append((negentropy - (last * scores).sum(dim=-1)).clamp_min(0))
+        out["prediction"].append(scores.argmax(dim=-1))
+        h = states[layer + 1]
+        below = model.blocks[layer + 1].layer_norm(h) if layer + 1 < model.n_layers else None
+        state = ExitState(layer, h, states[layer], below, model.gates)
+        for name in names:
+            rule = CRITERIA[name]
+            out[name].append(rule.score(scores if rule.reads == "logits" else state))
+    return out

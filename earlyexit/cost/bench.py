@@ -1,0 +1,291 @@
+"""The benchmark: ratios of median times, interleaved, beside the targets they were hoped to reach.
+
+Models have random weights and constructed exits unless a checkpoint is given: time depends on how many
+tokens run where, not on what they mean. No quality is claimed here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from earlyexit.cost.breakdown import ORIGINAL, part_functions
+from earlyexit.cost.parts import policy_flops
+from earlyexit.cost.synthetic import (
+    geometric_shares,
+    policy_for_shares,
+    random_model,
+    random_tokens,
+)
+from earlyexit.cost.timing import interleaved_times, median_ratio
+from earlyexit.cost.work import FULL_DEPTH
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.original import original_early_exit
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.statistics import exit_shares
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.nn.bk_core import BKCore
+from earlyexit.nn.config import ModelConfig
+
+LAYERS_ONLY = 2  # words: a vocabulary so small that time is that of the layers
+
+
+SMALL = ModelConfig(10_000, 64, 4, dropout_p=0.0, gate_hidden=0)
+
+
+LARGE = ModelConfig(10_000, 256, 8, dropout_p=0.0, gate_hidden=0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ratio.
+
+    Attributes:
+        name: what was measured.
+        value: the ratio of medians; low, high: its bootstrap interval over repeats, NaN without one.
+        unit: "×" or "share".
+        target: what was hoped for; ``at_least`` says on which side of it.
+        note: which speedup it is, and what else belongs to the number.
+    """
+
+    name: str
+    value: float
+    unit: str
+    target: float | None
+    at_least: bool
+    note: str
+    low: float = float("nan")
+    high: float = float("nan")
+
+    @property
+    def verdict(self) -> str:
+        """ "met" or "missed" where the whole interval says so, "unclear" between; "" without target."""
+        if self.target is None:
+            return ""
+        ends = [self.value] if np.isnan(self.low) else [self.low, self.high]
+        reached = [(end >= self.target) if self.at_least else (end <= self.target) for end in ends]
+        return "met" if all(reached) else "unclear" if any(reached) else "missed"
+
+    def to_dict(self) -> dict:
+        """Plain JSON: NaN is null."""
+        row = asdict(self) | {"verdict": self.verdict}
+        return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Sizes of a benchmark.
+
+    Args:
+        device: where to run.
+        repeats: interleaved repeats of each run; medians are taken over them.
+        quick: small sizes, seconds instead of minutes.
+        model: a trained model for the end-to-end rows instead of random ones.
+    """
+
+    device: torch.device
+    repeats: int = 7
+    quick: bool = False
+    model: EarlyExitLanguageModel | None = None
+
+    @property
+    def batch(self) -> int:
+        return 8 if self.quick else 32
+
+    def sections(self) -> dict[str, Callable[[], Iterator[Row]]]:
+        """Name → what it measures."""
+        out = {
+            "BK-Core": self.recursion,
+            "gate check": self.gate_check,
+            "compaction": self.compaction,
+            "length": self.length,
+        }
+        if self.model is not None:
+            return out | {"end to end, given model": partial(self.end_to_end, self.model, None)}
+        for config, depth in ((SMALL, 2.0), (LARGE, 4.0)):
+            for head in ("linear", "adaptive"):
+                name = f"end to end, d={config.d_model}, {head} head"
+                sized = replace(config, output_head=head, tie_embeddings=head == "linear")
+                out[name] = partial(self._random_end_to_end, sized, depth)
+        return out
+
+    # ------------------------------------------------------------------ sections
+
+    def recursion(self) -> Iterator[Row]:
+        """BK-Core against a loop over positions, and over the length."""
+        core = BKCore(16).to(self.device).eval()
+        v = torch.randn(32, 128, 16, device=self.device)
+        runs = {"loop": lambda: position_loop(core, v), "core": lambda: core(v)}
+        ratio, low, high = self._ratio(runs, "loop", "core")
+        note = "wall-clock; batch 32, N=128, 16 heads"
+        yield Row("BK-Core against a loop over positions", ratio, "×", 20, True, note, low, high)
+        lengths = [1024, 4096, 16384] if self.quick else [1024, 4096, 16384, 65536]
+        inputs = {n: torch.randn(1, n, 16, device=self.device) for n in lengths}
+        slope = self._slope({n: partial(core, v) for n, v in inputs.items()})
+        note = f"slope of log time over log N, N={lengths[0]:,} … {lengths[-1]:,}; linear is 1"
+        yield Row("BK-Core, growth with the length", slope, "slope", 1.1, False, note)
+
+    def gate_check(self) -> Iterator[Row]:
+        """A gate's check against the layer it follows."""
+        config = replace(LARGE, vocab_size=LAYERS_ONLY, n_layers=2)
+        model = random_model(config).to(self.device)
+        functions = part_functions(model, self._tokens(config))
+        runs = {
+            "check": functions["check", CRITERIA["gate"].label],
+            "layer": functions["whole", "block"],
+        }
+        share, low, high = self._ratio(runs, "check", "layer", 3)
+        note = f"of a layer's wall-clock; d=256, batch {self.batch} × 128; score, compare, one transfer"
+        yield Row("gate check", share, "share", 0.03, False, note, low, high)
+
+    def compaction(self) -> Iterator[Row]:
+        """What of the FLOP speedup arrives, layers only."""
+        config = replace(LARGE, vocab_size=LAYERS_ONLY)
+        model, x = random_model(config).to(self.device), self._tokens(config)
+        depths = (2.0, 4.0) if self.quick else (2.0, 3.0, 4.0, 5.0, 6.0)
+        runs, flops = {FULL_DEPTH: lambda: model.nll(x, x)}, {}
+        for depth in depths:
+            policy = policy_for_shares(model, x, geometric_shares(config.n_layers, depth))
+            runs[depth] = partial(model.nll, x, x, policy)
+            flops[depth] = self._flop_speedup(model, x, policy)
+        seconds = self._times(runs)
+        for depth in depths:
+            ratio, low, high = median_ratio(seconds[FULL_DEPTH], seconds[depth])
+            note = (
+                f"wall-clock {ratio:.2f}× / FLOPs {flops[depth]:.2f}× / layers"
+                f" {config.n_layers / depth:.2f}×; d=256, L=8, no vocabulary"
+            )
+            yield Row(
+                f"compacted, mean depth {depth:g} of 8: wall-clock / FLOPs",
+                ratio / flops[depth], "share", 0.9, True, note, low / flops[depth], high / flops[depth],
+            )  # fmt: skip
+
+    def length(self) -> Iterator[Row]:
+        """Time of the whole model over the length of its windows."""
+        lengths = [128, 512, 2048] if self.quick else [128, 512, 2048, 8192]
+        config = replace(SMALL, vocab_size=LAYERS_ONLY, n_seq=lengths[-1])
+        model, runs = random_model(config).to(self.device), {}
+        shares = geometric_shares(config.n_layers, 2.0)
+        for n in lengths:
+            x = random_tokens(config, 4, n).to(self.device)
+            runs[n] = partial(model.nll, x, x, policy_for_shares(model, x, shares))
+        slope = self._slope(runs)
+        note = (
+            f"slope of log time over log N, N={lengths[0]} … {lengths[-1]}, 4 windows, d=64, L=4,"
+            " compacted, mean depth 2, no vocabulary; linear is 1"
+        )
+        yield Row("compacted, growth with the length", slope, "slope", 1.1, False, note)
+
+    def end_to_end(self, model: EarlyExitLanguageModel, depth: float | None) -> Iterator[Row]:
+        """Scoring with the output head: against full depth, and against the original's procedure."""
+        config = model.config
+        x = random_tokens(config, self.batch, min(128, config.n_seq)).to(self.device)
+        depth = depth or (config.n_layers + 1) / 2
+        shares = geometric_shares(config.n_layers, depth)
+        criterion = "gate" if model.gates is not None and model.gates.trained else "saturation"
+        policy = policy_for_shares(model, x, shares, criterion)
+        first = policy_for_shares(model, x[: max(1, len(x) // 8)], shares, "max_probability")
+        threshold = next((t for t in first.thresholds if np.isfinite(t)), 1.0)
+        runs = {
+            FULL_DEPTH: partial(model.nll, x, x),
+            "compacted": partial(model.nll, x, x, policy),
+            ORIGINAL: partial(original_early_exit, model, x, threshold),
+        }
+        seconds = self._times(runs, max(3, self.repeats // 2))
+        flops = self._flop_speedup(model, x, policy)
+        what = f"d={config.d_model}, L={config.n_layers}, V={config.vocab_size:,}"
+        what += f", {config.output_head} head"
+        setting = f"{what}; {criterion}, mean depth {depth:g}; quality is not measured here"
+        hoped = {64: 1.6, 256: 2.0}.get(config.d_model) if self.model is None else None
+        ratio, low, high = median_ratio(seconds[FULL_DEPTH], seconds["compacted"])
+        yield Row(
+            f"{what}: full depth / compacted", ratio, "×", hoped, True,
+            f"wall-clock, head included, same head; FLOPs {flops:.2f}×; {setting}", low, high,
+        )  # fmt: skip
+        yield Row(
+            f"{what}: wall-clock / FLOPs", ratio / flops, "share", 0.9, True, setting,
+            low / flops, high / flops,
+        )  # fmt: skip
+        ratio, low, high = median_ratio(seconds[ORIGINAL], seconds["compacted"])
+        yield Row(
+            f"{what}: {ORIGINAL} / compacted", ratio, "×", 10, True,
+            f"wall-clock, same weights, exits of the same mean depth; {setting}", low, high,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ tools
+
+    def _random_end_to_end(self, config: ModelConfig, depth: float) -> Iterator[Row]:
+        yield from self.end_to_end(random_model(config).to(self.device), depth)
+
+    def _tokens(self, config: ModelConfig) -> Tensor:
+        return random_tokens(config, self.batch, 128).to(self.device)
+
+    @torch.no_grad()
+    def _times(self, runs: dict, repeats: int | None = None) -> dict:
+        return interleaved_times(runs, self.device, repeats or self.repeats)
+
+    def _ratio(
+        self, runs: dict, top: str, bottom: str, more: int = 1
+    ) -> tuple[float, float, float]:
+        seconds = self._times(runs, more * self.repeats)
+        return median_ratio(seconds[top], seconds[bottom])
+
+    def _slope(self, runs: dict[int, Callable[[], object]]) -> float:
+        seconds = self._times(runs)
+        medians = [np.median(seconds[n]) for n in runs]
+        return float(np.polyfit(np.log(list(runs)), np.log(medians), 1)[0])
+
+    @staticmethod
+    def _flop_speedup(model: EarlyExitLanguageModel, x: Tensor, policy: ExitPolicy) -> float:
+        shares = exit_shares(model, x, x, policy)
+        return policy_flops(model.config, shares, policy)["speedup_flops"]
+
+
+@torch.no_grad()
+def position_loop(core: BKCore, v: Tensor) -> Tensor:
+    """BK-Core's features ``(B, N, 2H)`` by a loop in torch over the N positions, one step each."""
+    state, out = None, []
+    for i in range(v.shape[1]):
+        state, features = core.step(state, v[:, i])
+        out.append(features)
+    return torch.stack(out, dim=1)
+
+
+def conditions(device: torch.device) -> dict:
+    """What a reader must know of the machine; a load above 0 before the start says it was shared."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "load_before": round(load, 2),
+        "torch": torch.__version__,
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for a reader."""
+    width = max(len(row.name) for row in rows)
+    lines = []
+    for row in rows:
+        value, target, interval = _amount(row.value, row.unit), "", ""
+        if row.target is not None:
+            target = f"{'≥' if row.at_least else '≤'} {_amount(row.target, row.unit)}"
+        if not np.isnan(row.low):
+            interval = f"[{_amount(row.low, row.unit)}, {_amount(row.high, row.unit)}]"
+        lines.append(
+            f"{row.name:<{width}}  {value:>8}  {interval:<18}  {target:>9}  {row.verdict:<7}  {row.note}"
+        )
+    return "\n".join(lines)
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    return f"{value:.2f}" + ("×" if unit == "×" else "")

@@ -1,0 +1,95 @@
+"""Where early exit loses: predicted speedup over head/block ratio, depth, exit rate and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from earlyexit.cost.parts import BLOCK, FINAL_HEAD, part_flops, total
+from earlyexit.cost.synthetic import geometric_shares
+from earlyexit.cost.time_model import FITTED_CRITERIA, TimeModel
+from earlyexit.cost.work import FULL_DEPTH, Load
+from earlyexit.nn.config import ModelConfig
+
+VOCABULARIES = np.geomspace(100, 50_000, 14).astype(int)
+
+
+# Of what lies between one layer and all; with exactly one layer the run stops, which is another matter.
+SHARES_EXECUTED = np.linspace(0.05, 1, 9)
+
+
+def head_ratio(config: ModelConfig) -> float:
+    """FLOPs of the final head over those of one block."""
+    parts = part_flops(config)
+    return total(parts, FINAL_HEAD) / total(parts, BLOCK)
+
+
+def break_even_map(
+    model: TimeModel,
+    panels: Sequence[tuple[int, int]] = ((4, 1), (4, 32), (8, 32)),
+    criteria: Sequence[str] = FITTED_CRITERIA,
+    d_model: int = 64,
+    length: int = 128,
+) -> pd.DataFrame:
+    """Predicted wall-clock speedup of scoring, head included, against full depth.
+
+    Args:
+        model: a machine's prices.
+        panels: pairs of (layers, batch).
+
+    Returns:
+        Columns criterion, n_layers, batch, vocab_size, head_ratio, mean_depth, executed (share of the
+        layers), speedup_time.
+    """
+    rows = []
+    base = ModelConfig(1000, d_model, n_seq=length, dropout_p=0.0, gate_hidden=0)
+    for layers, batch in panels:
+        depths = 1 + (layers - 1) * SHARES_EXECUTED
+        patterns = [tuple(geometric_shares(layers, depth)) for depth in depths]
+        for vocabulary in VOCABULARIES:
+            config = replace(base, vocab_size=int(vocabulary), n_layers=layers)
+            for criterion in criteria:
+                for depth, shares in zip(depths, patterns, strict=True):
+                    load = Load(config, batch, length, criterion, shares)
+                    rows.append(
+                        {
+                            "criterion": criterion,
+                            "n_layers": layers,
+                            "batch": batch,
+                            "vocab_size": int(vocabulary),
+                            "head_ratio": head_ratio(config),
+                            "mean_depth": depth,
+                            "executed": depth / layers,
+                            "speedup_time": model.speedup(load),
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def measured_points(checked: pd.DataFrame) -> pd.DataFrame:
+    """Measured and predicted speedups of the runs in a table of :func:`earlyexit.cost.time_model.check`.
+
+    The map is one of linear output heads: other runs are left out.
+
+    Returns:
+        The columns of :func:`break_even_map` and d_model; ``speedup_time`` is measured,
+        ``speedup_predicted`` is not.
+    """
+    checked = checked[checked["output_head"] == "linear"]
+    keys = ["d_model", "n_layers", "vocab_size", "batch", "n_seq"]
+    plain = checked[checked["criterion"] == FULL_DEPTH].set_index(keys)
+    runs = checked[checked["criterion"] != FULL_DEPTH]
+    full = plain.loc[pd.MultiIndex.from_frame(runs[keys])]
+    ratios = [
+        head_ratio(ModelConfig(int(v), int(d), bk_heads=16))
+        for v, d in zip(runs["vocab_size"], runs["d_model"], strict=True)
+    ]
+    return runs[[*keys, "criterion", "mean_depth"]].assign(
+        head_ratio=ratios,
+        executed=runs["mean_depth"] / runs["n_layers"],
+        speedup_time=full["measured_ms"].to_numpy() / runs["measured_ms"].to_numpy(),
+        speedup_predicted=full["predicted_ms"].to_numpy() / runs["predicted_ms"].to_numpy(),
+    )

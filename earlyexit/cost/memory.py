@@ -1,0 +1,174 @@
+"""What a run needs at its peak, measured in a child process and by the allocator's record."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from earlyexit.devices import synchronize
+from earlyexit.exits.original import original_early_exit
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.nn.config import ModelConfig
+
+MIB = 2**20
+
+
+RETURNED, SCORED = "logits returned", "scored in chunks"
+
+
+NONE_EARLY = "compacted, none early"  # the control: what is saved here, exits do not save
+
+
+def executions(
+    model: EarlyExitLanguageModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
+) -> dict[tuple[str, str], Callable[[], object]]:
+    """(output, execution) → one forward pass; ``policy`` for ours, ``threshold`` for the original's."""
+    exits = {"use_early_exit": True, "policy": policy}
+    nobody = {
+        "use_early_exit": True,
+        "policy": ExitPolicy.static(model.n_layers - 1, model.n_layers),
+    }
+    return {
+        (RETURNED, "full depth"): lambda: model(x),
+        (RETURNED, "compacted"): lambda: model(x, **exits),
+        (RETURNED, NONE_EARLY): lambda: model(x, **nobody),
+        (RETURNED, "dense"): lambda: model(x, execution="dense", **exits),
+        (RETURNED, "original's procedure"): lambda: original_early_exit(model, x, threshold),
+        (SCORED, "full depth"): lambda: model.nll(x, y),
+        (SCORED, "compacted"): lambda: model.nll(x, y, policy),
+    }
+
+
+@torch.no_grad()
+def peak_memory(
+    model: EarlyExitLanguageModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
+) -> pd.DataFrame:
+    """Peak tensor memory of every execution on one batch.
+
+    Returns:
+        Columns output, execution, logits_mib (the B·N·V logits returned), rest_mib, peak_mib.
+    """
+    model.eval()
+    rows = []
+    for (output, execution), run in executions(model, x, y, policy, threshold).items():
+        run()  # warm-up: libraries keep workspaces of their own
+        peak = peak_tensor_bytes(run, x.device) / MIB
+        logits = x.numel() * model.vocab_size * 4 / MIB if output == RETURNED else 0.0
+        rows.append(
+            {
+                "output": output,
+                "execution": execution,
+                "logits_mib": logits,
+                "rest_mib": peak - logits,
+                "peak_mib": peak,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def peak_resident(
+    config: ModelConfig, batch: int, policy: ExitPolicy, threshold: float, key: tuple[str, str]
+) -> float:
+    """Peak resident memory (MiB) that one execution adds, in a process of its own (CPU).
+
+    The child has random weights of ``config``: what is kept in memory does not depend on them, except
+    through which tokens exit, so ``policy`` should be a static one.
+    """
+    return peak_rss_bytes(_child, asdict(config), batch, policy, threshold, key) / MIB
+
+
+def _child(work: bool, config: dict, batch: int, policy: ExitPolicy, threshold: float, key) -> None:
+    torch.manual_seed(0)
+    model = EarlyExitLanguageModel(**config).eval()
+    x = torch.randint(config["vocab_size"], (batch, config["n_seq"]))
+    run = executions(model, x, x, policy, threshold)[key]
+    with torch.no_grad():
+        model.nll(x[:1, :8], x[:1, :8])  # loads every library the work needs
+        if work:
+            run()
+
+
+def memory_parts(model: EarlyExitLanguageModel, batch: int) -> pd.DataFrame:
+    """What the model must hold, in MiB: parameters, one residual stream, one batch of logits."""
+    config = model.config
+    embedding = model.token_embedding.weight.numel()
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = batch * config.n_seq
+    parts = {
+        "parameters: vocabulary": embedding,
+        "parameters: the rest": parameters - embedding,
+        "one residual stream": tokens * config.d_model,
+        "logits of one batch": tokens * config.vocab_size,
+    }
+    return pd.DataFrame([{"part": k, "mib": 4 * v / MIB} for k, v in parts.items()])
+
+
+def peak_tensor_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Largest sum of tensor storage alive at once during ``function``, beyond what was there before.
+
+    On CUDA the allocator counts; on the CPU the profiler's record of allocations is replayed.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activity = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(alive.max(initial=0))
+
+
+def peak_rss_bytes(function: Callable[..., object], *args) -> int:
+    """Growth of the peak resident memory of a fresh process while it runs ``function(*args)``.
+
+    ``function`` is called once with a first argument ``False`` (everything but the work to be measured)
+    and once, in another process, with ``True``; the difference is returned. CPU only; the function
+    must be importable.
+    """
+    idle, busy = (_child_peak(function, work, *args) for work in (False, True))
+    return max(0, busy - idle)
+
+
+def _child_peak(function, work: bool, *args) -> int:
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    child = context.Process(target=_report_peak, args=(writer, function, work, *args))
+    child.start()
+    writer.close()
+    try:
+        peak = reader.recv()
+    except EOFError:
+        raise RuntimeError("the measured process ended without a result") from None
+    finally:
+        child.join()
+    return peak
+
+
+def _report_peak(writer, function, work: bool, *args) -> None:
+    function(work, *args)
+    writer.send(_own_peak())
+
+
+def _own_peak() -> int:
+    """Peak resident bytes of this process. ``ru_maxrss`` would start at the parent's."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except OSError:  # not Linux
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

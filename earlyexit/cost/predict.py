@@ -1,0 +1,79 @@
+"""What ``python -m earlyexit predict`` answers: time of a configuration that was never run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from earlyexit.cost import time_model as times
+from earlyexit.cost.parts import policy_flops
+from earlyexit.cost.time_model import TimeModel
+from earlyexit.cost.work import FULL_DEPTH, Load
+from earlyexit.exits.criteria import CRITERIA
+
+
+def answer(model: TimeModel, load: Load) -> dict:
+    """Prediction of a run with exits and of the same model at full depth, plain JSON.
+
+    Returns:
+        ``speedup_layers``, ``speedup_flops``, ``speedup_time`` (predicted wall-clock), ``pays`` (whether
+        it is above 1), milliseconds and their parts, exit shares, and how far the prices were off on
+        configurations they were not fitted on.
+    """
+    full = Load(load.config, load.batch, load.length)
+    flops = policy_flops(load.config, load.shares, load.criterion)
+    ratio = model.speedup(load)
+    return {
+        "d_model": load.config.d_model,
+        "n_layers": load.config.n_layers,
+        "vocab_size": load.config.vocab_size,
+        "output_head": load.config.output_head,
+        "batch": load.batch,
+        "n_seq": load.length,
+        "criterion": load.criterion,
+        "exit_shares": [round(s, 6) for s in load.shares],
+        "mean_depth": load.mean_depth,
+        "speedup_layers": load.config.n_layers / load.mean_depth,
+        "speedup_flops": flops["speedup_flops"],
+        "speedup_time": ratio,
+        "pays": bool(ratio > 1),
+        "milliseconds": {
+            FULL_DEPTH: model.milliseconds(full),
+            "with exits": model.milliseconds(load),
+        },
+        "parts": {FULL_DEPTH: model.predict(full), "with exits": model.predict(load)},
+        "prediction_error": model.check,
+        "beyond": times.beyond(load),
+        "machine": model.machine,
+    }
+
+
+def text(answer: dict) -> str:
+    """The answer for a reader."""
+    full, exits = (answer["parts"][name] for name in (FULL_DEPTH, "with exits"))
+    lines = [
+        f"d={answer['d_model']}, {answer['n_layers']} layers, {answer['vocab_size']:,} words"
+        f" ({answer['output_head']} head), {answer['batch']} × {answer['n_seq']} tokens,"
+        f" {answer['criterion']}, mean depth {answer['mean_depth']:.2f}",
+        "",
+        f"{'milliseconds':<16}{'full depth':>12}{'with exits':>12}",
+        *(f"{part:<16}{full[part]:>12.2f}{exits[part]:>12.2f}" for part in full),
+        f"{'total':<16}{sum(full.values()):>12.2f}{sum(exits.values()):>12.2f}",
+        "",
+        f"speedup: layers {answer['speedup_layers']:.2f}×, FLOPs {answer['speedup_flops']:.2f}×,"
+        f" predicted wall-clock {answer['speedup_time']:.2f}×"
+        + ("" if answer["pays"] else ": early exit loses here"),
+    ]
+    error = answer["prediction_error"]
+    if error:
+        lines.append(
+            f"prices of this machine were off by {error['median_error']:.0%} (median),"
+            f" {error['largest_error']:.0%} (largest) on configurations they were not fitted on"
+        )
+    if answer["beyond"]:
+        lines.append(f"outside of what was measured, so take care: {', '.join(answer['beyond'])}")
+    rule = CRITERIA[answer["criterion"]]
+    if rule.reads == "logits" and not rule.of_top:
+        lines.append("a logit costs this check what it costs one of maximum probability")
+    if not np.isfinite(answer["speedup_time"]):
+        lines.append("the prices are unusable: run again with --refit")
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""Constructed exits: a prescribed share of tokens leaves at each layer, whatever the weights mean.
+
+Time depends on how many tokens run where, not on how good their predictions are. So timing needs no
+trained model: thresholds are put at quantiles of the scores that the tokens of a batch really have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from earlyexit.exits import execution as runs
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.readers import Predictions
+from earlyexit.exits.tally import ExitRun
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.nn.config import ModelConfig
+
+# Of 10,000 words the first tenth then takes 80 % of the tokens, as in the embedded text (81 %).
+ZIPF_SHIFT, ZIPF_POWER = 2.7, 1.1
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> EarlyExitLanguageModel:
+    """An untrained model in evaluation mode, its (random) linear gates declared trained."""
+    torch.manual_seed(seed)
+    model = EarlyExitLanguageModel.from_config(replace(config, gate_hidden=config.gate_hidden or 0))
+    model.gates.trained.fill_(True)
+    return model.eval()
+
+
+def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids ``(B, N)`` numbered by frequency as words of a text are (Zipf–Mandelbrot).
+
+    An adaptive softmax takes less time for frequent words, so uniform ones would not do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rank = torch.arange(config.vocab_size, dtype=torch.float64)
+    weight = (rank + ZIPF_SHIFT) ** -ZIPF_POWER
+    ids = torch.multinomial(weight, batch * length, replacement=True, generator=generator)
+    return ids.view(batch, length)
+
+
+def geometric_shares(n_layers: int, mean_depth: float) -> np.ndarray:
+    """Shares per exit layer ``(L + 1,)`` that fall (or rise) geometrically; nobody "does not exit".
+
+    Args:
+        mean_depth: layers executed on average, 1 … n_layers.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 1 <= mean_depth <= n_layers:
+        raise ValueError(f"a mean depth of {mean_depth} does not lie in 1 … {n_layers} layers")
+    depth = np.arange(1, n_layers + 1)
+
+    def weights(log_ratio: float) -> np.ndarray:
+        power = log_ratio * (depth - 1)
+        return np.exp(power - power.max()) / np.exp(power - power.max()).sum()
+
+    if mean_depth in (1, n_layers):
+        share = (depth == mean_depth).astype(float)
+    else:
+        share = weights(brentq(lambda r: weights(r) @ depth - mean_depth, -500, 500))
+    return np.append(share, 0.0)
+
+
+@torch.no_grad()
+def policy_for_shares(
+    model: EarlyExitLanguageModel, x: Tensor, shares: Sequence[float], criterion: str = "gate"
+) -> ExitPolicy:
+    """A policy by which these shares of the tokens ``x`` ``(B, N)`` leave at each layer.
+
+    Thresholds are found one layer after the other, on compacted runs, so that the states exited
+    tokens leave behind are part of it.
+
+    Args:
+        shares: per exit layer, ``(L + 1,)``; the last two mean the same, running to the end.
+
+    Raises:
+        ValueError: shares of another length, negative, or not summing to 1.
+    """
+    rule, layers = CRITERIA[criterion], model.n_layers
+    shares = np.asarray(shares, dtype=float)
+    if shares.shape != (layers + 1,) or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
+        raise ValueError(f"expected {layers + 1} shares ≥ 0 that sum to 1, got {shares.tolist()}")
+    always = rule.bounds[0] if rule.exit_above else rule.bounds[1]
+    thresholds = [rule.never] * layers
+    for layer in range(layers - 1):
+        left = shares[layer:].sum()
+        if shares[layer] <= 0 or left <= 0:
+            continue
+        if shares[layer] >= left - 1e-9:
+            thresholds[layer] = always
+            break
+        thresholds[layer] = always
+        run = _decide(model, x, ExitPolicy(criterion, tuple(thresholds)))
+        scores = run.scores[run.exit_layers == layer].double().cpu().numpy()
+        portion = shares[layer] / left
+        cut = np.quantile(scores, 1 - portion if rule.exit_above else portion)
+        thresholds[layer] = float(np.clip(cut, *rule.bounds))
+    return ExitPolicy(criterion, tuple(thresholds))
+
+
+def _decide(model: EarlyExitLanguageModel, x: Tensor, policy: ExitPolicy) -> ExitRun:
+    if policy.rule.reads == "logits":
+        return runs.run(model, x, policy, Predictions())
+    return runs.decide(model, x, policy)

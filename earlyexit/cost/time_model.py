@@ -1,0 +1,280 @@
+"""Time predicted from work: a machine's prices, fitted on a few configurations, checked on others.
+
+The time of a part is a sum of few terms, each an amount of work times a price (seconds per launch, per
+FLOP, per byte, …). Prices are non-negative and minimise the error relative to the whole run's time, so
+that short and long runs count alike and a part that takes no time decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.optimize import nnls
+from tqdm.auto import tqdm
+
+from earlyexit.atomic import atomic_path
+from earlyexit.cost.breakdown import timed_runs
+from earlyexit.cost.synthetic import (
+    geometric_shares,
+    policy_for_shares,
+    random_model,
+    random_tokens,
+)
+from earlyexit.cost.work import FULL_DEPTH, Load, work
+from earlyexit.exits.clock import PARTS
+from earlyexit.nn.config import ModelConfig
+
+# (d_model, n_layers, vocabulary, batch, length, mean depth, output head): spread over every size that
+# prices depend on. What is fitted and what is checked have no configuration in common.
+FITTED = (
+    (32, 3, 1000, 4, 64, 1.5),
+    (64, 4, 2000, 32, 128, 2.0),
+    (64, 2, 10000, 8, 128, 1.4),
+    (64, 6, 3000, 1, 128, 3.0),
+    (128, 4, 5000, 8, 128, 2.5),
+    (128, 8, 1000, 16, 64, 4.0),
+    (256, 2, 2000, 16, 128, 1.5),
+    (256, 4, 500, 8, 128, 2.0),
+    (64, 4, 10000, 32, 128, 2.0, "adaptive"),
+    (128, 3, 4000, 8, 128, 1.5, "adaptive"),
+    (256, 4, 10000, 8, 128, 2.5, "adaptive"),
+)
+
+
+CHECKED = (
+    (64, 4, 10000, 16, 128, 2.0),
+    (96, 6, 6000, 16, 128, 3.0, "adaptive"),
+    (192, 4, 4000, 8, 128, 1.5),
+    (192, 6, 10000, 8, 128, 2.0, "adaptive"),
+    (48, 3, 1500, 32, 64, 2.0),
+    (256, 6, 1000, 4, 128, 2.5),
+    (128, 3, 8000, 2, 128, 2.0),
+)
+
+
+# Measured points of the break-even map, beside the others.
+MAPPED = (
+    (64, 4, 500, 32, 128, 1.5),
+    (64, 4, 1500, 32, 128, 2.5),
+    (64, 4, 8000, 32, 128, 1.5),
+    (64, 4, 500, 1, 128, 1.5),
+    (64, 4, 4000, 1, 128, 2.5),
+    (64, 8, 500, 32, 128, 3.0),
+    (64, 8, 4000, 32, 128, 6.0),
+)
+
+
+UNDISTURBED = 0.25  # quantile of the repeats: other processes can only add time
+
+
+OUTLIER, REWEIGHTINGS = 0.03, 10  # of a run's time: larger errors are other processes' doing
+
+
+FITTED_CRITERIA = ("gate", "max_probability")
+
+
+def loads(grid: Sequence[tuple], criteria: Sequence[str] = FITTED_CRITERIA) -> list[Load]:
+    """Every configuration of a grid, at full depth and with exits of each criterion."""
+    out = []
+    for d, layers, vocabulary, batch, length, depth, *head in grid:
+        (head,) = head or ("linear",)
+        config = ModelConfig(
+            vocabulary, d, layers, n_seq=length, dropout_p=0.0, gate_hidden=0,
+            output_head=head, tie_embeddings=head == "linear",
+        )  # fmt: skip
+        shares = tuple(geometric_shares(layers, depth))
+        out.append(Load(config, batch, length))
+        out += [Load(config, batch, length, criterion, shares) for criterion in criteria]
+    return out
+
+
+def measure(wanted: Sequence[Load], device: torch.device, repeats: int = 5) -> pd.DataFrame:
+    """Time of every load, by part, with random weights and constructed exits, all taken in turn.
+
+    Returns:
+        One row per load and part: load (its index in ``wanted``), part, milliseconds, total_ms.
+    """
+    made: dict[tuple, tuple] = {}  # one model and batch for all loads that differ in exits only
+    runs, plain = {}, set()
+    for index, load in enumerate(tqdm(wanted, desc="prepare", leave=False)):
+        key = (load.config, load.batch, load.length)
+        if key not in made:
+            tokens = random_tokens(load.config, load.batch, load.length).to(device)
+            made[key] = random_model(load.config).to(device), tokens
+        (model, x), policy = made[key], None
+        if load.criterion == FULL_DEPTH:
+            plain.add(str(index))
+        else:
+            policy = policy_for_shares(model, x, load.shares, load.criterion)
+        runs[str(index)] = model, partial(model.nll, x, x, policy)
+    with tqdm(total=4 * len(runs) * repeats, desc="time runs", leave=False) as bar:
+        counted = {name: (m, partial(_counted, run, bar)) for name, (m, run) in runs.items()}
+        table = timed_runs(counted, plain, repeats, UNDISTURBED)
+    return table.assign(load=table["run"].astype(int)).drop(columns="run")
+
+
+def _counted(run: Callable[[], object], bar: tqdm) -> None:
+    run()
+    bar.update()
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """Prices of a machine.
+
+    Attributes:
+        prices: part → kind of work → seconds per unit.
+        machine: what they were measured on.
+        check: median and largest relative error on configurations that were not fitted, if checked.
+    """
+
+    prices: dict[str, dict[str, float]]
+    check: dict[str, float] = field(default_factory=dict)
+    machine: dict = field(default_factory=dict)
+
+    def predict(self, load: Load) -> dict[str, float]:
+        """Milliseconds of each part of a run; their sum is the run."""
+        out = dict.fromkeys(PARTS, 0.0)
+        for part, amounts in work(load).items():
+            name = "check" if part == "projected check" else part
+            prices = self.prices.get(part, {})
+            out[name] += 1e3 * sum(prices.get(kind, 0.0) * n for kind, n in amounts.items())
+        return out
+
+    def milliseconds(self, load: Load) -> float:
+        """Predicted time of a run."""
+        return sum(self.predict(load).values())
+
+    def speedup(self, load: Load) -> float:
+        """Predicted wall-clock speedup against the same model at full depth."""
+        full = Load(load.config, load.batch, load.length)
+        return self.milliseconds(full) / self.milliseconds(load)
+
+    def save(self, path: Path) -> None:
+        """Write JSON, whole or not at all."""
+        text = json.dumps(self.__dict__, indent=2) + "\n"
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> TimeModel:
+        """What :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no time model.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no time model ({error}): delete it") from None
+
+
+def fit(measured: pd.DataFrame, wanted: Sequence[Load]) -> TimeModel:
+    """Prices from measured loads, by non-negative least squares of the error relative to the run.
+
+    Args:
+        measured: as :func:`measure` returns for ``wanted``.
+    """
+    works = [work(load) for load in wanted]
+    seconds = measured.set_index(["load", "part"])["milliseconds"] / 1e3
+    totals = measured.groupby("load")["total_ms"].first() / 1e3
+    prices: dict[str, dict[str, float]] = {}
+    for part in sorted({part for amounts in works for part in amounts}):
+        users = [i for i, amounts in enumerate(works) if part in amounts]
+        kinds = sorted({kind for i in users for kind in works[i][part]})
+        amounts = np.array([[works[i][part].get(kind, 0.0) for kind in kinds] for i in users])
+        # A check that projects was measured as a check.
+        column = "check" if part == "projected check" else part
+        target = np.array([seconds[i, column] for i in users])
+        weight = 1 / totals[users].to_numpy()
+        solution = _robust_nnls(amounts * weight[:, None], target * weight)
+        prices[part] = dict(zip(kinds, solution.tolist(), strict=True))
+    return TimeModel(prices)
+
+
+def _robust_nnls(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """x ≥ 0 that makes a x close to b in Huber's sense: a disturbed measurement pulls little."""
+    scale = np.maximum(a.max(axis=0), 1e-300)  # columns of one size: well conditioned
+    a, trust = a / scale, np.ones(len(b))
+    for _ in range(REWEIGHTINGS):
+        x, _ = nnls(a * trust[:, None], b * trust)
+        trust = np.sqrt(np.minimum(1, OUTLIER / np.maximum(np.abs(a @ x - b), 1e-12)))
+    return x / scale
+
+
+def check(model: TimeModel, measured: pd.DataFrame, wanted: Sequence[Load]) -> pd.DataFrame:
+    """Predicted against measured time of loads.
+
+    Returns:
+        One row per load: d_model, n_layers, vocab_size, output_head, batch, n_seq, criterion,
+        mean_depth, measured_ms, predicted_ms, error (relative).
+    """
+    totals = measured.groupby("load")["total_ms"].first()
+    rows = []
+    for index, load in enumerate(wanted):
+        predicted = model.milliseconds(load)
+        rows.append(
+            {
+                "d_model": load.config.d_model,
+                "n_layers": load.config.n_layers,
+                "vocab_size": load.config.vocab_size,
+                "output_head": load.config.output_head,
+                "batch": load.batch,
+                "n_seq": load.length,
+                "criterion": load.criterion,
+                "mean_depth": load.mean_depth,
+                "measured_ms": totals[index],
+                "predicted_ms": predicted,
+                "error": predicted / totals[index] - 1,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def calibrate(
+    device: torch.device,
+    repeats: int = 7,
+    fitted: Sequence[tuple] = FITTED,
+    checked: Sequence[tuple] = CHECKED,
+) -> tuple[TimeModel, pd.DataFrame]:
+    """Fit this machine's prices and check them on other configurations.
+
+    Args:
+        fitted, checked: grids of :func:`loads`; all are timed in turn, so that drift hits both alike.
+
+    Returns:
+        The time model, and the table of :func:`check` with a column ``used`` ("fitted", "checked").
+    """
+    mine, others = loads(fitted), loads(checked)
+    times = measure(mine + others, device, repeats)
+    held_out = times["load"] >= len(mine)
+    model = fit(times[~held_out], mine)
+    rest = times[held_out].assign(load=times["load"] - len(mine))
+    table = check(model, rest, others)
+    errors = table["error"].abs()
+    summary = {"median_error": float(errors.median()), "largest_error": float(errors.max())}
+    both = [
+        check(model, times[~held_out], mine).assign(used="fitted"),
+        table.assign(used="checked"),
+    ]
+    return TimeModel(model.prices, summary), pd.concat(both, ignore_index=True)
+
+
+def beyond(load: Load) -> list[str]:
+    """In which sizes a load lies outside all that prices are fitted on, as phrases."""
+    config = load.config
+    sizes = (config.d_model, config.n_layers, config.vocab_size, load.batch, load.length)
+    names = ("d_model", "n_layers", "vocabulary", "batch", "n_seq")
+    measured = zip(*(row[:5] for row in FITTED), strict=True)
+    return [
+        f"{name}={size} (measured: {min(seen)} to {max(seen)})"
+        for name, size, seen in zip(names, sizes, measured, strict=True)
+        if not min(seen) <= size <= max(seen)
+    ]

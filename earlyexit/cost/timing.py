@@ -1,0 +1,65 @@
+"""Measuring time and memory: interleaved, warmed up, synchronised."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+
+from earlyexit.devices import synchronize
+
+
+def interleaved_times(
+    functions: dict[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int = 9,
+) -> dict[str, np.ndarray]:
+    """Seconds of each function ``(repeats,)``, called in turn so that drift hits all alike.
+
+    Each is called once more, untimed, right before it is timed: caches are warm, as they are when one
+    batch follows another, whatever ran before. The order is drawn anew in every round, so that none
+    always follows the same neighbour.
+    """
+    _keep_freed_memory()
+    names, order = list(functions), random.Random(0)
+    seconds = {name: np.empty(repeats) for name in names}
+    for repeat in range(repeats):
+        for name in order.sample(names, len(names)):
+            functions[name]()
+            synchronize(device)
+            start = time.perf_counter()
+            functions[name]()
+            synchronize(device)
+            seconds[name][repeat] = time.perf_counter() - start
+    return seconds
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Keep glibc from handing freed tensors back to the kernel, for the rest of the process.
+
+    Otherwise whether a run first has its pages mapped again, which can take as long as a small layer,
+    depends on what ran before it.
+    """
+    if sys.platform == "linux":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # malloc.h
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(trim_threshold, 2**31 - 1)
+            libc.mallopt(mmap_threshold, 2**25)  # the largest that is taken
+
+
+def median_ratio(
+    baseline: np.ndarray, other: np.ndarray, level: float = 0.9, draws: int = 1000
+) -> tuple[float, float, float]:
+    """Ratio of median times ``baseline / other`` with a bootstrap interval over repeats."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, len(baseline), (draws, len(baseline)))
+    ratios = np.median(baseline[rows], axis=1) / np.median(other[rows], axis=1)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(np.median(baseline) / np.median(other)), float(low), float(high)

@@ -1,0 +1,54 @@
+"""Does a prediction depend on tokens after it? Replace them and look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from earlyexit.corpus.windows import IGNORE
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+
+
+def replace_future(x: Tensor, cut: int, vocab_size: int, seed: int = 0) -> Tensor:
+    """A copy of ``x`` ``(B, N)`` with random tokens from position ``cut`` on."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(vocab_size, x[:, cut:].shape, generator=generator)
+    return torch.cat([x[:, :cut], noise.to(x.device)], dim=1)
+
+
+@torch.no_grad()
+def future_effect(model: EarlyExitLanguageModel, x: Tensor, cut: int) -> float:
+    """Largest change of any logit before ``cut`` when everything from ``cut`` on is replaced."""
+    before = model(x)[:, :cut]
+    after = model(replace_future(x, cut, model.vocab_size))[:, :cut]
+    return (before - after).abs().max().item()
+
+
+@torch.no_grad()
+def perplexity_without_future(
+    model: EarlyExitLanguageModel, batches: Iterable[tuple[Tensor, Tensor]], n_cuts: int = 8
+) -> tuple[float, float]:
+    """Perplexity of the same tokens with their true future and with a replaced one.
+
+    A token's whole future is replaced only at the last position before a cut, so one token per window
+    and cut is scored.
+
+    Returns:
+        The two perplexities; they are equal for a causal model.
+    """
+    device = next(model.parameters()).device
+    totals, count = torch.zeros(2, dtype=torch.float64), 0
+    for x, y in batches:
+        x, y = x.to(device), y.to(device)
+        true = model.nll(x, y)
+        cuts = {1 + k * (x.shape[1] - 1) // n_cuts for k in range(n_cuts)} - {x.shape[1]}
+        for k, cut in enumerate(sorted(cuts)):
+            replaced = model.nll(replace_future(x, cut, model.vocab_size, seed=k), y)
+            totals += torch.stack(
+                [nll[:, cut - 1].double().sum() for nll in (true, replaced)]
+            ).cpu()
+            count += int((y[:, cut - 1] != IGNORE).sum())
+    return tuple(math.exp(total / count) for total in totals.tolist())

@@ -1,0 +1,160 @@
+"""EarlyExitEvaluator: what a policy really costs and saves, run for real."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from earlyexit.corpus.windows import IGNORE
+from earlyexit.cost.timing import interleaved_times
+from earlyexit.devices import resolve_device
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.execution import Execution
+from earlyexit.exits.policy import ExitPolicy, check_threshold
+from earlyexit.exits.statistics import exit_statistics
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+
+
+class EarlyExitEvaluator:
+    """Quality and speed of a model with exits. The model is left as it was found.
+
+    Args:
+        model: the model.
+        device: where to run: a string, a ``torch.device``, or ``"auto"``.
+    """
+
+    def __init__(self, model: EarlyExitLanguageModel, device: str | torch.device = "auto"):
+        self.model = model
+        self.device = resolve_device(device)
+
+    def evaluate(
+        self,
+        dataloader: Iterable,
+        confidence_thresholds: Sequence[float] = (0.7, 0.8, 0.9, 0.95),
+    ) -> dict[float, dict]:
+        """Maximum-probability exits at each threshold, in compacted execution, over all batches.
+
+        Args:
+            dataloader: pairs of token ids and targets ``(B, N)``; targets that are −100 do not count.
+
+        Returns:
+            threshold → ``perplexity`` (token-weighted), ``avg_exit_layer``, ``exit_distribution``
+            (n_layers + 1 percentages), ``speedup_estimate`` (layers, not time), ``total_tokens``.
+
+        Raises:
+            ValueError: a threshold outside [0, 1], an empty loader, no scored token, NLL not finite.
+        """
+        rule = CRITERIA["max_probability"]
+        thresholds = [check_threshold(t, rule) for t in confidence_thresholds]
+        batches = list(dataloader)  # read once: it may be an iterator
+        return {
+            t: self.evaluate_policy(batches, ExitPolicy.constant(t, self.model.n_layers))
+            for t in thresholds
+        }
+
+    def evaluate_policy(
+        self,
+        dataloader: Iterable,
+        policy: ExitPolicy | None = None,
+        execution: Execution = "compacted",
+    ) -> dict:
+        """:meth:`evaluate` for any policy; None is full depth without any exit head."""
+        n_layers, nll, tokens = self.model.n_layers, 0.0, 0
+        counts = torch.zeros(n_layers + 1, dtype=torch.int64)
+        with self._borrowed_model() as model:
+            for x, y in tqdm(dataloader, desc="evaluate", mininterval=2, leave=False):
+                x, y = self._batch(x, y)
+                batch_nll, exits = self._score(model, x, y, policy, execution)
+                scored = y != IGNORE
+                nll += batch_nll[scored].double().sum().item()
+                tokens += int(scored.sum())
+                counts += exits[scored].cpu().bincount(minlength=n_layers + 1)
+        if not tokens:
+            raise ValueError("the loader gave no scored token: check the split and its batch size")
+        if not math.isfinite(nll):
+            raise ValueError(f"NLL is {nll}: the weights or logits hold NaN or infinity")
+        statistics = exit_statistics(counts)
+        statistics["total_tokens"] = statistics.pop("total_tokens_processed")
+        return {"perplexity": math.exp(nll / tokens), **statistics}
+
+    def benchmark_speedup(
+        self,
+        dataloader: Iterable,
+        num_batches: int = 100,
+        policy: ExitPolicy | None = None,
+        execution: Execution = "compacted",
+    ) -> dict:
+        """Wall-clock of scoring with exits against full depth with no exit head, same weights.
+
+        Both are warmed up and run in turn on each batch, synchronised; each batch's two times are
+        taken back to back. What is timed includes the output head.
+
+        Args:
+            num_batches: at most so many batches are timed.
+            policy: by default maximum probability ≥ the model's ``confidence_threshold``.
+
+        Returns:
+            ``time_no_exit`` and ``time_with_exit`` (median seconds per batch), ``actual_speedup``
+            (their ratio), ``theoretical_speedup`` (layers), ``avg_exit_layer``,
+            ``exit_distribution`` (percentages).
+        """
+        if num_batches < 1:
+            raise ValueError(f"num_batches={num_batches} must be at least 1")
+        policy = policy or self.model.default_policy()
+        plain, early = [], []
+        counts = torch.zeros(self.model.n_layers + 1, dtype=torch.int64)
+        with self._borrowed_model() as model:
+            for x, y in islice(dataloader, num_batches):
+                x, y = self._batch(x, y)
+                _, exits = model.nll(x, y, policy, execution)
+                counts += exits[y != IGNORE].cpu().bincount(minlength=model.n_layers + 1)
+                pair = [
+                    ("plain", lambda x=x, y=y: model.nll(x, y)),
+                    ("early", lambda x=x, y=y: model.nll(x, y, policy, execution)),
+                ]
+                order = pair[:: (-1) ** len(plain)]  # who goes first alternates
+                seconds = interleaved_times(dict(order), self.device, repeats=1)
+                plain.append(seconds["plain"][0])
+                early.append(seconds["early"][0])
+        if not plain:
+            raise ValueError("the loader is empty: there is nothing to time")
+        statistics = exit_statistics(counts)
+        return {
+            "time_no_exit": float(np.median(plain)),
+            "time_with_exit": float(np.median(early)),
+            "actual_speedup": float(np.median(plain) / np.median(early)),
+            "theoretical_speedup": statistics["speedup_estimate"],
+            "avg_exit_layer": statistics["avg_exit_layer"],
+            "exit_distribution": statistics["exit_distribution"],
+        }
+
+    def _batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if x.numel() == 0:
+            raise ValueError("the loader gave an empty batch")
+        return x.to(self.device), y.view(x.shape).to(self.device)
+
+    @staticmethod
+    def _score(model, x, y, policy, execution) -> tuple[Tensor, Tensor]:
+        if policy is None:
+            return model.nll(x, y), torch.full_like(x, model.n_layers)
+        return model.nll(x, y, policy, execution)
+
+    @contextmanager
+    def _borrowed_model(self) -> Iterator[EarlyExitLanguageModel]:
+        """The model on the evaluator's device in evaluation mode; put back as it was."""
+        model = self.model
+        training, device = model.training, next(model.parameters()).device
+        utilisation = [block.bk_layer.moe._expert_counts.clone() for block in model.blocks]
+        try:
+            yield model.to(self.device).eval()
+        finally:
+            model.to(device).train(training)
+            for block, counts in zip(model.blocks, utilisation, strict=True):
+                block.bk_layer.moe._expert_counts.copy_(counts)

@@ -1,0 +1,84 @@
+"""evaluation/routing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from earlyexit.corpus.windows import IGNORE
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.models.sparse_bk import sparse_layers
+
+
+@torch.no_grad()
+def expert_shares(model: EarlyExitLanguageModel, batches: Iterable) -> Tensor:
+    """Share of tokens routed to each expert ``(L, E)`` at full depth; each row sums to 1."""
+    device = next(model.parameters()).device
+    layers = [block.bk_layer.moe for block in model.blocks]
+    for moe in layers:
+        moe.reset_expert_utilisation()
+    for x, _ in batches:
+        model.hidden_states(x.to(device))
+    return torch.stack([moe.expert_utilisation() for moe in layers])
+
+
+@torch.no_grad()
+def opened_shares(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFrame:
+    """How often an adaptive output head opens its clusters, at full-depth states.
+
+    Returns:
+        Columns ``exit``, ``cluster`` (0 the more frequent), and the share of tokens for which it is
+        opened to score the ``word`` that comes, and to find the most probable one (``top``).
+
+    Raises:
+        ValueError: the model has no adaptive head, or there are no batches.
+    """
+    if model.config.output_head != "adaptive":
+        raise ValueError(f"output_head={model.config.output_head!r} has no clusters to open")
+    heads = [block.exit_classifier for block in model.blocks]
+    cuts, tokens = heads[0].unembedding.softmax.cutoffs, 0
+    counts = np.zeros((len(heads), len(cuts) - 1, 2))
+    for x, y in batches:
+        x, y = (t.to(model.token_embedding.weight.device) for t in (x, y))
+        states, scored = model.hidden_states(x), y != IGNORE
+        tokens += int(scored.sum())
+        for layer, head in enumerate(heads):
+            features = head.features(states[layer + 1][scored])
+            for k, (first, end) in enumerate(pairwise(cuts)):
+                counts[layer, k, 0] += int(((y >= first) & (y < end)).sum())
+                with _rows_into(head.unembedding.softmax.tail[k]) as rows:
+                    head.unembedding.top(features)
+                counts[layer, k, 1] += sum(rows)
+    if not tokens:
+        raise ValueError("the loader is empty: there is nothing to count")
+    index = pd.MultiIndex.from_product(map(range, counts.shape[:2]), names=["exit", "cluster"])
+    shares = counts.reshape(-1, 2) / tokens
+    return pd.DataFrame(shares, index, columns=["word", "top"]).reset_index()
+
+
+@contextmanager
+def _rows_into(module: nn.Module) -> Iterator[list[int]]:
+    """How many rows each call of a module gets, while the context lasts."""
+    rows: list[int] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def kept_shares(model: EarlyExitLanguageModel, batches: Iterable) -> list[float]:
+    """Share of positions that each sparse layer's BK-Core visits at full depth."""
+    device = next(model.parameters()).device
+    for layer in sparse_layers(model):
+        layer.reset_kept()
+    for x, _ in batches:
+        model.hidden_states(x.to(device))
+    return [layer.kept() for layer in sparse_layers(model)]

@@ -1,0 +1,134 @@
+"""exits/policy."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from earlyexit.atomic import atomic_path
+from earlyexit.exits.criteria import CRITERIA, Criterion
+
+
+@dataclass(frozen=True)
+class ExitPolicy:
+    """A criterion and a threshold per layer, in the criterion's own units.
+
+    The last layer's threshold saves nothing: it only decides whether a token that ran to the end
+    counts as exited there (its index) or as not exited (``n_layers``).
+
+    Attributes:
+        criterion: a key of ``CRITERIA``.
+        thresholds: one per layer; ``criterion.never`` where no token may exit.
+        decay: τ ≥ 0; where it is positive, thresholds fall with the position t in a window of N as
+            0.9 λ + 0.1 exp(−τ t / N) (CALM, eq. 5), for criteria that lie in [0, 1] and exit above.
+
+    Raises:
+        ValueError: unknown criterion, no threshold, a threshold that is NaN or out of bounds, or a
+            decay that is negative or that the criterion does not allow.
+    """
+
+    criterion: str
+    thresholds: tuple[float, ...]
+    decay: float = 0.0
+
+    def __post_init__(self):
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"unknown criterion {self.criterion!r}; known: {', '.join(CRITERIA)}")
+        if not self.thresholds:
+            raise ValueError("a policy needs one threshold per layer")
+        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
+        for threshold in self.thresholds:
+            if threshold != self.rule.never:
+                check_threshold(threshold, self.rule)
+        if not self.decay >= 0 or (self.decay and not self.rule.may_decay):
+            raise ValueError(f"decay={self.decay} must be ≥ 0, and 0 for {self.criterion!r}")
+
+    @classmethod
+    def constant(cls, threshold: float, n_layers: int, criterion: str = "max_probability"):
+        """The same threshold at every layer."""
+        return cls(criterion, (threshold,) * n_layers)
+
+    @classmethod
+    def static(cls, layer: int, n_layers: int):
+        """Every token leaves at ``layer`` whatever it looks like; ``n_layers`` is full depth."""
+        threshold = layer if layer < n_layers else math.inf
+        return cls.constant(threshold, n_layers, "depth")
+
+    @property
+    def rule(self) -> Criterion:
+        return CRITERIA[self.criterion]
+
+    def checks(self, layer: int) -> bool:
+        """Whether tokens are judged at ``layer``; a streak must see every exit, others skip "never"."""
+        return self.rule.streak or self.thresholds[layer] != self.rule.never
+
+    def passes(self, layer: int, scores, progress):
+        """Whether scores at ``layer`` pass; ``progress`` is each token's position over n_seq."""
+        threshold = self.thresholds[layer]
+        if self.decay and threshold != self.rule.never:
+            falling = (
+                (-self.decay * progress).exp()
+                if isinstance(progress, Tensor)
+                else np.exp(-self.decay * progress)
+            )
+            threshold = 0.9 * threshold + 0.1 * falling
+        return self.rule.passes(scores, threshold)
+
+    def exit_layers(self, scores: np.ndarray, progress: np.ndarray | float = 0.0) -> np.ndarray:
+        """First layer that passes, n_layers where none does.
+
+        Args:
+            scores: the criterion at every exit ``(T, L)``.
+            progress: position over n_seq ``(T,)``; used by decaying thresholds only.
+        """
+        if self.decay:
+            columns = [self.passes(i, scores[:, i], progress) for i in range(scores.shape[1])]
+            passed = np.stack(columns, axis=1)
+        else:
+            passed = self.rule.passes(scores, np.asarray(self.thresholds, dtype=scores.dtype))
+        return np.where(passed.any(axis=1), passed.argmax(axis=1), scores.shape[1])
+
+    def to_dict(self) -> dict:
+        """Plain JSON; "never" is null."""
+        thresholds = [t if math.isfinite(t) else None for t in self.thresholds]
+        return {"criterion": self.criterion, "thresholds": thresholds, "decay": self.decay}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> ExitPolicy:
+        """What :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: a field is missing or unknown, or see the class.
+        """
+        if set(data) != {"criterion", "thresholds", "decay"} or data["criterion"] not in CRITERIA:
+            raise ValueError(f"not an exit policy: {data}")
+        never = CRITERIA[data["criterion"]].never
+        thresholds = tuple(never if t is None else t for t in data["thresholds"])
+        return cls(data["criterion"], thresholds, data["decay"])
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExitPolicy:
+        """Read what :meth:`save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def check_threshold(threshold: float, criterion: Criterion) -> float:
+    """The threshold, if it is a number within the criterion's bounds.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    low, high = criterion.bounds
+    if low <= threshold <= high:
+        return float(threshold)
+    raise ValueError(f"threshold {threshold} of {criterion.name!r} must lie in [{low}, {high}]")

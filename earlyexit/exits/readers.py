@@ -1,0 +1,51 @@
+"""exits/readers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from earlyexit.nn.unembedding import Unembedding, nll_of_logits
+
+
+class Reader:
+    """What a run takes from each token's prediction. As it is: all logits."""
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """From logits ``(T', V)`` of the tokens ``(T',)`` (indices into the flattened batch)."""
+        return logits
+
+    def from_top(self, word: Tensor) -> Tensor | None:
+        """The same from the most probable word ``(T',)``; None where that is not enough."""
+        return None
+
+    def from_features(self, unembedding: Unembedding, features: Tensor, tokens: Tensor) -> Tensor:
+        """The same from features ``(T', D)``, by the cheapest way there is."""
+        chunks = unembedding.chunks(features)
+        return torch.cat([self(logits, tokens[part]) for part, logits in chunks])
+
+
+class Scores(Reader):
+    """NLL of ``targets`` ``(T,)`` in nats, 0 where they are ``IGNORE``."""
+
+    def __init__(self, targets: Tensor):
+        self.targets = targets
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return nll_of_logits(logits, self.targets[tokens])
+
+    def from_features(self, unembedding: Unembedding, features: Tensor, tokens: Tensor) -> Tensor:
+        return unembedding.nll(features, self.targets[tokens])
+
+
+class Predictions(Reader):
+    """The most probable word."""
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)
+
+    def from_top(self, word: Tensor) -> Tensor:
+        return word
+
+    def from_features(self, unembedding: Unembedding, features: Tensor, tokens: Tensor) -> Tensor:
+        return unembedding.predict(features)

@@ -1,0 +1,38 @@
+"""exits/statistics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from earlyexit.exits.policy import ExitPolicy
+
+if TYPE_CHECKING:
+    from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+
+
+def exit_shares(
+    model: EarlyExitLanguageModel, x: Tensor, y: Tensor, policy: ExitPolicy
+) -> np.ndarray:
+    """Share of a batch's tokens per exit layer ``(L + 1,)``, padded ones included: all are run."""
+    _, exits = model.nll(x, y, policy)
+    counts = exits.flatten().bincount(minlength=model.n_layers + 1)
+    return (counts.double() / exits.numel()).cpu().numpy()
+
+
+def exit_statistics(counts: Tensor) -> dict:
+    """Statistics of exit-layer counts ``(L + 1,)``, the last for tokens that did not exit."""
+    counts = counts.double()
+    n_layers, total = len(counts) - 1, counts.sum().item()
+    share = counts / max(total, 1)
+    layer = torch.arange(n_layers + 1, dtype=torch.float64, device=counts.device)
+    executed = (share * (layer + 1).clamp_max(n_layers)).sum().item()
+    return {
+        "avg_exit_layer": (share * layer).sum().item(),
+        "exit_distribution": (100 * share).tolist(),
+        "speedup_estimate": n_layers / executed if total else 1.0,
+        "total_tokens_processed": int(total),
+    }

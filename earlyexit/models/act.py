@@ -1,0 +1,181 @@
+"""Adaptive Computation Time over layers (Graves 2016, arXiv:1603.08983), and its way to early exit.
+
+After layer l a halting unit reads a token's state h_l and gives p_l = σ(w_l · LN(h_l) + b_l). A token
+stops at the first layer N whose cumulative probability c_l = Σ_{k≤l} p_k reaches 1 − ε, at the latest
+at the last layer. Its output is the average of its states, the last one weighted by the remainder
+(eqs. 6, 7 and 13), and its ponder cost counts layers plus that remainder (eq. 8 and section 2.2):
+
+    y = Σ_{l<N} p_l h_l + R h_N,        R = 1 − Σ_{l<N} p_l,        ρ = N + R.
+
+A token that never halts costs more than L; one that halts before the last layer costs at most L.
+
+The average is carried along, so that leaving needs no look back. The *stream* of a token is
+
+    [h_l, S_l, c_l]  with  S_l = Σ_{k≤l} p_k h_k,    and    y = S_l + (1 − c_l) h_l
+
+is what leaving at layer l would give: at l = N exactly the output above, because the p_N in S_N and in
+c_N cancel. Norm, layer and head of a block each read their slice of the stream, so everything that runs
+a model with exits (dense or compacted, traces, policies, the evaluator) runs this one, unchanged.
+A layer beyond c = 1 has nothing left to add: p is cut to 1 − c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from earlyexit.exits.generation import generate_by_rerunning
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
+from earlyexit.nn.halting import AverageHead, HaltingGates, HaltingLayer, StreamNorm
+
+
+@dataclass(frozen=True)
+class ACTConfig(SparseConfig):
+    """Constructor arguments of :class:`ACTLanguageModel`.
+
+    Attributes:
+        keep: below 1, its layers are sparse ones; see :class:`SparseConfig`.
+        epsilon: a token halts once its cumulative halting probability reaches 1 − ε.
+        ponder_weight: of the mean ponder cost in the loss, nats per layer (τ in eq. 12).
+    """
+
+    keep: float = 1.0
+    epsilon: float = 0.01
+    ponder_weight: float = 0.01
+
+
+def add_halting(model: EarlyExitLanguageModel) -> None:
+    """Give every block of ``model`` a halting unit, and heads that read the average, in place."""
+    d, layers = model.d_model, model.n_layers
+    for layer, block in enumerate(model.blocks):
+        start = 1 / layers if layer < layers - 1 else None  # every layer weighs the same at first
+        block.layer_norm = StreamNorm(d)
+        block.bk_layer = HaltingLayer(block.bk_layer, d, start)
+        block.exit_classifier = AverageHead.like(block.exit_classifier, d)
+
+
+class ACTEarlyExitModel(SparseBKLanguageModel):
+    """An early-exit model whose exits read the running ACT average and whose gates are its units.
+
+    Its criterion is ``"agreement"``: the cumulative halting probability. See
+    :func:`convert_act_to_early_exit`.
+
+    Args:
+        keep, epsilon, ponder_weight: see :class:`ACTConfig`.
+        others: see :class:`earlyexit.models.sparse_bk.SparseBKLanguageModel`.
+
+    Raises:
+        ValueError: epsilon not in (0, 1), a negative ponder weight, gates asked for, or see above.
+    """
+
+    config_type = ACTConfig
+
+    def __init__(
+        self,
+        *args,
+        keep: float = 1.0,
+        epsilon: float = 0.01,
+        ponder_weight: float = 0.01,
+        **others,
+    ):
+        super().__init__(*args, keep=keep, **others)
+        if not 0 < epsilon < 1 or not ponder_weight >= 0:
+            raise ValueError(f"epsilon={epsilon} must lie in (0, 1), ponder_weight be ≥ 0")
+        if self.gates is not None:
+            raise ValueError("the gates of this model are its halting units: leave out gate_hidden")
+        self.config = ACTConfig(**asdict(self.config), epsilon=epsilon, ponder_weight=ponder_weight)
+        add_halting(self)
+        self.gates = HaltingGates()
+
+    def act_policy(self) -> ExitPolicy:
+        """The policy that halts where ACT halts: cumulative probability ≥ 1 − ε."""
+        return ExitPolicy.constant(1 - self.config.epsilon, self.n_layers, "agreement")
+
+    def default_policy(self) -> ExitPolicy:
+        """:meth:`act_policy`; the confidence threshold plays no part."""
+        return self.act_policy()
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Token ids ``(B, N)`` → streams ``(B, N, 2D + 1)``: nothing averaged, nothing halted."""
+        return F.pad(super().embed(x), (0, self.d_model + 1))
+
+    def generate(self, prompt, n_new, policy=None, temperature=0.0, generator=None):
+        """See :func:`earlyexit.exits.generation.generate_by_rerunning`."""
+        return generate_by_rerunning(self, prompt, n_new, policy, temperature, generator)
+
+
+class ACTLanguageModel(ACTEarlyExitModel):
+    """A language model that is trained and run with Adaptive Computation Time.
+
+    Here a token that has halted keeps its state, and hands to deeper layers its potentials only, as
+    an exited token does; the layers are still computed for it. Arguments: see
+    :class:`ACTEarlyExitModel`. Train it with ``loss=act_loss``.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gates = None  # it follows its own threshold, no policy
+        self.ponder: Tensor | None = None  # of the last batch that was run with gradients (B, N)
+
+    def hidden_states(self, x: Tensor) -> list[Tensor]:
+        """Streams before the first and after every layer ``(B, N, 2D + 1)``; halted ones stay."""
+        streams = [self.embed(x)]
+        for block in self.blocks:
+            halted = streams[-1][..., -1:] >= 1 - self.config.epsilon
+            streams.append(torch.where(halted, streams[-1], block.hidden(streams[-1])))
+        self.ponder = self.ponder_cost(streams) if torch.is_grad_enabled() else None
+        return streams
+
+    def _full_depth(self, x: Tensor) -> Tensor:
+        return self.hidden_states(x)[-1]
+
+    def ponder_cost(self, streams: list[Tensor]) -> Tensor:
+        """ρ = N + R of every token ``(B, N)``, from :meth:`hidden_states`."""
+        c = torch.cat([stream[..., -1:] for stream in streams[:-1]], dim=-1)  # (B, N, L): 0, c_1 …
+        steps = self.steps(streams)
+        return steps + 1 - c.gather(-1, steps[..., None] - 1).squeeze(-1)
+
+    def steps(self, streams: list[Tensor]) -> Tensor:
+        """Layers N that every token runs ``(B, N)`` int64, from :meth:`hidden_states`."""
+        halted = [stream[..., -1] >= 1 - self.config.epsilon for stream in streams[1:-1]]
+        return self.n_layers - sum((h.long() for h in halted), streams[0].new_zeros(()).long())
+
+    def forward(
+        self, x: Tensor, return_ponder_cost: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Token ids ``(B, N)`` → logits ``(B, N, V)``, if asked also the mean ponder cost ``()``."""
+        streams = self.hidden_states(x)
+        logits = self.blocks[-1].exit_classifier(streams[-1])
+        return (logits, self.ponder_cost(streams).mean()) if return_ponder_cost else logits
+
+
+def convert_act_to_early_exit(act_model: ACTLanguageModel) -> ACTEarlyExitModel:
+    """An early-exit model with a copy of the weights of ``act_model``.
+
+    Every exit reads the running average through a copy of the model's final head. With
+    ``act_policy()`` it reproduces the ACT model; with another threshold of ``"agreement"`` it leaves
+    earlier or later. Exits can be calibrated by training them on the frozen backbone
+    (``TrainingConfig(freeze_backbone=True)``).
+    """
+    model = ACTEarlyExitModel.from_config(act_model.config).to(next(act_model.parameters()))
+    model.load_state_dict(act_model.state_dict())
+    copy_final_head(model)
+    return model.train(act_model.training)
+
+
+def copy_final_head(model: EarlyExitLanguageModel) -> None:
+    """Make every exit read as the last layer does, in place: what ACT's one head reads."""
+    final = model.blocks[-1].exit_classifier
+    for block in model.blocks[:-1]:
+        head = block.exit_classifier
+        head.layer_norm.load_state_dict(final.layer_norm.state_dict())
+        if head.translator is not None:
+            nn.init.zeros_(head.translator.weight)
+            nn.init.zeros_(head.translator.bias)
+        if head.linear is not None:
+            head.linear.load_state_dict(final.linear.state_dict())

@@ -1,0 +1,193 @@
+"""Several scales: N → N/2 → N/4 → N/2 → N positions, causal, with an exit after every scale.
+
+Layer l of L = 2m + 1 works at level k = min(l, L − 1 − l), on ⌈N / 2^k⌉ positions, as a U-Net does
+(Ronneberger et al. 2015; for language, Nawrot et al. 2022, Hourglass). Position j of level k serves
+the block of tokens j·2^k … (j + 1)·2^k − 1 and knows tokens up to the block's first one:
+
+    down   c_j = W [a_{2j−1}; a_{2j}]        the window of two that *ends* where the block begins,
+    up     a_i ← a_i + U c_{⌊i/2⌋}           a skip connection, so that positions of a block differ.
+
+So a pooled state reaches no position before its last token, and whether a block leaves is decided from
+what is known at its first token: the exit after level k scores the block's first token, and all tokens
+of the block that are still there follow. What an exit reads of token i is the same sum, carried up to
+full resolution: r_i = h_i + U_1 (c¹ + U_2 c² …).
+
+A block without a token left leaves the computation: its position keeps its state, and hands its
+potentials on. Costs count positions: 1 + ½ + ¼ + ½ + 1 = 3.25 layers of N positions for five.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from earlyexit.exits.execution import Execution
+from earlyexit.exits.generation import generate_by_rerunning
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.readers import Reader
+from earlyexit.models.multi_scale_walk import _choose, any_left, first_rows, run
+from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
+
+
+@dataclass(frozen=True)
+class MultiScaleConfig(SparseConfig):
+    """Constructor arguments of :class:`MultiScaleLanguageModel`; keep < 1 makes its layers sparse."""
+
+    n_layers: int = 5
+    keep: float = 1.0
+
+
+class MultiScaleLanguageModel(SparseBKLanguageModel):
+    """A language model whose layers work at several scales.
+
+    Args:
+        n_layers: odd, at least 3; five layers go down to N/4.
+        others: see :class:`earlyexit.models.sparse_bk.SparseBKLanguageModel`.
+
+    Raises:
+        ValueError: an even number of layers, fewer than three, a two-sided core, or see above.
+    """
+
+    config_type = MultiScaleConfig
+
+    def __init__(
+        self, vocab_size: int, d_model: int = 64, n_layers: int = 5, *args, keep=1.0, **others
+    ):
+        if n_layers < 3 or n_layers % 2 == 0:
+            raise ValueError(f"n_layers={n_layers} must be odd and at least 3: down, and up again")
+        super().__init__(vocab_size, d_model, n_layers, *args, keep=keep, **others)
+        if not self.config.causal:
+            raise ValueError("several scales need a causal BK-Core")
+        self.config = MultiScaleConfig(**asdict(self.config))
+        self.levels = [min(layer, n_layers - 1 - layer) for layer in range(n_layers)]
+        pairs = range(max(self.levels))
+        self.down = nn.ModuleList(nn.Linear(2 * d_model, d_model, bias=False) for _ in pairs)
+        self.up = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in pairs)
+        with torch.no_grad():
+            for pool in self.down:  # starts as the mean of the two
+                pool.weight.copy_(torch.eye(d_model).repeat(1, 2) / 2)
+
+    # ------------------------------------------------------------------ what exits decide and read
+
+    def block_size(self, layer: int) -> int:
+        """Tokens that are decided together at the exit after ``layer``."""
+        return 2 ** self.levels[layer]
+
+    def start(self, h: Tensor) -> Tensor:
+        """What exits carry along before the first layer ``(…, D)``."""
+        return h
+
+    def carry(self, layer: int, before: Tensor, read: Tensor, first: Tensor | None) -> Tensor:
+        """What exits carry along after ``layer``.
+
+        Args:
+            before: of the same tokens, at the exit before ``(T, ·)``.
+            read: r of the tokens ``(T, D)``.
+            first: row of the first token of each token's block ``(T,)``.
+        """
+        return read
+
+    needs_all = False  # whether :meth:`carry` must see every token at every exit
+
+    # ------------------------------------------------------------------ running
+
+    def pool(self, level: int, fine: Tensor) -> Tensor:
+        """Level ``level − 1`` ``(B, N, D)`` → level ``level`` ``(B, ⌈N/2⌉, D)``."""
+        B, N, D = fine.shape
+        padded = F.pad(fine, (0, 0, 1, N % 2 - 1))  # windows (2j − 1, 2j), zero before 0
+        return self.down[level - 1](padded.reshape(B, -1, 2 * D))
+
+    def _raise(self, level: int, coarse: Tensor, length: int) -> Tensor:
+        """What level ``level`` adds to the positions of the level below it ``(B, length, D)``."""
+        return self.up[level - 1](coarse).repeat_interleave(2, dim=1)[:, :length]
+
+    def walk(self, x: Tensor, read: bool = True) -> Generator[Tensor, Tensor | None, None]:
+        """All layers on all positions, dense; yields r ``(B, N, D)`` after each.
+
+        ``send`` takes the tokens still there ``(B, N)``: positions of the others keep their state.
+
+        Args:
+            read: otherwise only the last layer's r is a sum, the others are what the layer computed.
+        """
+        h = self.embed(x)
+        levels, frozen, alive = [h], h, None
+        for layer, block in enumerate(self.blocks):
+            k = self.levels[layer]
+            if layer and k == len(levels):
+                levels.append(self.pool(k, levels[-1]))
+            elif layer:
+                raised = levels[k] + self._raise(k + 1, levels.pop(), levels[k].shape[1])
+                levels[k] = _choose(alive, k, raised, frozen if k == 0 else levels[k])
+            levels[k] = _choose(alive, k, block.hidden(levels[k]), levels[k])
+            r = levels[k]
+            for level in range(k, 0, -1) if read else ():
+                r = levels[level - 1] + self._raise(level, r, levels[level - 1].shape[1])
+            now = yield r
+            if now is not None:
+                frozen = r if alive is None else torch.where(alive[..., None], r, frozen)
+                alive = now
+
+    def hidden_states(self, x: Tensor) -> list[Tensor]:
+        """What exits carry before the first and after every layer, L + 1 tensors ``(B, N, ·)``."""
+        states = [self.start(self.embed(x))]
+        B, N = x.shape
+        for layer, r in enumerate(self.walk(x)):
+            first = first_rows(torch.arange(B * N, device=x.device), N, self.block_size(layer))
+            before = states[-1].flatten(0, 1)
+            states.append(self.carry(layer, before, r.flatten(0, 1), first).view(B, N, -1))
+        return states
+
+    def _full_depth(self, x: Tensor) -> Tensor:
+        if self.needs_all:
+            return self.hidden_states(x)[-1]
+        *_, r = self.walk(x, read=False)
+        return r
+
+    def forward(
+        self,
+        x: Tensor,
+        use_early_exit: bool = False,
+        policy: ExitPolicy | None = None,
+        execution: Execution = "compacted",
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`earlyexit.models.resnet_bk.EarlyExitLanguageModel.forward`."""
+        if not use_early_exit:
+            return super().forward(x, False, policy)
+        out = run(self, x, policy or self.default_policy(), Reader(), execution)
+        self._count_exits(out.exit_layers)
+        return out.outputs.view(*x.shape, -1), {
+            "exit_layers": out.exit_layers.view_as(x),
+            "exit_confidences": out.scores.view_as(x),
+            "exited_mask": (out.exit_layers < self.n_layers).view_as(x),
+        }
+
+    @torch.no_grad()
+    def _read_tokens(self, x, read, policy, execution):
+        if policy is None:
+            return super()._read_tokens(x, read, None, execution)
+        out = run(self, x, policy, read, execution)
+        return out.outputs.view_as(x), out.exit_layers.view_as(x)
+
+    def generate(self, prompt, n_new, policy=None, temperature=0.0, generator=None):
+        """See :func:`earlyexit.exits.generation.generate_by_rerunning`."""
+        return generate_by_rerunning(self, prompt, n_new, policy, temperature, generator)
+
+
+def positions_run(model: MultiScaleLanguageModel, exit_layers: Tensor) -> np.ndarray:
+    """Positions that each layer transforms, per token ``(L,)``, when tokens leave as they did.
+
+    Their sum is what "layers executed" means here: a layer at N/4 counts a quarter.
+
+    Args:
+        exit_layers: ``(B, N)``, n_layers where none.
+    """
+    runs = [
+        any_left(exit_layers >= layer, model.levels[layer]).sum().item()
+        for layer in range(model.n_layers)
+    ]
+    return np.array(runs) / exit_layers.numel()

@@ -1,0 +1,78 @@
+"""Sparse BK-Core: a learned importance decides which positions the recursion visits.
+
+A position with score s_i > 0 is kept. The recursion runs over kept positions alone, as if the others
+were not there; a skipped position hands on the state before it:
+
+    g_i = 1 / (α_i − t² g_{i−1})  if kept,        g_i = g_{i−1}  if not,        g_{−1} = 0.
+
+Potentials are made for kept positions only, and a state that several positions share is projected once,
+before it is filled in.
+Kept positions are gathered per sequence, so the recursion is shorter; its results are filled forward by
+index: what a position reads comes from no later one.
+
+Training samples the mask, m_i = [s_i + logistic noise > 0], and differentiates it as a sigmoid (the
+binary concrete distribution of Maddison et al. 2017 and Jang et al. 2017, straight-through). The noise
+fades over the training, so that it ends with the mask that will be used. The
+derivative with respect to m_i is exact in the features up to the next kept position, where keeping i
+would have changed g by 1/(α_i − t² g_{i−1}) − g_{i−1}; what it changes in the recursion beyond that is
+left out. A loss (kept share − target)² on the mask without noise holds the share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.sparse_bk import SparseBKLayer
+
+
+@dataclass(frozen=True)
+class SparseConfig(ModelConfig):
+    """Constructor arguments of :class:`SparseBKLanguageModel`.
+
+    Attributes:
+        keep: target share of positions that BK-Core visits; 1 builds dense layers.
+        sparsity_weight: of the mean squared distance to it in the loss.
+    """
+
+    keep: float = 0.5
+    sparsity_weight: float = 1.0
+
+
+class SparseBKLanguageModel(EarlyExitLanguageModel):
+    """A language model with sparse BK-Cores; train it with ``loss=sparse_loss``.
+
+    Args:
+        keep, sparsity_weight: see :class:`SparseConfig`.
+        others: see :class:`earlyexit.models.resnet_bk.EarlyExitLanguageModel`.
+
+    Raises:
+        ValueError: keep not in (0, 1], a negative weight, a two-sided core, or see above.
+    """
+
+    config_type = SparseConfig
+
+    def __init__(self, *args, keep: float = 0.5, sparsity_weight: float = 1.0, **others):
+        super().__init__(*args, **others)
+        if not 0 < keep <= 1 or not sparsity_weight >= 0:
+            raise ValueError(f"keep={keep} must lie in (0, 1], sparsity_weight be ≥ 0")
+        c = self.config
+        if keep < 1 and not c.causal:
+            raise ValueError("a two-sided BK-Core cannot be sparse: a gap has no causal filling")
+        self.config = SparseConfig(**asdict(c), keep=keep, sparsity_weight=sparsity_weight)
+        if keep == 1:
+            return
+        for block in self.blocks:
+            block.bk_layer = SparseBKLayer(
+                c.d_model, c.n_seq, c.num_experts, c.top_k, c.dropout_p,
+                bk_heads=c.bk_heads, expert_hidden=c.expert_hidden, keep=keep,
+            )  # fmt: skip
+
+
+def sparse_layers(model: nn.Module) -> Iterator[SparseBKLayer]:
+    """The sparse layers of a model, first to last."""
+    return (module for module in model.modules() if isinstance(module, SparseBKLayer))

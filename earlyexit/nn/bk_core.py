@@ -1,0 +1,245 @@
+"""BK-Core: the diagonal of the resolvent of a tridiagonal Hamiltonian, in O(N).
+
+One head is a particle on a line of N sites. With coupling t, width η and a learned potential v_i,
+
+    H = t · tridiag(1, −2, 1) + diag(v),        z = iη,        α_i = v_i − 2t − iη.
+
+**Causal** (default). The last diagonal entry of (H[0..i] − zI)⁻¹ is the left-connected Green's
+function, a continued fraction that sees no site after i (the recursive Green's function method,
+Thouless & Kirkpatrick 1981; Economou, *Green's Functions in Quantum Physics*, ch. 5):
+
+    g_i = 1 / (α_i − t² g_{i−1}),               g_{−1} = 0.
+
+**Two-sided**. With the right-connected g'_i (the same recursion from the other end),
+[(H − zI)⁻¹]_ii = 1 / (1/g_i − t² g'_{i+1}): it depends on every v_j, the future included.
+
+Because Im α < 0, Im g stays positive and |g| ≤ 1/η: the ratio form neither overflows nor vanishes,
+whatever N. It is computed in double precision and returned in the precision of v.
+
+**Gradient**, exact. dg_i = −g_i² (dα_i − t² dg_{i−1} − g_{i−1} dt²), so with γ_i = ∂L/∂g_i the
+adjoint obeys the linear recursion λ_i = γ_i + t² g_{i+1}² λ_{i+1}, and
+dL = Re Σ_i −λ_i g_i² (dv_i − i dη − (2 + 2t g_{i−1}) dt).
+
+Two backends give the same numbers: compiled loops on the CPU (numba), and in torch, on any device,
+log-depth scans of 2×2 Möbius maps (forward) and of affine maps (backward).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@numba.njit(cache=True, fastmath={"contract", "arcp", "nsz"}, error_model="numpy", nogil=True)
+def _forward_loop(v, eta, t, out):
+    B, N, H = v.shape
+    re, im = np.zeros(H), np.zeros(H)
+    for b in range(B):
+        re[:] = 0.0
+        im[:] = 0.0
+        for i in range(N):
+            for h in range(H):
+                t2 = t[h] * t[h]
+                x = v[b, i, h] - 2.0 * t[h] - t2 * re[h]
+                y = -eta[h] - t2 * im[h]
+                s = 1.0 / (x * x + y * y)
+                re[h] = x * s
+                im[h] = -y * s
+                out[b, i, 0, h] = re[h]
+                out[b, i, 1, h] = im[h]
+
+
+@numba.njit(cache=True, fastmath={"contract", "arcp", "nsz"}, error_model="numpy", nogil=True)
+def _backward_loop(g, grad, t, dv, deta, dt):
+    # grad holds ∂L/∂Re g and ∂L/∂Im g, that is γ = ∂L/∂Re g − i ∂L/∂Im g with dL = Re(γ dg).
+    B, N, H, _ = g.shape
+    re, im = np.zeros(H), np.zeros(H)
+    for b in range(B):
+        re[:] = 0.0
+        im[:] = 0.0
+        for i in range(N - 1, -1, -1):
+            for h in range(H):
+                x = re[h] + grad[b, i, h, 0]  # λ_i
+                y = im[h] - grad[b, i, h, 1]
+                gr, gi = g[b, i, h, 0], g[b, i, h, 1]
+                sr, si = gr * gr - gi * gi, 2.0 * gr * gi  # g²
+                pr, pi = sr * x - si * y, sr * y + si * x  # λ g²
+                left_r, left_i = 0.0, 0.0
+                if i > 0:
+                    left_r, left_i = g[b, i - 1, h, 0], g[b, i - 1, h, 1]
+                dv[b, i, h] = -pr
+                deta[h] -= pi
+                dt[h] += 2.0 * pr + 2.0 * t[h] * (pr * left_r - pi * left_i)
+                t2 = t[h] * t[h]
+                re[h] = t2 * pr
+                im[h] = t2 * pi
+
+
+def _forward_cpu(v: Tensor, eta: Tensor, t: Tensor) -> Tensor:
+    return torch.complex(*_parts_cpu(v, eta, t, torch.float64).unbind(2))
+
+
+def _parts_cpu(v: Tensor, eta: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Re g and Im g ``(B, N, 2, H)``, rounded to ``dtype`` as they are written."""
+    v = v if v.dtype in (torch.float32, torch.float64) else v.float()  # half precisions
+    batch, length, heads = v.shape
+    out = torch.empty(batch, length, 2, heads, dtype=dtype)
+    _forward_loop(v.contiguous().numpy(), eta.numpy(), t.numpy(), out.numpy())
+    return out
+
+
+def _backward_cpu(g: Tensor, gamma: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dv = torch.empty(g.shape, dtype=torch.float64)
+    deta, dt = torch.zeros_like(t), torch.zeros_like(t)
+    grad = torch.view_as_real(gamma.resolve_conj().contiguous())
+    _backward_loop(
+        torch.view_as_real(g).numpy(), grad.numpy(), t.numpy(), dv.numpy(), deta.numpy(), dt.numpy()
+    )
+    return dv, deta, dt
+
+
+def _scan(combine, elements: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inclusive prefix products along dimension 1 by recursive doubling (Hillis & Steele 1986)."""
+    length, step = elements[0].shape[1], 1
+    while step < length:
+        left = tuple(e[:, :-step] for e in elements)
+        right = tuple(e[:, step:] for e in elements)
+        done = tuple(e[:, :step] for e in elements)
+        elements = tuple(
+            torch.cat(pair, dim=1) for pair in zip(done, combine(left, right), strict=True)
+        )
+        step *= 2
+    return elements
+
+
+def _mobius_product(left, right):
+    """Matrices of first ``left`` then ``right``, rescaled: a Möbius map has no scale of its own."""
+    a, b, c, d = left
+    p, q, r, s = right
+    product = torch.stack([p * a + q * c, p * b + q * d, r * a + s * c, r * b + s * d])
+    return tuple(product / product.abs().amax(dim=0))
+
+
+def _affine_product(left, right):
+    """λ → c λ + d, first ``left`` then ``right``."""
+    return left[0] * right[0], right[0] * left[1] + right[1]
+
+
+def _forward_torch(v: Tensor, eta: Tensor, t: Tensor) -> Tensor:
+    alpha = torch.complex(v.double() - 2 * t, (-eta).expand_as(v))
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    # g_i = (0 · g + 1) / (−t² g + α_i): the prefix product applied to g_{−1} = 0 is b/d.
+    _, b, _, d = _scan(_mobius_product, (zero, one, -(t**2) * one, alpha))
+    return b / d
+
+
+def _backward_torch(g: Tensor, gamma: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gain = (t**2 * g**2).flip(1).roll(1, dims=1)  # t² g_{i+1}², in reversed order
+    gain[:, 0] = 0
+    _, adjoint = _scan(_affine_product, (gain, gamma.conj().flip(1)))
+    p = adjoint.flip(1) * g**2  # λ g²
+    left = F.pad(g, (0, 0, 1, 0))[:, :-1]
+    dt = (p * (2 + 2 * t * left)).real.sum((0, 1))
+    return -p.real, -p.imag.sum((0, 1)), dt
+
+
+class _CausalResolvent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, eta, t, backend):
+        eta64, t64 = eta.double(), t.double()
+        g = (_forward_cpu if backend == "cpu" else _forward_torch)(v, eta64, t64)
+        ctx.save_for_backward(g, t64)
+        ctx.backend, ctx.dtypes = backend, (v.dtype, eta.dtype, t.dtype)
+        return g
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gamma):
+        g, t = ctx.saved_tensors
+        grads = (_backward_cpu if ctx.backend == "cpu" else _backward_torch)(g, gamma, t)
+        return *(d.to(k) for d, k in zip(grads, ctx.dtypes, strict=True)), None
+
+
+def causal_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
+    """Left-connected Green's function g_i of every head, complex128 ``(B, N, H)``.
+
+    Args:
+        v: potentials ``(B, N, H)``, real.
+        eta: widths ``(H,)``, > 0.
+        t: couplings ``(H,)``.
+        backend: ``"cpu"`` (compiled loops), ``"torch"`` (log-depth scan), or ``"auto"`` by device.
+    """
+    if backend == "auto":
+        backend = "cpu" if v.device.type == "cpu" else "torch"
+    return _CausalResolvent.apply(v, eta, t, backend)
+
+
+def two_sided_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
+    """Diagonal of the full resolvent (H − iη)⁻¹, complex128 ``(B, N, H)``: it sees the future."""
+    left = causal_resolvent(v, eta, t, backend)
+    right = causal_resolvent(v.flip(1), eta, t, backend).flip(1)
+    after = F.pad(right, (0, 0, 0, 1))[:, 1:]
+    return left / (1 - t.double() ** 2 * left * after)
+
+
+class BKCore(nn.Module):
+    """Resolvent features of several heads, each with a learned width η > 0 and coupling t.
+
+    Heads start with widths spread over a decade, so that they remember over different lengths.
+
+    Args:
+        n_heads: number of potentials H per token.
+        causal: the left-connected Green's function (default) or the two-sided diagonal.
+    """
+
+    def __init__(self, n_heads: int, causal: bool = True):
+        super().__init__()
+        self.n_heads, self.causal = n_heads, causal
+        widths = torch.logspace(math.log10(0.05), math.log10(0.5), n_heads)
+        self.eta_raw = nn.Parameter(torch.log(torch.expm1(widths)))  # softplus keeps η positive
+        self.t = nn.Parameter(torch.ones(n_heads))
+
+    @property
+    def eta(self) -> Tensor:
+        """Widths ``(H,)``; the floor keeps |g| ≤ 1/η far from overflow."""
+        return F.softplus(self.eta_raw) + 1e-3
+
+    def forward(self, v: Tensor, backend: str = "auto") -> Tensor:
+        """Potentials ``(B, N, H)`` → features Re g, Im g ``(B, N, 2H)`` in the dtype of v."""
+        if self._may_skip_complex(v, backend):
+            eta, t = self.eta.detach().double(), self.t.detach().double()
+            return _parts_cpu(v.detach(), eta, t, v.dtype).flatten(2)
+        resolvent = causal_resolvent if self.causal else two_sided_resolvent
+        g = resolvent(v, self.eta, self.t, backend)
+        return torch.cat([g.real, g.imag], dim=-1).to(v.dtype)
+
+    def _may_skip_complex(self, v: Tensor, backend: str) -> bool:
+        """Without a gradient the compiled loop writes the features themselves."""
+        compiled = backend == "cpu" or (backend == "auto" and v.device.type == "cpu")
+        plain = v.dtype in (torch.float32, torch.float64)
+        return compiled and plain and self.causal and not torch.is_grad_enabled()
+
+    def step(self, state: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
+        """One position of the causal recursion, in O(1) state.
+
+        Args:
+            state: g of the position before, complex128 ``(B, H)``; None at the first position.
+            v: potentials ``(B, H)``.
+
+        Returns:
+            The new state ``(B, H)`` and the features ``(B, 2H)``.
+
+        Raises:
+            RuntimeError: the core is two-sided, and needs the future.
+        """
+        if not self.causal:
+            raise RuntimeError("a two-sided BK-Core cannot step: it needs the future")
+        t, eta = self.t.double(), self.eta.double()
+        alpha = torch.complex(v.double() - 2 * t, (-eta).expand_as(v))
+        g = 1 / (alpha - (t**2 * state if state is not None else 0))
+        return g, torch.cat([g.real, g.imag], dim=-1).to(v.dtype)

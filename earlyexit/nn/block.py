@@ -1,0 +1,124 @@
+"""The layers of a ResNet-BK language model, each with an exit.
+
+A block is ``h + experts(LN(h) + mixing)``: BK-Core carries the past to a token, sparse experts
+transform it. What an exited token still contributes to deeper layers is only its potentials
+``v = W · LN(h)``, read before the experts, so keeping the recursion fed costs O(d · heads).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from earlyexit.nn.bk_core import BKCore
+from earlyexit.nn.heads import ExitHead
+from earlyexit.nn.moe import SparseMoELayer
+from earlyexit.nn.unembedding import LinearUnembedding
+
+QUIET = 0.3  # initial scale of the potentials' weights; of 0.1, 0.3, 1 and 2 it trained best
+
+
+class MoEResNetBKLayer(nn.Module):
+    """BK-Core mixing over positions, then sparse experts.
+
+    From the normalised input u ``(B, N, D)``: potentials v = W_v u ``(B, N, H)``, resolvent features
+    ``(B, N, 2H)``, their projection m to D, and ``m·s + experts(u + m·s)`` with a learned scale s.
+
+    Args:
+        d_model, num_experts, top_k, dropout_p, expert_hidden: see :class:`SparseMoELayer`.
+        n_seq: longest sequence.
+        bk_heads: potentials per token H.
+        causal: see :class:`earlyexit.nn.bk_core.BKCore`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_seq: int,
+        num_experts: int = 4,
+        top_k: int = 1,
+        dropout_p: float = 0.1,
+        *,
+        bk_heads: int = 16,
+        causal: bool = True,
+        expert_hidden: int | None = None,
+    ):
+        super().__init__()
+        self.n_seq = n_seq
+        self.moe = SparseMoELayer(
+            d_model, num_experts, top_k, dropout_p, expert_hidden=expert_hidden
+        )
+        self.v_proj = nn.Linear(d_model, bk_heads)
+        self.bk_core = BKCore(bk_heads, causal=causal)
+        self.output_proj = nn.Linear(2 * bk_heads, d_model)
+        self.bk_scale = nn.Parameter(torch.ones(()))
+        # The band |α| < 2|t| is where the past matters: spread the heads over it. In one dimension
+        # disorder localises (Anderson 1958): noisy potentials forget, so they start quiet.
+        with torch.no_grad():
+            self.v_proj.weight.mul_(QUIET)
+            self.v_proj.bias.copy_(2 * self.bk_core.t + torch.linspace(-1.5, 1.5, bk_heads))
+
+    def potentials(self, u: Tensor) -> Tensor:
+        """``(…, D)`` → v ``(…, H)``: all that a token hands to the recursion."""
+        return self.v_proj(u)
+
+    def transform(self, u: Tensor, features: Tensor) -> Tensor:
+        """Update of the residual stream from u ``(…, D)`` and BK features ``(…, 2H)``."""
+        project, scale = self.output_proj, self.bk_scale  # scaling weights is cheaper than states
+        mixed = F.linear(features, scale * project.weight, scale * project.bias)
+        return mixed + self.moe(u + mixed)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """``(B, N, D)`` → ``(B, N, D)``."""
+        return self.transform(u, self.bk_core(self.potentials(u)))
+
+
+class EarlyExitResNetBKBlock(nn.Module):
+    """LayerNorm → MoEResNetBKLayer → residual → exit classifier.
+
+    Args:
+        d_model, n_seq, num_experts, top_k, dropout_p, bk_heads, causal, expert_hidden: see
+            :class:`MoEResNetBKLayer`.
+        vocab_size: words V.
+        exit_classifier: the head to use; by default an own LayerNorm + Linear(D, V).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_seq: int,
+        vocab_size: int,
+        num_experts: int = 4,
+        top_k: int = 1,
+        dropout_p: float = 0.1,
+        *,
+        bk_heads: int = 16,
+        causal: bool = True,
+        expert_hidden: int | None = None,
+        exit_classifier: ExitHead | None = None,
+    ):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(d_model)
+        self.bk_layer = MoEResNetBKLayer(
+            d_model,
+            n_seq,
+            num_experts,
+            top_k,
+            dropout_p,
+            bk_heads=bk_heads,
+            causal=causal,
+            expert_hidden=expert_hidden,
+        )
+        self.exit_classifier = exit_classifier or ExitHead(
+            d_model, LinearUnembedding(d_model, vocab_size), borrowed=False, translate=False
+        )
+
+    def hidden(self, h: Tensor) -> Tensor:
+        """The block without its exit: ``(B, N, D)`` → ``(B, N, D)``."""
+        return h + self.bk_layer(self.layer_norm(h))
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, N, D)`` → the output ``(B, N, D)`` and the exit's logits ``(B, N, V)``."""
+        output = self.hidden(h)
+        return output, self.exit_classifier(output)

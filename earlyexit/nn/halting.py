@@ -1,0 +1,134 @@
+"""nn/halting."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from earlyexit.nn.block import MoEResNetBKLayer
+from earlyexit.nn.gates import AGREE
+from earlyexit.nn.heads import ExitHead
+
+
+def averaged(stream: Tensor) -> Tensor:
+    """Stream ``(…, 2D + 1)`` → the average that leaving here would read, S + (1 − c) h ``(…, D)``."""
+    width = stream.shape[-1] // 2
+    h, total, c = stream.split((width, width, 1), dim=-1)
+    return total + (1 - c) * h
+
+
+def accumulate(stream_before: Tensor, h: Tensor, p: Tensor | None) -> Tensor:
+    """The stream after a layer that turned the state into ``h``.
+
+    Args:
+        stream_before: ``(…, 2D + 1)``; h: ``(…, D)``.
+        p: halting probability of this layer ``(…, 1)``; None where none is asked, as at the last.
+    """
+    _, total, c = stream_before.split((h.shape[-1], h.shape[-1], 1), dim=-1)
+    if p is None:
+        return torch.cat([h, total, c], dim=-1)
+    p = torch.minimum(p, 1 - c)
+    return torch.cat([h, total + p * h, c + p], dim=-1)
+
+
+class HaltingUnit(nn.Module):
+    """p = σ(w · LN(h) + b), the LayerNorm without weights of its own.
+
+    Args:
+        d_model: width D.
+        start: probability that a new unit gives everywhere.
+    """
+
+    def __init__(self, d_model: int, start: float):
+        super().__init__()
+        self.linear = nn.Linear(d_model, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, torch.tensor(start).logit().item())
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``(…, D)`` → ``(…, 1)``."""
+        return self.linear(F.layer_norm(h, h.shape[-1:])).sigmoid()
+
+
+class StreamNorm(nn.LayerNorm):
+    """Stream ``(…, 2D + 1)`` → [LN(h), h, c] ``(…, 2D + 1)``: all that a layer and a gate read."""
+
+    def forward(self, stream: Tensor) -> Tensor:
+        width = self.normalized_shape[0]
+        h, _, c = stream.split((width, width, 1), dim=-1)
+        return torch.cat([super().forward(h), h, c], dim=-1)
+
+
+class HaltingLayer(nn.Module):
+    """A layer that also moves the running average: stream in, change of the stream out.
+
+    Args:
+        layer: any layer with ``potentials``, ``bk_core``, ``transform`` and ``moe``.
+        d_model: width D.
+        start: see :class:`HaltingUnit`; None for the last layer, which has no unit: it takes what
+            is left.
+    """
+
+    def __init__(self, layer: MoEResNetBKLayer, d_model: int, start: float | None):
+        super().__init__()
+        self.layer, self.d_model = layer, d_model
+        self.halting = None if start is None else HaltingUnit(d_model, start)
+
+    @property
+    def moe(self) -> nn.Module:
+        return self.layer.moe
+
+    @property
+    def bk_core(self) -> nn.Module:
+        return self.layer.bk_core
+
+    def potentials(self, u: Tensor) -> Tensor:
+        """See :meth:`earlyexit.nn.block.MoEResNetBKLayer.potentials`; u as of :class:`StreamNorm`."""
+        return self.layer.potentials(u[..., : self.d_model])
+
+    def transform(self, u: Tensor, features: Tensor) -> Tensor:
+        """Change of the stream ``(…, 2D + 1)``: (Δh, p h, p) with h the new state."""
+        normal, h, c = u.split((self.d_model, self.d_model, 1), dim=-1)
+        change = self.layer.transform(normal, features)
+        if self.halting is None:
+            return F.pad(change, (0, self.d_model + 1))
+        h = h + change
+        p = torch.minimum(self.halting(h), 1 - c)
+        return torch.cat([change, p * h, p], dim=-1)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """``(B, N, 2D + 1)`` → ``(B, N, 2D + 1)``."""
+        return self.transform(u, self.bk_core(self.potentials(u)))
+
+
+class AverageHead(ExitHead):
+    """An exit head that reads the running average of a stream."""
+
+    def features(self, h: Tensor) -> Tensor:
+        """Stream ``(…, 2D + 1)`` → what the unembedding reads ``(…, D)``."""
+        return super().features(averaged(h))
+
+    @classmethod
+    def like(cls, head: ExitHead, d_model: int) -> AverageHead:
+        """A head of the same make, with the same unembedding."""
+        borrowed, translate = head.linear is None, head.translator is not None
+        return cls(d_model, head.unembedding, borrowed=borrowed, translate=translate)
+
+
+class HaltingGates(nn.Module):
+    """Gates made of the halting units: "the rest agrees" has the cumulative probability c.
+
+    They have no weights of their own, and predict no KL.
+    """
+
+    @property
+    def trained(self) -> Tensor:
+        """Always: training exits on a frozen backbone leaves the units as they are."""
+        return torch.ones((), dtype=torch.bool)
+
+    def forward(self, layer: int, normalised: Tensor) -> Tensor:
+        """[LN(h), h, c] ``(T, 2D + 1)`` → (NaN, logit of c) ``(T, 2)``."""
+        out = normalised.new_full((len(normalised), 2), torch.nan)
+        out[:, AGREE] = normalised[:, -1].clamp(0, 1).logit()
+        return out

@@ -1,0 +1,83 @@
+"""nn/moe."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SparseMoELayer(nn.Module):
+    """Sparsely gated mixture of experts (Shazeer et al. 2017), token-choice top-k routing.
+
+    An expert is Linear–ReLU–Dropout–Linear. A token's output is the sum of its k best experts
+    weighted by their softmax gate (not renormalised, so that the router learns at k = 1 too, as in
+    the Switch Transformer). Tokens are sorted by expert; each expert runs once, on its own rows.
+
+    Args:
+        d_model: width D.
+        num_experts: experts E.
+        top_k: experts per token, 1 … E.
+        dropout_p: dropout inside the experts.
+        expert_hidden: hidden width of an expert, by default 2 D.
+
+    Raises:
+        ValueError: top_k is not in 1 … num_experts.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int = 4,
+        top_k: int = 1,
+        dropout_p: float = 0.1,
+        *,
+        expert_hidden: int | None = None,
+    ):
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} must lie in 1 … num_experts={num_experts}")
+        self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
+        hidden = expert_hidden or 2 * d_model
+        self.gating_network = nn.Linear(d_model, num_experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(d_model, hidden),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropout_p),
+                nn.Linear(hidden, d_model),
+            )
+            for _ in range(num_experts)
+        )
+        self.register_buffer("_expert_counts", torch.zeros(num_experts), persistent=False)
+        self.load_balancing_loss: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(…, D)`` → ``(…, D)``. Leaves the batch's ``load_balancing_loss`` on the module."""
+        tokens = x.reshape(-1, self.d_model)  # (T, D)
+        gates = F.softmax(self.gating_network(tokens), dim=-1)  # (T, E)
+        weight, expert = gates.topk(self.top_k, dim=-1)  # (T, k)
+        order = expert.flatten().argsort(stable=True)  # (T·k,), grouped by expert
+        counts = expert.flatten().bincount(minlength=self.num_experts)
+        rows = tokens.index_select(0, order // self.top_k).split(counts.tolist())
+        sorted_out = torch.cat([f(r) for f, r in zip(self.experts, rows, strict=True)])
+        out = sorted_out.index_select(0, order.argsort()).view(-1, self.top_k, self.d_model)
+        out = torch.einsum("tkd,tk->td", out, weight)
+        self._record(gates, counts)
+        return out.view_as(x)
+
+    def _record(self, gates: Tensor, counts: Tensor) -> None:
+        # Switch Transformer (Fedus et al. 2022), eq. 4: E Σ_e f_e P_e, at least 1 when balanced.
+        with torch.no_grad():
+            self._expert_counts += counts
+            share = counts / counts.sum().clamp_min(1)
+        self.load_balancing_loss = None
+        if torch.is_grad_enabled() and gates.shape[0]:
+            self.load_balancing_loss = self.num_experts * (share * gates.mean(dim=0)).sum()
+
+    def expert_utilisation(self) -> Tensor:
+        """Share of routed tokens per expert ``(E,)`` since the last reset; sums to 1."""
+        return self._expert_counts / self._expert_counts.sum().clamp_min(1)
+
+    def reset_expert_utilisation(self) -> None:
+        self._expert_counts.zero_()

@@ -1,0 +1,164 @@
+"""The vocabulary projection, a few rows at a time.
+
+With 10,000 words the logits of one batch of 32 × 128 tokens take 164 MB, and their gradient as much
+again. Nothing here holds more than one chunk of about ``CHUNK_ELEMENTS`` of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from earlyexit.corpus.windows import IGNORE
+from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS, Teacher, linear_cross_entropy, logit_chunks
+
+
+@torch.no_grad()
+def token_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of ``targets`` ``(T,)``; 0 where the target is ``IGNORE``."""
+    nll = features.new_zeros(targets.shape)
+    for part, logits in logit_chunks(features, weight, bias):
+        nll[part] = nll_of_logits(logits, targets[part])
+    return nll
+
+
+def nll_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """NLL in nats ``(T,)`` of targets ``(T,)`` under logits ``(T, V)``; 0 where ``IGNORE``."""
+    picked = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
+    return (logits.logsumexp(dim=-1) - picked) * (targets != IGNORE)
+
+
+def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability and index of the most probable word of logits ``(T, V)``: ``(T,)`` each."""
+    value, word = logits.max(dim=-1)
+    return value - logits.logsumexp(dim=-1), word
+
+
+class LinearUnembedding(nn.Linear):
+    """Linear(D, V): one product with the whole vocabulary."""
+
+    cheap_top = False  # the most probable word takes all logits
+
+    def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """:func:`logit_chunks` of features ``(T, D)``."""
+        return logit_chunks(features, self.weight, self.bias)
+
+    def nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """:func:`token_nll` of features ``(T, D)`` and targets ``(T,)``."""
+        return token_nll(features, self.weight, self.bias, targets)
+
+    def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`most_probable` of features ``(T, D)``."""
+        tops = [most_probable(logits) for _, logits in self.chunks(features)]
+        return tuple(map(torch.cat, zip(*tops, strict=True)))
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Most probable word of features ``(T, D)``: ``(T,)``."""
+        return torch.cat([logits.argmax(dim=-1) for _, logits in self.chunks(features)])
+
+    def loss(
+        self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
+    ) -> Tensor:
+        """:func:`linear_cross_entropy`, with gradients."""
+        return linear_cross_entropy(features, self.weight, self.bias, targets, bf16, teacher)
+
+
+class AdaptiveUnembedding(nn.Module):
+    """Adaptive softmax (Grave et al. 2017): frequent words at full width, rare ones in two clusters.
+
+    A rare word costs the head, and its cluster only: probabilities stay exactly normalised. Words must
+    be numbered by falling frequency, as the word vocabulary is.
+
+    Args:
+        d_model: width D; clusters read D/2 and D/4 of it.
+        vocab_size: words V.
+        cutoffs: first word of each cluster, by default V/10 and 4V/10.
+
+    Raises:
+        ValueError: a vocabulary too small to be split in three, or a width below 4.
+    """
+
+    cheap_top = True  # most probable words are mostly frequent ones
+
+    def __init__(self, d_model: int, vocab_size: int, cutoffs: Sequence[int] | None = None):
+        super().__init__()
+        cutoffs = list(cutoffs or (vocab_size // 10, 4 * vocab_size // 10))
+        if d_model < 4 or not 0 < cutoffs[0] < cutoffs[-1] < vocab_size:
+            raise ValueError(
+                f"no adaptive softmax of {vocab_size} words and width {d_model} with {cutoffs=}:"
+                " use output_head='linear'"
+            )
+        self.vocab_size = vocab_size
+        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(
+            d_model, vocab_size, cutoffs, div_value=2.0, head_bias=True
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features ``(…, D)`` → log-probabilities ``(…, V)``."""
+        flat = features.reshape(-1, features.shape[-1])
+        return self.softmax.log_prob(flat).view(*features.shape[:-1], self.vocab_size)
+
+    def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Log-probabilities ``(rows, V)`` of features ``(T, D)``, chunk by chunk."""
+        return ((part, self(features[part])) for part in self._parts(features, self.vocab_size))
+
+    def nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """NLL ``(T,)``, 0 where the target is ``IGNORE``: head for all, a cluster for its words."""
+        out = features.new_zeros(targets.shape)
+        scored = (targets != IGNORE).nonzero().squeeze(1)
+        for part in self._parts(scored, self.softmax.head_size):
+            rows = scored[part]
+            out[rows] = -self.softmax(features[rows], targets[rows]).output.to(out.dtype)
+        return out
+
+    def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability and index of the most probable word of features ``(T, D)``: ``(T,)`` each.
+
+        Exact: a cluster is opened where all of it outweighs the best word so far.
+        """
+        parts = self._parts(features, self.softmax.head_size)
+        tops = [self._most_probable(features[part]) for part in parts]
+        return tuple(map(torch.cat, zip(*tops, strict=True)))
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Most probable word of features ``(T, D)``: ``(T,)``."""
+        return self.top(features)[1]
+
+    def _most_probable(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.softmax.head(features).log_softmax(dim=-1)  # words, then one column per cluster
+        best, word = head[:, : self.softmax.shortlist_size].max(dim=-1)
+        clusters = head[:, self.softmax.shortlist_size :].unbind(dim=-1)
+        firsts = self.softmax.cutoffs[:-1]
+        for first, weight, tail in zip(firsts, clusters, self.softmax.tail, strict=True):
+            rows = (weight > best).nonzero().squeeze(1)
+            inside, index = tail(features[rows]).log_softmax(dim=-1).max(dim=-1)
+            value, before = weight[rows] + inside, best[rows]
+            word[rows] = torch.where(value > before, first + index, word[rows])
+            best[rows] = torch.maximum(value, before)
+        return best, word
+
+    def loss(
+        self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
+    ) -> Tensor:
+        """Mean NLL over the targets that are not ``IGNORE``, with gradients.
+
+        Raises:
+            ValueError: a teacher, whose probabilities of all words this head never makes.
+        """
+        if teacher is not None:
+            raise ValueError("distillation needs output_head='linear'")
+        scored = targets != IGNORE
+        if not scored.any():
+            return (features * 0).sum()
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=bf16):
+            return self.softmax(features[scored], targets[scored]).loss.float()
+
+    @staticmethod
+    def _parts(rows: Tensor, width: int) -> Iterator[slice]:
+        step = max(1, CHUNK_ELEMENTS // width)
+        return (slice(i, i + step) for i in range(0, max(1, len(rows)), step))
+
+
+Unembedding = LinearUnembedding | AdaptiveUnembedding

@@ -1,0 +1,256 @@
+"""Costly stages, computed once: trained models and exit traces.
+
+Each is kept under a digest of its configuration, its text and the code it really uses, so that neither
+a comment nor a new figure costs an hour. Deleting the cache costs time only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache as remember
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.corpus.corpus import Corpus
+from earlyexit.corpus.splits import Split
+from earlyexit.models import checkpoints
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.nn.config import ModelConfig
+from earlyexit.runs import digests
+from earlyexit.training.config import TrainingConfig
+from earlyexit.training.gates import train_gates
+from earlyexit.training.losses import LossFunction
+from earlyexit.training.resume import TrainingState
+from earlyexit.training.train import train
+
+# Training never runs with exits: what decides and executes them may change without retraining.
+NOT_IN_TRAINING = (
+    "earlyexit.exits.criteria",
+    "earlyexit.exits.execution",
+    "earlyexit.training.gates",
+)
+
+
+GATE_STEPS = 600  # as many as train_gates takes by default
+
+
+NOT_IN_VARIANTS = (*NOT_IN_TRAINING, "earlyexit.calibration.trace", "earlyexit.exits.generation")
+
+
+@remember
+def _code(*names: str, without: tuple[str, ...]) -> dict[str, str]:
+    """Digests of the code that this process has loaded: read once, it cannot change."""
+    return digests.of_modules(*names, without=without)
+
+
+class NotTrained(FileNotFoundError):
+    """A model that has not been trained yet."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and how it came about.
+
+    Attributes:
+        model: in evaluation mode.
+        history: one row per report of the training.
+        model_hash: names the checkpoint.
+        gates: one row per gate, what it explains of its target; empty without gates.
+    """
+
+    model: EarlyExitLanguageModel
+    history: pd.DataFrame
+    model_hash: str
+    gates: pd.DataFrame
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+def trained_model(
+    corpus: Corpus,
+    model_config: ModelConfig,
+    training: TrainingConfig,
+    cache: Path,
+    device: torch.device,
+    *,
+    max_tokens: int = 0,
+    backbone: Trained | None = None,
+    may_train: bool = True,
+    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
+    loss: LossFunction | None = None,
+) -> Trained:
+    """The model of this configuration: from the cache, or trained now and kept.
+
+    Args:
+        max_tokens, loss: see :func:`earlyexit.training.train.train`.
+        kind: class of the model; its module must define or import all that its training runs.
+        backbone: the model whose exits are trained when ``training.freeze_backbone``.
+        may_train: otherwise a model that is not in the cache raises.
+
+    Raises:
+        NotTrained: not in the cache, and ``may_train`` is False.
+    """
+    key = {
+        "model": model_config,
+        "training": training,
+        "max_tokens": max_tokens,
+        "text": corpus.data_hash,
+        "backbone": backbone.model_hash if backbone else "",
+        "code": _code("earlyexit.training.train", without=NOT_IN_TRAINING),
+    }
+    if kind is not EarlyExitLanguageModel:
+        key["kind"] = kind.__name__
+        key["loss"] = f"{loss.__module__}.{loss.__name__}" if loss else ""
+        key["code"] = key["code"] | _code(kind.__module__, without=NOT_IN_VARIANTS)
+    digest = digests.of_object(key)[:16]
+    path = cache / "models" / f"{digest}.safetensors"
+    if path.exists():
+        try:
+            return load_trained(path, model_config, device, kind)
+        except checkpoints.CheckpointError:
+            if not may_train:
+                raise
+    if not may_train:
+        raise NotTrained(f"no trained model of {model_config} with {training}")
+    torch.manual_seed(training.seed)
+    if backbone:
+        model = checkpoints.load_model(cache / "models" / f"{backbone.model_hash}.safetensors")
+    else:
+        model = kind.from_config(model_config)
+    state = cache / "training" / digest
+    history = train(
+        model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens, loss=loss
+    )
+    about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
+    checkpoints.save_model(model, path, about)
+    TrainingState(state, {}).delete()
+    return load_trained(path, model_config, device, kind)
+
+
+def converted_model(
+    trained: Trained,
+    convert: Callable[[EarlyExitLanguageModel], EarlyExitLanguageModel],
+    corpus: Corpus,
+    training: TrainingConfig,
+    cache: Path,
+    device: torch.device,
+    *,
+    max_tokens: int,
+) -> Trained:
+    """``convert(trained.model)`` with its exits trained on the frozen backbone: cached, or now.
+
+    Args:
+        training: of the exits; it must freeze the backbone.
+        max_tokens: see :func:`earlyexit.training.train.train`.
+    """
+    if not training.freeze_backbone:
+        raise ValueError("a converted model keeps its backbone: training.freeze_backbone")
+    kind = type(trained.model)
+    modules = ("earlyexit.training.train", kind.__module__)
+    key = {
+        "model": trained.model_hash,
+        "convert": convert.__name__,
+        "training": training,
+        "max_tokens": max_tokens,
+        "text": corpus.data_hash,
+        "code": _code(*modules, without=NOT_IN_VARIANTS),
+    }
+    path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
+    model = convert(trained.model)
+    if not path.exists():
+        history = train(model, corpus, training, device, max_tokens=max_tokens)
+        checkpoints.save_model(model, path, {"history": history})
+    return load_trained(path, trained.config, device, type(model))
+
+
+def gated_model(
+    trained: Trained,
+    corpus: Corpus,
+    cache: Path,
+    device: torch.device,
+    *,
+    hidden: int,
+    max_tokens: int,
+    seed: int,
+    may_train: bool = True,
+    steps: int = GATE_STEPS,
+) -> Trained:
+    """``trained`` with learned gates: from the cache, or trained now on frozen weights and kept.
+
+    Args:
+        hidden, max_tokens, seed, steps: see :func:`earlyexit.training.gates.train_gates`.
+
+    Raises:
+        NotTrained: not in the cache, and ``may_train`` is False.
+    """
+    config = replace(trained.config, gate_hidden=hidden)
+    key = {
+        "model": trained.model_hash,
+        "gates": [hidden, max_tokens, seed, *([steps] if steps != GATE_STEPS else [])],
+        "text": corpus.data_hash,
+        "code": _code("earlyexit.training.gates", without=("earlyexit.exits.execution",)),
+    }
+    path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
+    kind = type(trained.model)
+    if path.exists():
+        return load_trained(path, config, device, kind)
+    if not may_train:
+        raise NotTrained(f"no gates for {trained.config}")
+    model = kind.from_config(config).to(device)
+    model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
+    report = train_gates(
+        model, corpus.splits["train"], corpus.eos_id, max_tokens, steps=steps, seed=seed
+    )
+    about = {"history": trained.history.to_dict("records"), "gates": report}
+    checkpoints.save_model(model, path, about)
+    return load_trained(path, config, device, kind)
+
+
+def load_trained(
+    path: Path,
+    config: ModelConfig,
+    device: torch.device,
+    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
+) -> Trained:
+    """A stored model with its history.
+
+    Raises:
+        CheckpointError: see :func:`earlyexit.models.checkpoints.load_model`.
+    """
+    model = checkpoints.load_model(path, config, device, kind)
+    about = checkpoints.checkpoint_about(path)
+    history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
+    return Trained(model, history, path.stem, gates)
+
+
+def exit_trace(
+    trained: Trained,
+    split: Split,
+    corpus: Corpus,
+    cache: Path,
+    temperatures: Sequence[float] | None = None,
+) -> ExitTrace:
+    """The trace of a trained model over a split: from the cache, or collected now and kept."""
+    key = {
+        "model": trained.model_hash,
+        "text": corpus.data_hash,
+        "split": split.name,
+        "tokens": split.n_tokens,
+        "temperatures": list(temperatures or ()),
+        "code": digests.of_modules(
+            "earlyexit.calibration.trace", without=("earlyexit.exits.execution",)
+        ),
+    }
+    path = cache / "traces" / f"{digests.of_object(key)[:16]}.parquet"
+    if path.exists():
+        return ExitTrace.load(path)
+    trace = collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures)
+    trace.save(path)
+    return trace

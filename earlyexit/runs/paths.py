@@ -1,0 +1,68 @@
+"""Where things lie. Nothing else in the project builds a path from the working directory.
+
+``notebooks/`` is the source; ``results/`` and ``figures/`` are written by notebooks and committed;
+``.cache/`` (trained models, traces) and ``build/`` (executed notebooks) are ignored by git and may
+be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+HOME_VARIABLE = "EARLYEXIT_HOME"
+
+
+@dataclass(frozen=True)
+class Project:
+    """The folders of a project whose top level is ``root``."""
+
+    root: Path
+
+    @property
+    def notebooks(self) -> Path:
+        return self.root / "notebooks"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / ".cache"
+
+    @property
+    def build(self) -> Path:
+        return self.root / "build"
+
+    @property
+    def readme(self) -> Path:
+        return self.root / "README.md"
+
+    def relative(self, path: Path) -> str:
+        """``path`` as it is written in receipts: from the root, with forward slashes."""
+        return path.relative_to(self.root).as_posix()
+
+
+def project(root: str | Path | None = None) -> Project:
+    """The project at ``root``; by default at ``$EARLYEXIT_HOME``, else around the package.
+
+    Raises:
+        FileNotFoundError: the package lies outside its project and nothing says where that is.
+    """
+    if root or (root := os.environ.get(HOME_VARIABLE)):
+        return Project(Path(root).resolve())
+    if not (PACKAGE.parent / "notebooks").is_dir():
+        raise FileNotFoundError(
+            f"no notebooks/ beside the package: install it editable (pip install -e .) "
+            f"or name the project's folder in {HOME_VARIABLE}"
+        )
+    return Project(PACKAGE.parent)

@@ -1,0 +1,135 @@
+"""Learned gates: how much would deeper layers still change this prediction?
+
+A gate reads the normalised state that the next block reads anyway, and predicts two things of it: the
+KL divergence from the last layer's prediction to this exit's, which is the loss a calibrated last layer
+expects from leaving now, and the probability that both predict the same word (the classifier of
+Schuster et al. 2022, CALM, §3.4). At inference it never touches the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.windows import IGNORE, loader
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
+from earlyexit.nn.gates import AGREE, KL, ExitGates
+
+
+@torch.no_grad()
+def gate_data(
+    model: EarlyExitLanguageModel, split: Split, eos_id: int, max_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What gates learn from: states ``(L − 1, T, D)``, KL ``(L − 1, T)``, agreement ``(L − 1, T)``."""
+
+    device = next(model.parameters()).device
+    exits = model.n_layers - 1
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    count = 0
+    bar = tqdm(total=min(max_tokens, split.n_tokens), desc="gate data", mininterval=2)
+    for x, y in loader(split, model.n_seq, 32, eos_id, shuffle=True):
+        scored = (y.flatten() != IGNORE).nonzero().squeeze(1).to(device)
+        hidden = model.hidden_states(x.to(device))
+        states = [h.flatten(0, 1)[scored] for h in hidden[1:]]
+        rows = max(1, CHUNK_ELEMENTS // (2 * model.vocab_size))
+        for part in torch.arange(len(scored), device=device).split(rows):
+            last = model.blocks[-1].exit_classifier(states[-1][part]).log_softmax(dim=-1)
+            normal, kl, agree = [], [], []
+            for layer in range(exits):
+                h = states[layer][part]
+                log_p = model.blocks[layer].exit_classifier(h).log_softmax(dim=-1)
+                normal.append(model.blocks[layer + 1].layer_norm(h))
+                kl.append((last.exp() * (last - log_p)).sum(dim=-1).clamp_min(0))
+                agree.append(last.argmax(dim=-1) == log_p.argmax(dim=-1))
+            kept.append((torch.stack(normal), torch.stack(kl), torch.stack(agree)))
+        count += len(scored)
+        bar.update(len(scored))
+        if count >= max_tokens:
+            break
+    bar.close()
+    normal, kl, agree = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
+    return normal, kl, agree.float()
+
+
+def train_gates(
+    model: EarlyExitLanguageModel,
+    split: Split,
+    eos_id: int,
+    max_tokens: int = 100_000,
+    steps: int = 600,
+    batch_size: int = 4096,
+    learning_rate: float = 1e-2,
+    seed: int = 0,
+) -> list[dict]:
+    """Train ``model.gates`` in place, everything else frozen.
+
+    The KL is fitted with a log link and the Poisson deviance, whose minimiser is the conditional mean
+    whatever the noise; agreement with the binary cross-entropy.
+
+    Args:
+        split: the training split; validation and test have other uses.
+        max_tokens: tokens used, in random windows.
+        steps, batch_size, learning_rate: of AdamW, on those tokens.
+
+    Returns:
+        One row per exit: the share of the KL's deviance explained, and the mean KL and agreement.
+
+    Raises:
+        ValueError: the model has no gates, has one layer only, or ``split`` is not the training split.
+    """
+    if split.name != "train":
+        raise ValueError(f"gates are trained on the training split, not on {split.name!r}")
+    if model.gates is None or model.n_layers < 2:
+        raise ValueError(
+            "the model has no gates: build it with gate_hidden=0 and two layers or more"
+        )
+    model.eval()
+    torch.manual_seed(seed)
+    normal, kl, agree = gate_data(model, split, eos_id, max_tokens)
+    gates = model.gates
+    with torch.no_grad():  # start at the means
+        for layer, gate in enumerate(gates.gates):
+            last = gate if isinstance(gate, nn.Linear) else gate[-1]
+            last.weight.zero_()
+            last.bias[KL] = kl[layer].mean().clamp_min(1e-6).log()
+            last.bias[AGREE] = agree[layer].mean().clamp(1e-3, 1 - 1e-3).logit()
+    optimizer = torch.optim.AdamW(gates.parameters(), lr=learning_rate, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(kl.shape[1], (batch_size,)).to(kl.device)
+        loss = sum(_loss(gates, layer, normal, kl, agree, rows) for layer in range(len(kl)))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    gates.trained.fill_(True)
+    return [_report(gates, layer, normal, kl, agree) for layer in range(len(kl))]
+
+
+def _loss(gates: ExitGates, layer: int, normal, kl, agree, rows) -> Tensor:
+    out = gates(layer, normal[layer, rows])
+    poisson = out[:, KL].exp() - kl[layer, rows] * out[:, KL]
+    scale = kl[layer].mean().clamp_min(1e-6)  # layers count alike
+    return poisson.mean() / scale + F.binary_cross_entropy_with_logits(
+        out[:, AGREE], agree[layer, rows]
+    )
+
+
+@torch.no_grad()
+def _report(gates: ExitGates, layer: int, normal, kl, agree) -> dict:
+    predicted = gates(layer, normal[layer])[:, KL].exp()
+    mean = kl[layer].mean()
+
+    def deviance(estimate: Tensor) -> float:
+        return (torch.xlogy(kl[layer], kl[layer] / estimate) - kl[layer] + estimate).sum().item()
+
+    return {
+        "exit": layer,
+        "explained": 1 - deviance(predicted) / deviance(mean.expand_as(predicted)),
+        "mean_kl": mean.item(),
+        "agreement": agree[layer].mean().item(),
+    }

@@ -1,0 +1,74 @@
+"""training/resume."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from earlyexit.atomic import atomic_path
+from earlyexit.models.checkpoints import CheckpointError
+
+
+class TrainingState:
+    """A resumable state of a training: weights, optimiser, schedule, random numbers, history.
+
+    Args:
+        folder: where it lives; None keeps nothing.
+        key: the configuration it belongs to; a state of another key is ignored.
+    """
+
+    def __init__(self, folder: Path | None, key: dict):
+        self.path = Path(folder) / "training.pt" if folder else None
+        self.key = key
+
+    def save(self, model, optimizer, schedule, log: dict) -> None:
+        """Write everything that decides the steps to come; ``log`` holds what came before."""
+        state = {
+            "key": self.key,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "log": log,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        with atomic_path(self.path) as temporary:
+            torch.save(state, temporary)
+
+    def restore(self, model, optimizer, schedule) -> dict:
+        """Load a state of the same key into the arguments; returns its log, or an empty one.
+
+        Raises:
+            CheckpointError: the file is damaged or not a training state.
+        """
+        empty = {"step": 0, "history": [], "recent": [], "tokens": 0}
+        if not self.path or not self.path.exists():
+            return empty
+        try:
+            state = torch.load(self.path, weights_only=True)
+            if state["key"] != self.key:
+                return empty
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            return state["log"]
+        except (
+            RuntimeError,
+            pickle.UnpicklingError,
+            EOFError,
+            KeyError,
+            ValueError,
+            TypeError,
+        ) as e:
+            raise CheckpointError(
+                f"{self.path} is not a usable training state ({e}): delete it to start again"
+            ) from e
+
+    def delete(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)

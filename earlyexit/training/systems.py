@@ -1,0 +1,101 @@
+"""training/systems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
+from earlyexit.models.act_multi_scale import ACTMultiScaleLanguageModel, convert_act_multi_scale
+from earlyexit.models.multi_scale import MultiScaleLanguageModel
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.models.sparse_bk import SparseBKLanguageModel
+from earlyexit.training.losses import (
+    LossFunction,
+    act_loss,
+    act_multi_scale_loss,
+    multi_scale_loss,
+    sparse_loss,
+)
+
+
+@dataclass(frozen=True)
+class System:
+    """One way of saving computation, or several at once.
+
+    Attributes:
+        name: in tables and legends.
+        parts: of "ACT", "multi-scale", "sparse", those it has; all but the reference have exits.
+        kind, loss: class and training loss; None is the plain model's.
+        convert: from the ACT model to its early-exit form; None where exits have learned gates.
+    """
+
+    name: str
+    parts: frozenset[str] = field(default_factory=frozenset)
+    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel
+    loss: LossFunction | None = None
+    convert: Callable[[EarlyExitLanguageModel], EarlyExitLanguageModel] | None = None
+
+    @property
+    def criterion(self) -> str:
+        """What decides: the gate's KL, or the cumulative halting probability."""
+        return "agreement" if self.convert else "gate"
+
+
+REFERENCE = System("plain")
+
+
+EXITS = System("exits")
+
+
+SYSTEMS = (
+    REFERENCE,
+    EXITS,
+    System("ACT", frozenset({"ACT"}), ACTLanguageModel, act_loss, convert_act_to_early_exit),
+    System("multi-scale", frozenset({"multi-scale"}), MultiScaleLanguageModel, multi_scale_loss),
+    System("sparse", frozenset({"sparse"}), SparseBKLanguageModel, sparse_loss),
+    System(
+        "ACT + multi-scale", frozenset({"ACT", "multi-scale"}),
+        ACTMultiScaleLanguageModel, act_multi_scale_loss, convert_act_multi_scale,
+    ),
+    System(
+        "ACT + sparse", frozenset({"ACT", "sparse"}),
+        ACTLanguageModel, act_loss, convert_act_to_early_exit,
+    ),
+    System(
+        "multi-scale + sparse", frozenset({"multi-scale", "sparse"}),
+        MultiScaleLanguageModel, multi_scale_loss,
+    ),
+    System(
+        "all three", frozenset({"ACT", "multi-scale", "sparse"}),
+        ACTMultiScaleLanguageModel, act_multi_scale_loss, convert_act_multi_scale,
+    ),
+)  # fmt: skip
+
+
+CALIBRATION_RATE = 3e-3  # of exits that start as copies of a trained head
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every system gets, the reference included.
+
+    Attributes:
+        tokens: training tokens, 0: the whole split; epochs: passes over them.
+        batch_size: windows per step.
+        gate_tokens: training tokens of gates; calibration_tokens: of a converted model's exits.
+        validation_tokens: of the fit part, read after a training for its history.
+        keep: share of positions that sparse cores visit.
+        ponder_weight: nats per layer in ACT's loss.
+        scales: layers of a model of several scales.
+    """
+
+    tokens: int
+    epochs: float
+    batch_size: int
+    gate_tokens: int
+    calibration_tokens: int
+    validation_tokens: int
+    keep: float = 0.5
+    ponder_weight: float = 0.02
+    scales: int = 5

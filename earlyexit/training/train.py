@@ -1,0 +1,197 @@
+"""Training: the backbone with its exits jointly, or exits alone on a frozen backbone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from earlyexit.corpus.corpus import Corpus
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.windows import IGNORE, loader
+from earlyexit.devices import resolve_device
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.training.config import TrainingConfig
+from earlyexit.training.losses import LossFunction, exit_features, training_loss
+from earlyexit.training.resume import TrainingState
+
+REPORT_EVERY = 50  # steps averaged in one row of the history
+
+
+VALIDATION_TOKENS = 50_000  # of the fit part, read after every epoch
+
+
+def train(
+    model: EarlyExitLanguageModel,
+    corpus: Corpus,
+    config: TrainingConfig,
+    device: str | torch.device = "auto",
+    checkpoint_dir: Path | None = None,
+    checkpoint_every: int = 500,
+    max_tokens: int = 0,
+    loss: LossFunction | None = None,
+) -> list[dict]:
+    """Train ``model`` in place on ``corpus.splits["train"]``.
+
+    Args:
+        checkpoint_dir: where to keep a resumable state, written every ``checkpoint_every`` steps. If it
+            holds one of the same configuration, training goes on from it, to the same result.
+        max_tokens: use only documents up to about this many training tokens; 0 uses all.
+        loss: what a step minimises, by default :func:`training_loss`, with its signature.
+
+    Returns:
+        One row per evaluation: step, tokens, train_nll, and the fit part's perplexity per exit.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite.
+        ValueError: a frozen backbone of one layer.
+        CheckpointError: the resumable state is damaged.
+    """
+    device = resolve_device(device)
+    torch.manual_seed(config.seed)
+    # A frozen backbone gives its exits the states they will see: no dropout.
+    model.to(device).train(not config.freeze_backbone)
+    if model.gates is not None:
+        model.gates.trained.fill_(False)  # of other weights
+    split = corpus.splits["train"]
+    split = split.limit(max_tokens) if max_tokens else split
+    per_epoch = len(loader(split, model.n_seq, config.batch_size, corpus.eos_id))
+    total = max(1, round(config.epochs * per_epoch))
+    parameters = _trainable(model, config)
+    optimizer = _adamw(parameters, config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(total, config.warmup))
+
+    key = {
+        **asdict(config), "total": total, "model": asdict(model.config), "text": corpus.data_hash
+    }  # fmt: skip
+    resume = TrainingState(checkpoint_dir, key)
+    log = resume.restore(model, optimizer, schedule)
+    step, history, recent, tokens = log["step"], log["history"], log["recent"], log["tokens"]
+    bar = tqdm(total=total, initial=step, desc="training", unit="step", mininterval=2)
+    for x, y in _batches(split, model.n_seq, config, corpus.eos_id, start=step, stop=total):
+        x, y = x.to(device), y.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            objective, nll = (loss or training_loss)(
+                model, x, y, config, step, progress=step / total
+            )
+        optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        schedule.step()
+        step += 1
+        recent.append(nll)
+        tokens += int((y != IGNORE).sum())
+        bar.update()
+        evaluate = step % per_epoch == 0 or step == total
+        if step % REPORT_EVERY == 0 or evaluate:
+            mean = _finite_mean(recent, step, config)
+            recent.clear()
+            bar.set_postfix(nll=f"{mean:.3f}")
+            row = {"step": step, "tokens": tokens, "train_nll": mean}
+            history.append(row | (_validate(model, corpus) if evaluate else {}))
+        if checkpoint_dir and step % checkpoint_every == 0 and step < total:
+            _finite_mean(recent, step, config)
+            log = {"step": step, "history": history, "recent": recent, "tokens": tokens}
+            resume.save(model, optimizer, schedule, log)
+    bar.close()
+    model.eval().requires_grad_(True)
+    return history
+
+
+def _finite_mean(losses: list[Tensor], step: int, config: TrainingConfig) -> float:
+    mean = torch.stack(losses).mean().item() if losses else 0.0
+    if not math.isfinite(mean):
+        raise FloatingPointError(
+            f"loss is {mean} at step {step}: lower the learning rate ({config.learning_rate})"
+        )
+    return mean
+
+
+@torch.no_grad()
+def perplexity_per_exit(
+    model: EarlyExitLanguageModel, split: Split, eos_id: int, batch_size: int = 32
+) -> list[float]:
+    """Perplexity of each exit over a whole split, every token at full depth before it.
+
+    Raises:
+        FloatingPointError: the model's NLL is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, count = torch.zeros(model.n_layers, dtype=torch.float64), 0
+    for x, y in loader(split, model.n_seq, batch_size, eos_id):
+        states, target = model.hidden_states(x.to(device)), y.flatten().to(device)
+        for layer in range(model.n_layers):
+            unembedding = model.blocks[layer].exit_classifier.unembedding
+            nll = unembedding.nll(exit_features(model, states, layer), target)
+            total[layer] += nll.double().sum().cpu()
+        count += int((y != IGNORE).sum())
+    model.train(was_training)
+    if not torch.isfinite(total).all():
+        raise FloatingPointError("the model's NLL is not finite: its weights hold NaN or infinity")
+    return (total / count).exp().tolist()
+
+
+def _validate(model: EarlyExitLanguageModel, corpus: Corpus) -> dict[str, float]:
+    split = corpus.splits["fit"].limit(VALIDATION_TOKENS)
+    perplexities = perplexity_per_exit(model, split, corpus.eos_id)
+    return {f"perplexity_{layer}": p for layer, p in enumerate(perplexities)}
+
+
+def _trainable(model: EarlyExitLanguageModel, config: TrainingConfig) -> list[nn.Parameter]:
+    if not config.freeze_backbone:
+        return [p for name, p in model.named_parameters() if not name.startswith("gates.")]
+    if model.n_layers < 2:
+        raise ValueError("a model of one layer has no exit to train on a frozen backbone")
+    heads = [block.exit_classifier for block in model.blocks[:-1]]
+    parameters = [p for head in heads for p in head.parameters()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def _adamw(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+
+
+def _schedule(total: int, warmup: float) -> Callable[[int], float]:
+    rise = max(1, round(total * warmup))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        progress = (step - rise) / max(1, total - rise)
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2
+
+    return factor
+
+
+def _batches(
+    split: Split, n_seq: int, config: TrainingConfig, eos_id: int, start: int, stop: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Steps ``start`` … ``stop`` of an order that depends on the seed alone."""
+    step, epoch = 0, 0
+    while step < stop:
+        seed = config.seed * 1_000_003 + epoch
+        data = loader(split, n_seq, config.batch_size, eos_id, shuffle=True, seed=seed)
+        if step + len(data) <= start:
+            step += len(data)
+        else:
+            for batch in data:
+                if start <= step < stop:
+                    yield batch
+                step += 1
+        epoch += 1
