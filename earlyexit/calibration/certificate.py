@@ -28,8 +28,8 @@ from earlyexit.calibration.trace import ExitTrace
 from earlyexit.calibration.unit_losses import Unit, WindowLosses, window_losses
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Certificate:
     def speedup_layers(self) -> float:
         return self.n_layers / self.layers
 
-    def check(self, model: EarlyExitLanguageModel, text: Corpus | Split) -> bool:
+    def check(self, model: EarlyExitModel, text: Corpus | Split) -> bool:
         """Whether the guarantee covers this model and text.
 
         It speaks of the mean over documents like those it was made on, read up to ``longest_unit``
@@ -190,7 +190,7 @@ def certify_losses(
 
 
 def certify(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     trace: ExitTrace,
     split: Split,
     eos_id: int,

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, windows
-from earlyexit.exits.criteria import CRITERIA, ExitState
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.protocol import ExitModel, exit_state
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 
 COMPUTED = ("depth", "patience")  # follow from what the trace holds anyway
@@ -23,7 +23,7 @@ GATED = ("gate", "agreement")
 
 @torch.no_grad()
 def collect_trace(
-    model: EarlyExitLanguageModel,
+    model: ExitModel,
     split: Split,
     eos_id: int,
     *,
@@ -86,8 +86,8 @@ def _judge(model, states, target, temperatures, names) -> dict[str, list]:
     """Everything the trace keeps of one chunk: name → per exit ``(T,)``."""
     out: dict[str, list] = {k: [] for k in ("nll", "kl", "prediction", *names)}
     log_p = [
-        (block.exit_classifier(states[layer + 1]) / temperatures[layer]).log_softmax(dim=-1)
-        for layer, block in enumerate(model.blocks)
+        (model.head(layer)(states[layer + 1]) / temperatures[layer]).log_softmax(dim=-1)
+        for layer in range(model.n_layers)
     ]
     last = log_p[-1].exp()
     negentropy = (last * log_p[-1]).sum(dim=-1)
@@ -95,9 +95,7 @@ def _judge(model, states, target, temperatures, names) -> dict[str, list]:
         out["nll"].append(-scores.gather(1, target[:, None]).squeeze(1))
         out["kl"].append((negentropy - (last * scores).sum(dim=-1)).clamp_min(0))
         out["prediction"].append(scores.argmax(dim=-1))
-        h = states[layer + 1]
-        below = model.blocks[layer + 1].layer_norm(h) if layer + 1 < model.n_layers else None
-        state = ExitState(layer, h, states[layer], below, model.gates)
+        state = exit_state(model, layer, states[layer + 1], states[layer])
         for name in names:
             rule = CRITERIA[name]
             out[name].append(rule.score(scores if rule.reads == "logits" else state))

@@ -10,14 +10,15 @@ from torch import Tensor
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, loader
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.exits.protocol import ExitModel
+from earlyexit.nn.heads import ExitHead
 
 N_BINS = 15  # as in Guo et al. 2017
 
 
 @torch.no_grad()
 def fit_temperatures(
-    model: EarlyExitLanguageModel,
+    model: ExitModel,
     split: Split,
     eos_id: int,
     max_tokens: int = 20_000,
@@ -34,26 +35,26 @@ def fit_temperatures(
     refuse_test(split.name)
     model.eval()
     device = next(model.parameters()).device
-    features: list[list[Tensor]] = [[] for _ in model.blocks]
+    features: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
     targets, count = [], 0
     for x, y in loader(split, model.n_seq, 32, eos_id, shuffle=True):
         states, flat = model.hidden_states(x.to(device)), y.flatten().to(device)
-        for layer, block in enumerate(model.blocks):
+        for layer in range(model.n_layers):
             h = states[layer + 1].flatten(0, 1)[flat != IGNORE]
-            features[layer].append(block.exit_classifier.features(h))
+            features[layer].append(model.head(layer).features(h))
         targets.append(flat[flat != IGNORE])
         count += len(targets[-1])
         if count >= max_tokens:
             break
     target = torch.cat(targets)[:max_tokens]
     return [
-        _newton(block, torch.cat(parts)[:max_tokens], target, tolerance)
-        for block, parts in zip(model.blocks, features, strict=True)
+        _newton(model.head(layer), torch.cat(parts)[:max_tokens], target, tolerance)
+        for layer, parts in enumerate(features)
     ]
 
 
-def _newton(block, features: Tensor, target: Tensor, tolerance: float) -> float:
-    unembedding, beta = block.exit_classifier.unembedding, 1.0
+def _newton(head: ExitHead, features: Tensor, target: Tensor, tolerance: float) -> float:
+    unembedding, beta = head.unembedding, 1.0
     for _ in range(10):
         slope = curvature = 0.0
         for part, logits in unembedding.chunks(features):

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from earlyexit.atomic import atomic_path
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.multi_scale import MultiScaleLanguageModel
+from earlyexit.exits.protocol import ExitModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +276,7 @@ def _columns(rows: list[dict]) -> dict[str, list]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def block_trace(trace: ExitTrace, model: MultiScaleLanguageModel) -> ExitTrace:
+def block_trace(trace: ExitTrace, model: ExitModel) -> ExitTrace:
     """The trace with each token's scores replaced by those its block is judged by.
 
     Patience, which a trace derives from predictions, stays that of the token itself.
@@ -284,7 +284,7 @@ def block_trace(trace: ExitTrace, model: MultiScaleLanguageModel) -> ExitTrace:
     scores = {name: values.copy() for name, values in trace.scores.items()}
     token = np.arange(trace.n_tokens)
     for layer in range(model.n_layers):
-        offset = trace.position % model.block_size(layer)
+        offset = trace.position % model.unit_size(layer)
         if not (trace.position[token - offset] == trace.position - offset).all():
             raise ValueError("the trace does not hold whole windows")
         for values in scores.values():

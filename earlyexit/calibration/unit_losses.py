@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, windows
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 Unit = Literal["document", "window"]
 
@@ -67,7 +67,7 @@ class WindowLosses:
 
 @torch.no_grad()
 def window_losses(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     split: Split,
     eos_id: int,
     policies: Sequence[ExitPolicy],

@@ -28,14 +28,14 @@ class ExitState:
     Attributes:
         layer: 0-based exit.
         hidden: residual stream after the layer ``(T, D)``.
-        previous: residual stream before the layer ``(T, D)``.
+        previous: residual stream before the layer ``(T, D)``; None where nothing keeps it.
         normalised: what the next block reads, LN(hidden) ``(T, D)``; None after the last layer.
         gates: the model's learned gates, if it has any.
     """
 
     layer: int
     hidden: Tensor
-    previous: Tensor
+    previous: Tensor | None
     normalised: Tensor | None = None
     gates: ExitGates | None = None
 
@@ -52,6 +52,8 @@ class Criterion:
         exit_above: a token exits when its score is ≥ the threshold; otherwise when it is ≤.
         bounds: where a threshold makes sense.
         streak: the score counts exits in a row whose reading stayed the same.
+        looks_back: whether a score of the state reads ``previous``; where tokens are decided in groups,
+            earlier states are kept only then.
         of_top: the score from the most probable word alone, its log-probability and index ``(T,)`` each,
             where that is enough.
     """
@@ -64,6 +66,12 @@ class Criterion:
     bounds: tuple[float, float]
     streak: bool = False
     of_top: Callable[[Tensor, Tensor], Tensor] | None = None
+    looks_back: bool = True
+
+    @property
+    def history(self) -> bool:
+        """Whether a check needs what earlier exits saw."""
+        return self.streak or (self.reads == "state" and self.looks_back)
 
     @property
     def never(self) -> float:
@@ -162,8 +170,24 @@ CRITERIA = {
         Criterion("margin", "top-1 minus top-2 probability", "logits", margin, True, (0, 1)),
         Criterion("entropy", "entropy / log V", "logits", entropy, False, (0, 1)),
         Criterion("saturation", "cosine to the layer before", "state", saturation, True, (-1, 1)),
-        Criterion("gate", "KL predicted by the gate (nats)", "state", gate, False, (0, math.inf)),
-        Criterion("agreement", "agreement predicted by the gate", "state", agreement, True, (0, 1)),
+        Criterion(
+            "gate",
+            "KL predicted by the gate (nats)",
+            "state",
+            gate,
+            False,
+            (0, math.inf),
+            looks_back=False,
+        ),
+        Criterion(
+            "agreement",
+            "agreement predicted by the gate",
+            "state",
+            agreement,
+            True,
+            (0, 1),
+            looks_back=False,
+        ),
         Criterion(
             "patience",
             "exits in a row that agree",
@@ -174,6 +198,6 @@ CRITERIA = {
             streak=True,
             of_top=_word,
         ),
-        Criterion("depth", "layer", "state", depth, True, (0, math.inf)),
+        Criterion("depth", "layer", "state", depth, True, (0, math.inf), looks_back=False),
     )
 }

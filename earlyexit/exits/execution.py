@@ -1,36 +1,28 @@
 """Running a model with exits, two ways with one answer.
 
 * ``dense``: every token runs every layer, exits are masks, exited states stay frozen: the slow truth.
-* ``compacted``: exited tokens leave. A deeper layer's experts see only the tokens that are left; of
-  the others the recursion still reads the potentials of their frozen states.
+* ``compacted``: exited tokens leave. Deeper layers transform only the tokens that are left; of the
+  others they read what their frozen states contribute.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from earlyexit.exits.clock import marker
-from earlyexit.exits.criteria import ExitState
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.exits.propagation import ExitedPotentials
+from earlyexit.exits.propagation import LeftBehind
+from earlyexit.exits.protocol import Execution, ExitModel, ExitState, Observation, Walk, exit_state
 from earlyexit.exits.readers import Reader
-from earlyexit.exits.tally import ExitRun, _Tally
-
-if TYPE_CHECKING:
-    from earlyexit.models.resnet_bk import EarlyExitLanguageModel
-
-
-Execution = Literal["compacted", "dense"]
+from earlyexit.exits.tally import ExitRun, Tally
 
 
 def run(
-    model: EarlyExitLanguageModel,
+    model: ExitModel,
     x: Tensor,
     policy: ExitPolicy,
-    read: Reader,
+    read: Reader | None,
     execution: Execution = "compacted",
 ) -> ExitRun:
     """Run with exits and read each token's prediction once.
@@ -38,18 +30,31 @@ def run(
     Args:
         x: token ids ``(B, N)``.
         policy: thresholds for this model's depth.
-        read: what to take from each token's prediction.
+        read: what to take from each token's prediction; None makes no prediction.
         execution: ``"compacted"`` or ``"dense"``.
+
+    Raises:
+        ValueError: another execution, a policy for another depth, scores that are NaN, or see ``embed``.
     """
-    return _run(model, x, policy, read, execution)
+    if execution not in ("compacted", "dense"):
+        raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
+    walk = model.walk(x, execution, policy.rule.history)
+    if walk is None:
+        walk = (CompactedWalk if execution == "compacted" else DenseWalk)(model, x)
+    progress = torch.arange(x.shape[1], device=x.device).expand_as(x).flatten() / model.n_seq
+    tally = Tally(model, walk, progress, policy, read)
+    tally.mark("rest")
+    for layer in range(model.n_layers):
+        walk.advance(layer)
+        tally.judge(layer)
+        if not len(walk.alive):  # the slowest has left
+            break
+    return tally.finish()
 
 
 @torch.no_grad()
 def decide(
-    model: EarlyExitLanguageModel,
-    x: Tensor,
-    policy: ExitPolicy,
-    execution: Execution = "compacted",
+    model: ExitModel, x: Tensor, policy: ExitPolicy, execution: Execution = "compacted"
 ) -> ExitRun:
     """Layers and checks of :func:`run` without any prediction: where tokens leave, no vocabulary paid.
 
@@ -61,70 +66,77 @@ def decide(
     """
     if policy.rule.reads == "logits":
         raise ValueError(f"{policy.criterion!r} reads logits: its decisions are not free of them")
-    return _run(model, x, policy, None, execution)
+    return run(model, x, policy, None, execution)
 
 
-def _run(model, x: Tensor, policy: ExitPolicy, read: Reader | None, execution: str) -> ExitRun:
-    if execution not in ("compacted", "dense"):
-        raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
-    h = model.embed(x)
-    walk = _compacted if execution == "compacted" else _dense
-    progress = torch.arange(x.shape[1], device=x.device).expand_as(x).flatten() / model.n_seq
-    tally = _Tally(model, progress, policy, read)
-    tally.mark("rest")
-    walk(model, h, tally)
-    return tally.finish()
+class DenseWalk(Walk):
+    """Every layer runs on all tokens; the states of exited ones are put back."""
 
+    def __init__(self, model: ExitModel, x: Tensor):
+        self.model, self.h = model, model.embed(x)
+        self.alive = torch.arange(x.numel(), device=x.device)
+        self.mark = marker()
 
-def _dense(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
-    mark = marker()
-    for layer, block in enumerate(model.blocks):
-        if not len(tally.alive):  # the slowest has left
-            return
-        after = block.hidden(h)
-        mark("blocks")
-        alive = tally.alive
-        now, before = (t.flatten(0, 1).index_select(0, alive) for t in (after, h))
+    def advance(self, layer: int) -> None:
+        h, alive = self.h, self.alive
+        after = self.model.layer(layer, h)
+        self.mark("blocks")
+        self.after, self.before = (t.flatten(0, 1).index_select(0, alive) for t in (after, h))
         frozen = torch.ones(h.shape[0] * h.shape[1], dtype=torch.bool, device=h.device)
         frozen[alive] = False
-        h = torch.where(frozen.view(*h.shape[:2], 1), h, after)
-        mark("gather/scatter")
-        tally.leave(_state(model, layer, now, before))
+        self.h = torch.where(frozen.view(*h.shape[:2], 1), h, after)
+        self.mark("gather/scatter")
+
+    def observe(self, layer: int) -> Observation:
+        return Observation(exit_state(self.model, layer, self.after, self.before), self.alive)
+
+    def states(self, rows: Tensor) -> Tensor:
+        return self.after.index_select(0, rows)
+
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
+        self.alive = self.alive.index_select(0, staying)
 
 
-def _compacted(model: EarlyExitLanguageModel, h: Tensor, tally: _Tally) -> None:
-    mark, shape = marker(), h.shape[:2]
-    h = h.flatten(0, 1)  # (A, D): states of the A tokens that are still running
-    exited = ExitedPotentials(model, len(h))
-    u = model.blocks[0].layer_norm(h)
-    mark("blocks")
-    for layer, block in enumerate(model.blocks):
-        alive, bk = tally.alive, block.bk_layer
-        v = bk.potentials(u)
-        mark("blocks")
-        v = exited.join(layer, alive, v)  # (T, H)
-        mark("gather/scatter")
-        features = bk.bk_core(v.view(*shape, -1)).flatten(0, 1)
-        mark("blocks", "propagation", len(alive) / len(v))  # the recursion passes over everyone
-        if len(alive) < len(v):
-            features = features.index_select(0, alive)
-            mark("gather/scatter")
-        before, h = h, h + bk.transform(u, features)
-        last = layer + 1 == model.n_layers
-        # Shared: the gate reads what the next block reads.
-        u = None if last else model.blocks[layer + 1].layer_norm(h)
-        mark("blocks")
-        departure = tally.leave(ExitState(layer, h, before, u, model.gates))
-        if last or not len(tally.alive):
+class CompactedWalk(Walk):
+    """Each layer transforms the tokens that are left.
+
+    The states are those of running tokens ``(A, D)``, normed once: the gate reads what the next layer
+    reads.
+    """
+
+    def __init__(self, model: ExitModel, x: Tensor):
+        self.model, self.shape = model, x.shape
+        self.h = model.embed(x).flatten(0, 1)
+        self.alive = torch.arange(x.numel(), device=x.device)
+        self.left = LeftBehind(model, x.numel())
+        self.mark = marker()
+        self.u = model.normed(0, self.h)
+        self.mark("blocks")
+
+    def advance(self, layer: int) -> None:
+        model, everyone = self.model, self.shape.numel()
+        given = model.contribution(layer, self.u)
+        self.mark("blocks")
+        given = self.left.join(layer, self.alive, given).view(*self.shape, -1)
+        self.mark("gather/scatter")
+        rows = self.alive if len(self.alive) < everyone else None
+        mixed = model.mix(layer, self.u, given, rows)
+        self.before, self.h = self.h, model.update(layer, self.h, self.u, mixed)
+        self.u = model.normed(layer + 1, self.h) if layer + 1 < model.n_layers else None
+        self.mark("blocks")
+
+    def observe(self, layer: int) -> Observation:
+        state = ExitState(layer, self.h, self.before, self.u, self.model.gates)
+        return Observation(state, self.alive)
+
+    def states(self, rows: Tensor) -> Tensor:
+        return self.h.index_select(0, rows)
+
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
+        tokens, self.alive = self.alive[leaving], self.alive[staying]
+        if not len(staying):
             return
-        if departure is not None:
-            exited.add(layer, departure.tokens, departure.hidden)
-            mark("propagation")
-            h, u = h.index_select(0, departure.stay), u.index_select(0, departure.stay)
-            mark("gather/scatter")
-
-
-def _state(model: EarlyExitLanguageModel, layer: int, after: Tensor, before: Tensor) -> ExitState:
-    last = layer == model.n_layers - 1
-    normalised = None if last else model.blocks[layer + 1].layer_norm(after)
-    return ExitState(layer, after, before, normalised, model.gates)
+        self.left.add(layer, tokens, self.h.index_select(0, leaving))
+        self.mark("propagation")
+        self.h, self.u = self.h.index_select(0, staying), self.u.index_select(0, staying)
+        self.mark("gather/scatter")

@@ -1,31 +1,32 @@
-"""Generation for models whose layers keep no O(1) state: every new token runs its whole window again."""
+"""Generation with exits: in O(1) state per layer where the model keeps one, else by running again."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from earlyexit.exits.execution import _state
+from earlyexit.exits.execution import run
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.protocol import ExitModel, Observation, Walk, exit_state
 from earlyexit.exits.readers import Reader
-from earlyexit.exits.tally import _Tally
+from earlyexit.exits.tally import ExitRun, Tally
 
-if TYPE_CHECKING:
-    from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+# From the ids so far and a position to the run of the tokens at that position, one per sequence.
+NextRun = Callable[[Tensor, int], ExitRun]
 
 
 @torch.no_grad()
 def generate(
-    model: EarlyExitLanguageModel,
+    model: ExitModel,
     prompt: Tensor,
     n_new: int,
     policy: ExitPolicy | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Continue ``prompt`` ``(B, N)`` by ``n_new`` tokens, in O(1) state per layer.
+    """Continue ``prompt`` ``(B, N)`` by ``n_new`` tokens.
 
     Args:
         policy: exit policy; None runs full depth.
@@ -38,30 +39,22 @@ def generate(
         ValueError: prompt and continuation exceed n_seq, a policy for another depth, logits that are
             not finite, or see ``embed``.
     """
-    inputs = model.embed(prompt)
+    model.embed(prompt)  # refuses what cannot be run
     batch, length = prompt.shape
     if length + n_new > model.n_seq + 1:
         raise ValueError(
             f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
         )
     policy = policy or ExitPolicy.static(model.n_layers, model.n_layers)
-    states: list[Tensor | None] = [None] * model.n_layers
     ids, exits, was_training = prompt, [], model.training
+    next_run = _stepping(model, policy) if model.can_step else _running_again(model, policy)
     model.eval()
     try:
         for position in range(length + n_new - 1):
-            if position < length:
-                h = inputs[:, position]
-            else:
-                h = model.token_embedding(ids[:, position])
-                h = h + model.position_embedding.weight[position]
-            progress = h.new_full((batch,), position / model.n_seq)
-            tally = _Tally(model, progress, policy, Reader())
-            _step(model, h, states, tally)
-            run = tally.finish()
-            exits.append(run.exit_layers)
+            result = next_run(ids, position)
+            exits.append(result.exit_layers)
             if position >= length - 1:
-                ids = torch.cat([ids, _choose(run.outputs, temperature, generator)], dim=1)
+                ids = torch.cat([ids, _choose(result.outputs, temperature, generator)], dim=1)
     finally:
         model.train(was_training)
     return ids, torch.stack(exits, dim=1) if exits else ids.new_zeros(batch, 0)
@@ -75,63 +68,61 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator | Non
     return (logits / temperature).softmax(dim=-1).multinomial(1, generator=generator)
 
 
-def _step(
-    model: EarlyExitLanguageModel, h: Tensor, states: list[Tensor | None], tally: _Tally
-) -> None:
-    """One position ``(B, D)`` through all layers; exited rows only feed the recursion."""
-    for layer, block in enumerate(model.blocks):
-        alive = tally.alive
-        u = block.layer_norm(h)
-        v = block.bk_layer.potentials(u)
-        states[layer], features = block.bk_layer.bk_core.step(states[layer], v)
-        if len(alive):
-            before = h[alive]
-            after = before + block.bk_layer.transform(u[alive], features[alive])
-            h = h.index_copy(0, alive, after)
-            tally.leave(_state(model, layer, after, before))
+def _running_again(model: ExitModel, policy: ExitPolicy) -> NextRun:
+    """Every position runs all that precedes it, in O(N²): right for any causal model."""
+
+    def next_run(ids: Tensor, position: int) -> ExitRun:
+        x = ids[:, : position + 1]
+        result = run(model, x, policy, Reader())
+        last = slice(position, None, position + 1)  # the last token of each sequence
+        return ExitRun(result.outputs[last], result.exit_layers[last], result.scores[last])
+
+    return next_run
 
 
-STATISTICS = ("avg_exit_layer", "exit_layer_counts")
+def _stepping(model: ExitModel, policy: ExitPolicy) -> NextRun:
+    memories = [None] * model.n_layers
+
+    def next_run(ids: Tensor, position: int) -> ExitRun:
+        walk = StepWalk(model, ids[:, position : position + 1], position, memories)
+        progress = torch.full((len(ids),), position / model.n_seq, device=ids.device)
+        tally = Tally(model, walk, progress.to(walk.h.dtype), policy, Reader())
+        for layer in range(model.n_layers):
+            walk.advance(layer)  # also when all have left: the memory of deeper layers goes on
+            tally.judge(layer)
+        return tally.finish()
+
+    return next_run
 
 
-@torch.no_grad()
-def generate_by_rerunning(
-    model: EarlyExitLanguageModel,
-    prompt: Tensor,
-    n_new: int,
-    policy: ExitPolicy | None = None,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """What :func:`earlyexit.exits.generation.generate` returns, in O(N²): right for any causal model.
+class StepWalk(Walk):
+    """One position of every sequence; exited rows only feed the memory of deeper layers.
 
-    Raises:
-        ValueError: prompt and continuation exceed n_seq, or see ``embed``.
+    Args:
+        x: token ids ``(B, 1)`` at ``position``.
+        memories: per layer what :meth:`ExitModel.step` keeps; changed in place.
     """
-    batch, length = prompt.shape
-    if length + n_new > model.n_seq + 1:
-        raise ValueError(
-            f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
-        )
-    ids, exits = prompt, prompt.new_full((batch, max(0, length + n_new - 1)), model.n_layers)
-    was_training = model.training
-    kept = {name: getattr(model, name).clone() for name in STATISTICS}
-    model.eval()
-    try:
-        for _ in range(n_new):
-            if policy is None:
-                logits = model(ids)[:, -1]
-            else:
-                logits, info = model(ids, use_early_exit=True, policy=policy)
-                logits, exits = logits[:, -1], info["exit_layers"]
-            if temperature == 0:
-                new = logits.argmax(dim=-1, keepdim=True)
-            else:
-                probabilities = (logits / temperature).softmax(dim=-1)
-                new = probabilities.multinomial(1, generator=generator)
-            ids = torch.cat([ids, new], dim=1)
-    finally:
-        model.train(was_training)
-        for name, value in kept.items():  # a token that ran many times would count many times
-            getattr(model, name).copy_(value)
-    return ids, exits
+
+    def __init__(self, model: ExitModel, x: Tensor, position: int, memories: list):
+        self.model, self.memories = model, memories
+        self.h = model.embed(x, start=position).squeeze(1)
+        self.alive = torch.arange(len(x), device=x.device)
+
+    def advance(self, layer: int) -> None:
+        model, alive = self.model, self.alive
+        u = model.normed(layer, self.h)
+        given = model.contribution(layer, u)
+        mixed, self.memories[layer] = model.step(layer, u, given, self.memories[layer])
+        if len(alive):
+            self.before = self.h[alive]
+            self.after = model.update(layer, self.before, u[alive], mixed[alive])
+            self.h = self.h.index_copy(0, alive, self.after)
+
+    def observe(self, layer: int) -> Observation:
+        return Observation(exit_state(self.model, layer, self.after, self.before), self.alive)
+
+    def states(self, rows: Tensor) -> Tensor:
+        return self.after.index_select(0, rows)
+
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
+        self.alive = self.alive.index_select(0, staying)

@@ -1,27 +1,20 @@
-"""exits/original."""
+"""The original's procedure, the baseline to beat."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from earlyexit.exits.clock import marker
-
-if TYPE_CHECKING:
-    from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.exits.protocol import ExitModel
 
 
 @torch.no_grad()
-def original_early_exit(
-    model: EarlyExitLanguageModel, x: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:
+def original_early_exit(model: ExitModel, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """The original's procedure, faithfully: nothing leaves the computation.
 
     After each layer every token pays the vocabulary head and a softmax, newly confident rows are
-    copied under a mask, and the loop ends early only when all tokens have exited. It serves as the
-    baseline to beat.
+    copied under a mask, and the loop ends early only when all tokens have exited.
 
     Returns:
         Logits ``(B, N, V)`` and exit layers ``(B, N)``.
@@ -31,10 +24,10 @@ def original_early_exit(
     exit_layers = torch.full_like(x, model.n_layers)
     exited = torch.zeros_like(x, dtype=torch.bool)
     mark("rest")
-    for layer, block in enumerate(model.blocks):
-        h = block.hidden(h)
+    for layer in range(model.n_layers):
+        h = model.layer(layer, h)
         mark("blocks")
-        exit_logits = block.exit_classifier(h)
+        exit_logits = model.head(layer)(h)
         mark("head")
         confidence = exit_logits.softmax(dim=-1).max(dim=-1).values
         leaving = (confidence >= threshold) & ~exited

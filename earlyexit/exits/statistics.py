@@ -1,26 +1,15 @@
-"""exits/statistics."""
+"""Counting exits: how many tokens left at which layer."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from earlyexit.exits.execution import run
 from earlyexit.exits.policy import ExitPolicy
-
-if TYPE_CHECKING:
-    from earlyexit.models.resnet_bk import EarlyExitLanguageModel
-
-
-def exit_shares(
-    model: EarlyExitLanguageModel, x: Tensor, y: Tensor, policy: ExitPolicy
-) -> np.ndarray:
-    """Share of a batch's tokens per exit layer ``(L + 1,)``, padded ones included: all are run."""
-    _, exits = model.nll(x, y, policy)
-    counts = exits.flatten().bincount(minlength=model.n_layers + 1)
-    return (counts.double() / exits.numel()).cpu().numpy()
+from earlyexit.exits.protocol import ExitModel
+from earlyexit.exits.readers import Scores
 
 
 def exit_statistics(counts: Tensor) -> dict:
@@ -36,3 +25,11 @@ def exit_statistics(counts: Tensor) -> dict:
         "speedup_estimate": n_layers / executed if total else 1.0,
         "total_tokens_processed": int(total),
     }
+
+
+@torch.no_grad()
+def exit_shares(model: ExitModel, x: Tensor, y: Tensor, policy: ExitPolicy) -> np.ndarray:
+    """Share of a batch's tokens per exit layer ``(L + 1,)``, padded ones included: all are run."""
+    exits = run(model, x, policy, Scores(y.flatten())).exit_layers
+    counts = exits.bincount(minlength=model.n_layers + 1)
+    return (counts.double() / exits.numel()).cpu().numpy()

@@ -21,13 +21,12 @@ A layer beyond c = 1 has nothing left to add: p is cut to 1 − c.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from earlyexit.exits.generation import generate_by_rerunning
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
@@ -42,11 +41,30 @@ class ACTConfig(SparseConfig):
         keep: below 1, its layers are sparse ones; see :class:`SparseConfig`.
         epsilon: a token halts once its cumulative halting probability reaches 1 − ε.
         ponder_weight: of the mean ponder cost in the loss, nats per layer (τ in eq. 12).
+
+    Raises:
+        ValueError: epsilon not in (0, 1), a negative ponder weight, gates asked for, or see above.
     """
 
     keep: float = 1.0
     epsilon: float = 0.01
     ponder_weight: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_halting(self)
+
+
+def check_halting(config) -> None:
+    """Refuse what no ACT model can be; ``config`` has epsilon, ponder_weight and gate_hidden.
+
+    Raises:
+        ValueError: epsilon not in (0, 1), a negative ponder weight, or gates asked for.
+    """
+    if not 0 < config.epsilon < 1 or not config.ponder_weight >= 0:
+        raise ValueError(f"epsilon={config.epsilon} must lie in (0, 1), ponder_weight be ≥ 0")
+    if config.gate_hidden is not None:
+        raise ValueError("the gates of this model are its halting units: leave out gate_hidden")
 
 
 def add_halting(model: EarlyExitLanguageModel) -> None:
@@ -59,38 +77,8 @@ def add_halting(model: EarlyExitLanguageModel) -> None:
         block.exit_classifier = AverageHead.like(block.exit_classifier, d)
 
 
-class ACTEarlyExitModel(SparseBKLanguageModel):
-    """An early-exit model whose exits read the running ACT average and whose gates are its units.
-
-    Its criterion is ``"agreement"``: the cumulative halting probability. See
-    :func:`convert_act_to_early_exit`.
-
-    Args:
-        keep, epsilon, ponder_weight: see :class:`ACTConfig`.
-        others: see :class:`earlyexit.models.sparse_bk.SparseBKLanguageModel`.
-
-    Raises:
-        ValueError: epsilon not in (0, 1), a negative ponder weight, gates asked for, or see above.
-    """
-
-    config_type = ACTConfig
-
-    def __init__(
-        self,
-        *args,
-        keep: float = 1.0,
-        epsilon: float = 0.01,
-        ponder_weight: float = 0.01,
-        **others,
-    ):
-        super().__init__(*args, keep=keep, **others)
-        if not 0 < epsilon < 1 or not ponder_weight >= 0:
-            raise ValueError(f"epsilon={epsilon} must lie in (0, 1), ponder_weight be ≥ 0")
-        if self.gates is not None:
-            raise ValueError("the gates of this model are its halting units: leave out gate_hidden")
-        self.config = ACTConfig(**asdict(self.config), epsilon=epsilon, ponder_weight=ponder_weight)
-        add_halting(self)
-        self.gates = HaltingGates()
+class HaltingExits:
+    """Of a model whose exits read the running average and whose gates are its halting units."""
 
     def act_policy(self) -> ExitPolicy:
         """The policy that halts where ACT halts: cumulative probability ≥ 1 − ε."""
@@ -100,27 +88,68 @@ class ACTEarlyExitModel(SparseBKLanguageModel):
         """:meth:`act_policy`; the confidence threshold plays no part."""
         return self.act_policy()
 
-    def embed(self, x: Tensor) -> Tensor:
+
+class Pondering:
+    """Of a model that is trained and run with ACT: it follows its own threshold, no policy.
+
+    Attributes:
+        ponder: cost of the last batch that was run with gradients ``(B, N)``.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gates = None
+        self.ponder: Tensor | None = None
+
+    def final_state(self, x: Tensor) -> Tensor:
+        return self.hidden_states(x)[-1]
+
+    def ponder_cost(self, streams: list[Tensor]) -> Tensor:
+        """ρ = N + R of every token ``(B, N)``, from ``hidden_states``; layers count alike."""
+        c = torch.cat([stream[..., -1:] for stream in streams[:-1]], dim=-1)  # (B, N, L): 0, c_1 …
+        steps = self.steps(streams)
+        return steps + 1 - c.gather(-1, steps[..., None] - 1).squeeze(-1)
+
+    def steps(self, streams: list[Tensor]) -> Tensor:
+        """Layers N that every token runs ``(B, N)`` int64, from ``hidden_states``."""
+        halted = [stream[..., -1] >= 1 - self.config.epsilon for stream in streams[1:-1]]
+        return self.n_layers - sum((h.long() for h in halted), streams[0].new_zeros(()).long())
+
+    def forward(
+        self, x: Tensor, return_ponder_cost: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Token ids ``(B, N)`` → logits ``(B, N, V)``, if asked also the mean ponder cost ``()``."""
+        streams = self.hidden_states(x)
+        logits = self.head(self.n_layers - 1)(streams[-1])
+        return (logits, self.ponder_cost(streams).mean()) if return_ponder_cost else logits
+
+
+class ACTEarlyExitModel(HaltingExits, SparseBKLanguageModel):
+    """An early-exit model whose exits read the running ACT average and whose gates are its units.
+
+    Its criterion is ``"agreement"``: the cumulative halting probability. See
+    :func:`convert_act_to_early_exit`. Its arguments are the fields of :class:`ACTConfig`.
+    """
+
+    config_type = ACTConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        add_halting(self)
+        self.gates = HaltingGates()
+
+    def embed(self, x: Tensor, start: int = 0) -> Tensor:
         """Token ids ``(B, N)`` → streams ``(B, N, 2D + 1)``: nothing averaged, nothing halted."""
-        return F.pad(super().embed(x), (0, self.d_model + 1))
-
-    def generate(self, prompt, n_new, policy=None, temperature=0.0, generator=None):
-        """See :func:`earlyexit.exits.generation.generate_by_rerunning`."""
-        return generate_by_rerunning(self, prompt, n_new, policy, temperature, generator)
+        return F.pad(super().embed(x, start), (0, self.d_model + 1))
 
 
-class ACTLanguageModel(ACTEarlyExitModel):
+class ACTLanguageModel(Pondering, ACTEarlyExitModel):
     """A language model that is trained and run with Adaptive Computation Time.
 
     Here a token that has halted keeps its state, and hands to deeper layers its potentials only, as
     an exited token does; the layers are still computed for it. Arguments: see
     :class:`ACTEarlyExitModel`. Train it with ``loss=act_loss``.
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.gates = None  # it follows its own threshold, no policy
-        self.ponder: Tensor | None = None  # of the last batch that was run with gradients (B, N)
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:
         """Streams before the first and after every layer ``(B, N, 2D + 1)``; halted ones stay."""
@@ -130,28 +159,6 @@ class ACTLanguageModel(ACTEarlyExitModel):
             streams.append(torch.where(halted, streams[-1], block.hidden(streams[-1])))
         self.ponder = self.ponder_cost(streams) if torch.is_grad_enabled() else None
         return streams
-
-    def _full_depth(self, x: Tensor) -> Tensor:
-        return self.hidden_states(x)[-1]
-
-    def ponder_cost(self, streams: list[Tensor]) -> Tensor:
-        """ρ = N + R of every token ``(B, N)``, from :meth:`hidden_states`."""
-        c = torch.cat([stream[..., -1:] for stream in streams[:-1]], dim=-1)  # (B, N, L): 0, c_1 …
-        steps = self.steps(streams)
-        return steps + 1 - c.gather(-1, steps[..., None] - 1).squeeze(-1)
-
-    def steps(self, streams: list[Tensor]) -> Tensor:
-        """Layers N that every token runs ``(B, N)`` int64, from :meth:`hidden_states`."""
-        halted = [stream[..., -1] >= 1 - self.config.epsilon for stream in streams[1:-1]]
-        return self.n_layers - sum((h.long() for h in halted), streams[0].new_zeros(()).long())
-
-    def forward(
-        self, x: Tensor, return_ponder_cost: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Token ids ``(B, N)`` → logits ``(B, N, V)``, if asked also the mean ponder cost ``()``."""
-        streams = self.hidden_states(x)
-        logits = self.blocks[-1].exit_classifier(streams[-1])
-        return (logits, self.ponder_cost(streams).mean()) if return_ponder_cost else logits
 
 
 def convert_act_to_early_exit(act_model: ACTLanguageModel) -> ACTEarlyExitModel:

@@ -19,64 +19,73 @@ potentials on. Costs count positions: 1 + ½ + ¼ + ½ + 1 = 3.25 layers of N po
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from earlyexit.exits.execution import Execution
-from earlyexit.exits.generation import generate_by_rerunning
-from earlyexit.exits.policy import ExitPolicy
-from earlyexit.exits.readers import Reader
-from earlyexit.models.multi_scale_walk import _choose, any_left, first_rows, run
+from earlyexit.exits.protocol import Execution
+from earlyexit.models.multi_scale_walk import (
+    CompactedPyramidWalk,
+    DensePyramidWalk,
+    PyramidWalk,
+    any_left,
+    first_rows,
+)
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
 
 
 @dataclass(frozen=True)
 class MultiScaleConfig(SparseConfig):
-    """Constructor arguments of :class:`MultiScaleLanguageModel`; keep < 1 makes its layers sparse."""
+    """Constructor arguments of :class:`MultiScaleLanguageModel`; keep < 1 makes its layers sparse.
+
+    Raises:
+        ValueError: an even number of layers, fewer than three, a two-sided core, or see the base class.
+    """
 
     n_layers: int = 5
     keep: float = 1.0
 
+    def __post_init__(self):
+        if self.n_layers < 3 or self.n_layers % 2 == 0:
+            raise ValueError(
+                f"n_layers={self.n_layers} must be odd and at least 3: down, and up again"
+            )
+        super().__post_init__()
+        if not self.causal:
+            raise ValueError("several scales need a causal BK-Core")
+
 
 class MultiScaleLanguageModel(SparseBKLanguageModel):
-    """A language model whose layers work at several scales.
+    """A language model whose layers work at several scales; five layers go down to N/4.
 
-    Args:
-        n_layers: odd, at least 3; five layers go down to N/4.
-        others: see :class:`earlyexit.models.sparse_bk.SparseBKLanguageModel`.
-
-    Raises:
-        ValueError: an even number of layers, fewer than three, a two-sided core, or see above.
+    Its arguments are the fields of :class:`MultiScaleConfig`.
     """
 
     config_type = MultiScaleConfig
 
-    def __init__(
-        self, vocab_size: int, d_model: int = 64, n_layers: int = 5, *args, keep=1.0, **others
-    ):
-        if n_layers < 3 or n_layers % 2 == 0:
-            raise ValueError(f"n_layers={n_layers} must be odd and at least 3: down, and up again")
-        super().__init__(vocab_size, d_model, n_layers, *args, keep=keep, **others)
-        if not self.config.causal:
-            raise ValueError("several scales need a causal BK-Core")
-        self.config = MultiScaleConfig(**asdict(self.config))
-        self.levels = [min(layer, n_layers - 1 - layer) for layer in range(n_layers)]
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        d, layers = self.d_model, self.n_layers
+        self.can_step = False
+        self.levels = [min(layer, layers - 1 - layer) for layer in range(layers)]
         pairs = range(max(self.levels))
-        self.down = nn.ModuleList(nn.Linear(2 * d_model, d_model, bias=False) for _ in pairs)
-        self.up = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in pairs)
+        self.down = nn.ModuleList(nn.Linear(2 * d, d, bias=False) for _ in pairs)
+        self.up = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in pairs)
         with torch.no_grad():
             for pool in self.down:  # starts as the mean of the two
-                pool.weight.copy_(torch.eye(d_model).repeat(1, 2) / 2)
+                pool.weight.copy_(torch.eye(d).repeat(1, 2) / 2)
 
     # ------------------------------------------------------------------ what exits decide and read
 
-    def block_size(self, layer: int) -> int:
-        """Tokens that are decided together at the exit after ``layer``."""
+    def unit_size(self, layer: int) -> int:
         return 2 ** self.levels[layer]
+
+    def walk(self, x: Tensor, execution: Execution, history: bool) -> PyramidWalk:
+        kind = CompactedPyramidWalk if execution == "compacted" else DensePyramidWalk
+        return kind(self, x, history)
 
     def start(self, h: Tensor) -> Tensor:
         """What exits carry along before the first layer ``(…, D)``."""
@@ -106,7 +115,7 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
         """What level ``level`` adds to the positions of the level below it ``(B, length, D)``."""
         return self.up[level - 1](coarse).repeat_interleave(2, dim=1)[:, :length]
 
-    def walk(self, x: Tensor, read: bool = True) -> Generator[Tensor, Tensor | None, None]:
+    def pyramid(self, x: Tensor, read: bool = True) -> Generator[Tensor, Tensor | None, None]:
         """All layers on all positions, dense; yields r ``(B, N, D)`` after each.
 
         ``send`` takes the tokens still there ``(B, N)``: positions of the others keep their state.
@@ -136,46 +145,22 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
         """What exits carry before the first and after every layer, L + 1 tensors ``(B, N, ·)``."""
         states = [self.start(self.embed(x))]
         B, N = x.shape
-        for layer, r in enumerate(self.walk(x)):
-            first = first_rows(torch.arange(B * N, device=x.device), N, self.block_size(layer))
+        for layer, r in enumerate(self.pyramid(x)):
+            first = first_rows(torch.arange(B * N, device=x.device), N, self.unit_size(layer))
             before = states[-1].flatten(0, 1)
             states.append(self.carry(layer, before, r.flatten(0, 1), first).view(B, N, -1))
         return states
 
-    def _full_depth(self, x: Tensor) -> Tensor:
+    def final_state(self, x: Tensor) -> Tensor:
         if self.needs_all:
             return self.hidden_states(x)[-1]
-        *_, r = self.walk(x, read=False)
+        *_, r = self.pyramid(x, read=False)
         return r
 
-    def forward(
-        self,
-        x: Tensor,
-        use_early_exit: bool = False,
-        policy: ExitPolicy | None = None,
-        execution: Execution = "compacted",
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`earlyexit.models.resnet_bk.EarlyExitLanguageModel.forward`."""
-        if not use_early_exit:
-            return super().forward(x, False, policy)
-        out = run(self, x, policy or self.default_policy(), Reader(), execution)
-        self._count_exits(out.exit_layers)
-        return out.outputs.view(*x.shape, -1), {
-            "exit_layers": out.exit_layers.view_as(x),
-            "exit_confidences": out.scores.view_as(x),
-            "exited_mask": (out.exit_layers < self.n_layers).view_as(x),
-        }
 
-    @torch.no_grad()
-    def _read_tokens(self, x, read, policy, execution):
-        if policy is None:
-            return super()._read_tokens(x, read, None, execution)
-        out = run(self, x, policy, read, execution)
-        return out.outputs.view_as(x), out.exit_layers.view_as(x)
-
-    def generate(self, prompt, n_new, policy=None, temperature=0.0, generator=None):
-        """See :func:`earlyexit.exits.generation.generate_by_rerunning`."""
-        return generate_by_rerunning(self, prompt, n_new, policy, temperature, generator)
+def _choose(alive: Tensor | None, level: int, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` where a block of the level ``(B, N', D)`` has a token left, else ``old``."""
+    return new if alive is None else torch.where(any_left(alive, level)[..., None], new, old)
 
 
 def positions_run(model: MultiScaleLanguageModel, exit_layers: Tensor) -> np.ndarray:

@@ -1,32 +1,18 @@
-"""Running a model of several scales with exits, two ways with one answer.
+"""How a batch walks through a model of several scales, dense and compacted.
 
-As :mod:`earlyexit.exits.execution`, for layers that work on blocks of tokens: blocks leave by the
-score of their first token, and a layer's experts see the blocks in which somebody is left.
+Layers work on blocks of tokens: a block leaves by the score of its first token, and a layer transforms
+the blocks in which a token is left. Judging, reading and counting are those of every model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from earlyexit.exits.criteria import ExitState
-from earlyexit.exits.execution import Execution
-from earlyexit.exits.policy import ExitPolicy
-from earlyexit.exits.readers import Reader
-from earlyexit.exits.tally import ExitRun
-
-if TYPE_CHECKING:
-    from earlyexit.models.multi_scale import MultiScaleLanguageModel
-    from earlyexit.nn.heads import ExitHead
-
-
-def _choose(alive: Tensor | None, level: int, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` where a block of the level ``(B, N', D)`` has a token left, else ``old``."""
-    return new if alive is None else torch.where(any_left(alive, level)[..., None], new, old)
+from earlyexit.exits.protocol import ExitModel, Observation, Walk, exit_state
 
 
 def any_left(tokens: Tensor, level: int) -> Tensor:
@@ -42,160 +28,117 @@ def first_rows(tokens: Tensor, length: int, size: int) -> Tensor:
     return torch.searchsorted(tokens, tokens - position % size)
 
 
-def run(
-    model: MultiScaleLanguageModel,
-    x: Tensor,
-    policy: ExitPolicy,
-    read: Reader,
-    execution: Execution = "compacted",
-) -> ExitRun:
-    """See :func:`earlyexit.exits.execution.run`; blocks leave by the score of their first token.
+class PyramidWalk(Walk):
+    """What both ways of running share: what exits see, and what they carry along.
 
-    A criterion that reads logits pays for its check apart from the prediction.
+    Args:
+        model: a :class:`earlyexit.models.multi_scale.MultiScaleLanguageModel`.
+        history: whether the criterion looks at what earlier exits saw.
     """
-    if execution not in ("compacted", "dense"):
-        raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
-    if len(policy.thresholds) != model.n_layers:
-        raise ValueError(
-            f"the policy has {len(policy.thresholds)} thresholds, the model {model.n_layers} layers"
-        )
-    exits = _Exits(model, x, policy)
-    if execution == "dense":
-        walk, alive = model.walk(x), None
-        for layer in range(model.n_layers):
-            r = walk.send(alive).flatten(0, 1)
-            alive = exits.leave(layer, lambda tokens, r=r: r[tokens])
-    else:
-        _compacted(model, x, exits)
-    return exits.finish(read)
+
+    def __init__(self, model: ExitModel, x: Tensor, history: bool):
+        self.model, self.shape, self.history = model, x.shape, history
+        self.embedded = model.embed(x)
+        self.alive = torch.arange(x.numel(), device=x.device)
+        self.keeps = model.needs_all or history
+        self.carried = model.start(self.embedded).flatten(0, 1) if self.keeps else None
+
+    @abstractmethod
+    def read(self, tokens: Tensor) -> Tensor:
+        """What exits read of sorted flat token ids ``(T,)`` after the last layer: ``(T, D)``."""
+
+    def mask(self) -> Tensor:
+        """The running tokens ``(B, N)``."""
+        marks = torch.zeros(self.shape.numel(), dtype=torch.bool, device=self.alive.device)
+        return marks.index_fill(0, self.alive, True).view(self.shape)
+
+    def carry(self, layer: int) -> None:
+        """Keep what exits carry along of every token that shares a largest block with a running one."""
+        if not self.keeps:
+            return
+        model, N = self.model, self.shape[1]
+        top = max(model.levels)
+        near = any_left(self.mask(), top).repeat_interleave(2**top, dim=1)[:, :N].flatten()
+        self.seen = near.nonzero().squeeze(1)
+        self.before = self.carried[self.seen]
+        first = first_rows(self.seen, N, model.unit_size(layer))
+        self.now = model.carry(layer, self.before, self.read(self.seen), first)
+        self.carried = self.carried.index_copy(0, self.seen, self.now)
+
+    def observe(self, layer: int) -> Observation:
+        """The first tokens of the running tokens' blocks; with a history, every token near them."""
+        alive, N, model = self.alive, self.shape[1], self.model
+        first_of = alive - alive % N % model.unit_size(layer)
+        if self.history:
+            state = exit_state(model, layer, self.now, self.before)
+            return Observation(state, self.seen, torch.searchsorted(self.seen, first_of))
+        first = first_of.unique_consecutive()
+        hidden = self.carried[first] if self.keeps else self.read(first)
+        state = exit_state(model, layer, hidden, None)
+        return Observation(state, first, torch.searchsorted(first, first_of))
+
+    def states(self, rows: Tensor) -> Tensor:
+        tokens = self.alive[rows]
+        return self.carried[tokens] if self.keeps else self.read(tokens)
+
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
+        self.alive = self.alive[staying]
 
 
-class _Exits:
-    """Who is still there, who left where, and with which features."""
+class DensePyramidWalk(PyramidWalk):
+    """Every layer runs on all positions; those without a running token are put back."""
 
-    def __init__(self, model: MultiScaleLanguageModel, x: Tensor, policy: ExitPolicy):
-        self.model, self.policy, self.shape = model, policy, x.shape
-        self.alive = torch.ones(x.numel(), dtype=torch.bool, device=x.device)
-        self.progress = torch.arange(x.shape[1], device=x.device).repeat(len(x)) / model.n_seq
-        self.exit_layers = torch.full_like(x.flatten(), model.n_layers)
-        weight = model.token_embedding.weight
-        self.scores = weight.new_full((x.numel(),), torch.nan)
-        self.reading, self.streak = self.scores.clone(), torch.zeros_like(self.scores)
-        # Only some criteria and models look at a token's earlier reads.
-        self.keeps = model.needs_all or policy.rule.streak or policy.criterion == "saturation"
-        self.carried = model.start(model.embed(x)).flatten(0, 1) if self.keeps else None
-        self.left: tuple[Tensor, Tensor] | None = None  # who left at the last exit, and their r
-        self.waiting: list[tuple[ExitHead, Tensor, Tensor]] = []
+    def __init__(self, model: ExitModel, x: Tensor, history: bool):
+        super().__init__(model, x, history)
+        self.reads = model.pyramid(x)
 
-    def leave(self, layer: int, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """Judge blocks by their first token; returns who is still there ``(B, N)``.
+    def advance(self, layer: int) -> None:
+        self.r = self.reads.send(self.mask() if layer else None).flatten(0, 1)
+        self.carry(layer)
 
-        Args:
-            read: flat token ids ``(T,)``, sorted → their r ``(T, D)``.
-        """
-        model, policy, rule, N = self.model, self.policy, self.policy.rule, self.shape[1]
-        size, last = model.block_size(layer), layer == model.n_layers - 1
-        judge = policy.checks(layer)
-        alive = self.alive.nonzero().squeeze(1)
-        first = (alive - alive % N % size).unique_consecutive() if len(alive) else alive
-        state = None
-        if self.keeps:  # everyone in a block of the largest size that has somebody left
-            near = any_left(self.alive.view(self.shape), max(model.levels))
-            near = near.repeat_interleave(2 ** max(model.levels), dim=1)[:, :N].flatten()
-            seen = near.nonzero().squeeze(1)
-            before = self.carried[seen]
-            state = model.carry(layer, before, read(seen), first_rows(seen, N, size))
-            self.carried = self.carried.index_copy(0, seen, state)
-        passed = torch.zeros_like(alive, dtype=torch.bool)
-        score = self.scores[alive]
-        if judge and len(alive):
-            if self.keeps:
-                rows = torch.searchsorted(seen, first)
-                score = self._score(layer, state[rows], before[rows], first, seen, state)
-            else:
-                hidden = read(first)
-                score = self._score(layer, hidden, hidden, first, first, hidden)
-            if score.isnan().any() and not (last and rule.reads == "state"):
-                raise ValueError(
-                    f"{rule.name} is NaN at layer {layer}: the weights hold NaN or infinity"
-                )
-            score = score[torch.searchsorted(first, alive - alive % N % size)]
-            passed = policy.passes(layer, score, self.progress[alive])
-        gone = torch.ones_like(passed) if last else passed
-        tokens = alive[gone]
-        self.left = tokens, self.reading.new_zeros(len(tokens), model.d_model)
-        if len(tokens):
-            self.scores[tokens] = score[gone]
-            self.exit_layers[tokens] = torch.where(passed[gone], layer, model.n_layers)
-            leaving = self.carried[tokens] if self.keeps else read(tokens)
-            self.left = tokens, leaving[:, : model.d_model]
-            head = model.blocks[layer].exit_classifier
-            self.waiting.append((head, tokens, head.features(leaving)))
-            self.alive = self.alive.index_fill(0, tokens, False)
-        return self.alive.view(self.shape)
-
-    def _score(self, layer, hidden, before, first, seen, state) -> Tensor:
-        """Score of the first tokens ``(F,)``."""
-        model, rule = self.model, self.policy.rule
-        head = model.blocks[layer].exit_classifier
-        if rule.reads == "logits" and rule.streak:
-            new = self._judge(head, state)
-            same = new == self.reading[seen]
-            self.streak[seen] = torch.where(same, self.streak[seen] + 1, 0)
-            self.reading[seen] = new
-            return torch.where(self.reading[first].isnan(), torch.nan, self.streak[first])
-        if rule.reads == "logits":
-            return self._judge(head, hidden)
-        last = layer == model.n_layers - 1
-        normalised = None if last else model.blocks[layer + 1].layer_norm(hidden)
-        return rule.score(ExitState(layer, hidden, before, normalised, model.gates))
-
-    def _judge(self, head: ExitHead, hidden: Tensor) -> Tensor:
-        """What a criterion that reads logits says of hidden states ``(T, D)``: ``(T,)``."""
-        return self.policy.rule.of_features(head.unembedding, head.features(hidden))
-
-    def finish(self, read: Reader) -> ExitRun:
-        """Project the predictions of all tokens, once each."""
-        outputs = None
-        for head, tokens, features in self.waiting:
-            part = read.from_features(head.unembedding, features, tokens)
-            if outputs is None:
-                outputs = part.new_empty(len(self.exit_layers), *part.shape[1:])
-            outputs = outputs.index_copy(0, tokens, part)
-        return ExitRun(outputs, self.exit_layers, self.scores)
+    def read(self, tokens: Tensor) -> Tensor:
+        return self.r[tokens]
 
 
-def _compacted(model: MultiScaleLanguageModel, x: Tensor, exits: _Exits) -> None:
-    """Blocks without a token left are not transformed: the recursion reads their potentials only."""
-    h, B = model.embed(x), len(x)
-    levels, frozen = [h], h.flatten(0, 1)  # frozen: r of tokens at the exit where they left
+class CompactedPyramidWalk(PyramidWalk):
+    """Blocks without a running token are not transformed: the recursion reads their potentials only."""
 
-    def raised(k: int, level: int, rows: Tensor) -> Tensor:
+    def __init__(self, model: ExitModel, x: Tensor, history: bool):
+        super().__init__(model, x, history)
+        self.levels = [self.embedded]
+        self.frozen = self.embedded.flatten(0, 1)  # r of tokens at the exit where they left
+
+    def advance(self, layer: int) -> None:
+        model, k = self.model, self.model.levels[layer]
+        block, d = model.blocks[layer], model.d_model
+        rows = any_left(self.mask(), k).flatten().nonzero().squeeze(1)
+        if layer and k == len(self.levels):
+            self.levels.append(model.pool(k, self.levels[-1]))
+        elif layer:
+            base = self.frozen if k == 0 else self.levels[k].flatten(0, 1)
+            base = base.index_copy(0, rows, self._raised(k, k + 1, rows))
+            self.levels = [*self.levels[:k], base.view(len(self.embedded), -1, d)]
+        u = block.layer_norm(self.levels[k])
+        features = block.bk_layer.bk_core(block.bk_layer.potentials(u)).flatten(0, 1)
+        flat, u = self.levels[k].flatten(0, 1), u.flatten(0, 1)
+        change = block.bk_layer.transform(u[rows], features[rows])
+        self.levels[k] = flat.index_copy(0, rows, flat[rows] + change).view_as(self.levels[k])
+        self.carry(layer)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        return self._raised(0, len(self.levels) - 1, tokens)
+
+    def _raised(self, k: int, level: int, rows: Tensor) -> Tensor:
         """Sorted rows of level k, with what the levels from ``level`` down to k + 1 add ``(R, D)``."""
-        own = levels[k].flatten(0, 1)[rows]
+        states = self.levels[k].flatten(0, 1)[rows]
         if k == level:
-            return own
-        fine, coarse = levels[k].shape[1], levels[k + 1].shape[1]
+            return states
+        fine, coarse = self.levels[k].shape[1], self.levels[k + 1].shape[1]
         parents = rows // fine * coarse + rows % fine // 2
         unique, where = parents.unique_consecutive(return_inverse=True)
-        return own + model.up[k](raised(k + 1, level, unique))[where]
+        return states + self.model.up[k](self._raised(k + 1, level, unique))[where]
 
-    for layer, block in enumerate(model.blocks):
-        k = model.levels[layer]
-        rows = any_left(exits.alive.view(x.shape), k).flatten().nonzero().squeeze(1)
-        if not len(rows):
-            return
-        if layer and k == len(levels):
-            levels.append(model.pool(k, levels[-1]))
-        elif layer:
-            base = frozen if k == 0 else levels[k].flatten(0, 1)
-            base = base.index_copy(0, rows, raised(k, k + 1, rows))
-            levels = [*levels[:k], base.view(B, -1, model.d_model)]
-        u = block.layer_norm(levels[k])
-        features = block.bk_layer.bk_core(block.bk_layer.potentials(u)).flatten(0, 1)
-        flat, u = levels[k].flatten(0, 1), u.flatten(0, 1)
-        change = block.bk_layer.transform(u[rows], features[rows])
-        levels[k] = flat.index_copy(0, rows, flat[rows] + change).view(B, -1, model.d_model)
-        exits.leave(layer, lambda tokens, k=k: raised(0, k, tokens))
-        tokens, r = exits.left
-        frozen = frozen.index_copy(0, tokens, r)
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
+        tokens, r = self.alive[leaving], self.states(leaving)[:, : self.model.d_model]
+        self.frozen = self.frozen.index_copy(0, tokens, r)
+        super().leave(layer, leaving, staying)

@@ -21,7 +21,7 @@ left out. A loss (kept share − target)² on the mask without noise holds the s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -37,40 +37,35 @@ class SparseConfig(ModelConfig):
     Attributes:
         keep: target share of positions that BK-Core visits; 1 builds dense layers.
         sparsity_weight: of the mean squared distance to it in the loss.
+
+    Raises:
+        ValueError: keep not in (0, 1], a negative weight, a two-sided core, or see the base class.
     """
 
     keep: float = 0.5
     sparsity_weight: float = 1.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.keep <= 1 or not self.sparsity_weight >= 0:
+            raise ValueError(f"keep={self.keep} must lie in (0, 1], sparsity_weight be ≥ 0")
+        if self.keep < 1 and not self.causal:
+            raise ValueError("a two-sided BK-Core cannot be sparse: a gap has no causal filling")
+
 
 class SparseBKLanguageModel(EarlyExitLanguageModel):
     """A language model with sparse BK-Cores; train it with ``loss=sparse_loss``.
 
-    Args:
-        keep, sparsity_weight: see :class:`SparseConfig`.
-        others: see :class:`earlyexit.models.resnet_bk.EarlyExitLanguageModel`.
-
-    Raises:
-        ValueError: keep not in (0, 1], a negative weight, a two-sided core, or see above.
+    Its arguments are the fields of :class:`SparseConfig`.
     """
 
     config_type = SparseConfig
 
-    def __init__(self, *args, keep: float = 0.5, sparsity_weight: float = 1.0, **others):
-        super().__init__(*args, **others)
-        if not 0 < keep <= 1 or not sparsity_weight >= 0:
-            raise ValueError(f"keep={keep} must lie in (0, 1], sparsity_weight be ≥ 0")
-        c = self.config
-        if keep < 1 and not c.causal:
-            raise ValueError("a two-sided BK-Core cannot be sparse: a gap has no causal filling")
-        self.config = SparseConfig(**asdict(c), keep=keep, sparsity_weight=sparsity_weight)
-        if keep == 1:
-            return
-        for block in self.blocks:
-            block.bk_layer = SparseBKLayer(
-                c.d_model, c.n_seq, c.num_experts, c.top_k, c.dropout_p,
-                bk_heads=c.bk_heads, expert_hidden=c.expert_hidden, keep=keep,
-            )  # fmt: skip
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.config.keep < 1:
+            for block in self.blocks:
+                block.bk_layer = SparseBKLayer(**self.config.base(), keep=self.config.keep)
 
 
 def sparse_layers(model: nn.Module) -> Iterator[SparseBKLayer]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from earlyexit.nn.bk_core import BKCore
+from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.heads import ExitHead
 from earlyexit.nn.moe import SparseMoELayer
 from earlyexit.nn.unembedding import LinearUnembedding
@@ -26,10 +27,8 @@ class MoEResNetBKLayer(nn.Module):
     ``(B, N, 2H)``, their projection m to D, and ``m·s + experts(u + m·s)`` with a learned scale s.
 
     Args:
-        d_model, num_experts, top_k, dropout_p, expert_hidden: see :class:`SparseMoELayer`.
-        n_seq: longest sequence.
-        bk_heads: potentials per token H.
-        causal: see :class:`earlyexit.nn.bk_core.BKCore`.
+        d_model, n_seq, num_experts, top_k, dropout_p: see :class:`earlyexit.nn.config.ModelConfig`.
+        options: other fields of the configuration, such as ``bk_heads``.
     """
 
     def __init__(
@@ -39,25 +38,25 @@ class MoEResNetBKLayer(nn.Module):
         num_experts: int = 4,
         top_k: int = 1,
         dropout_p: float = 0.1,
-        *,
-        bk_heads: int = 16,
-        causal: bool = True,
-        expert_hidden: int | None = None,
+        **options,
     ):
         super().__init__()
-        self.n_seq = n_seq
+        sizes = {"d_model": d_model, "n_seq": n_seq, "num_experts": num_experts, "top_k": top_k}
+        config = ModelConfig(**{"vocab_size": 2} | sizes | {"dropout_p": dropout_p} | options)
+        self.d_model, self.n_seq, heads = d_model, n_seq, config.bk_heads
+        d = d_model
         self.moe = SparseMoELayer(
-            d_model, num_experts, top_k, dropout_p, expert_hidden=expert_hidden
+            d, num_experts, top_k, dropout_p, expert_hidden=config.expert_hidden
         )
-        self.v_proj = nn.Linear(d_model, bk_heads)
-        self.bk_core = BKCore(bk_heads, causal=causal)
-        self.output_proj = nn.Linear(2 * bk_heads, d_model)
+        self.v_proj = nn.Linear(d, heads)
+        self.bk_core = BKCore(heads, causal=config.causal)
+        self.output_proj = nn.Linear(2 * heads, d)
         self.bk_scale = nn.Parameter(torch.ones(()))
         # The band |α| < 2|t| is where the past matters: spread the heads over it. In one dimension
         # disorder localises (Anderson 1958): noisy potentials forget, so they start quiet.
         with torch.no_grad():
             self.v_proj.weight.mul_(QUIET)
-            self.v_proj.bias.copy_(2 * self.bk_core.t + torch.linspace(-1.5, 1.5, bk_heads))
+            self.v_proj.bias.copy_(2 * self.bk_core.t + torch.linspace(-1.5, 1.5, heads))
 
     def potentials(self, u: Tensor) -> Tensor:
         """``(…, D)`` → v ``(…, H)``: all that a token hands to the recursion."""
@@ -78,10 +77,10 @@ class EarlyExitResNetBKBlock(nn.Module):
     """LayerNorm → MoEResNetBKLayer → residual → exit classifier.
 
     Args:
-        d_model, n_seq, num_experts, top_k, dropout_p, bk_heads, causal, expert_hidden: see
-            :class:`MoEResNetBKLayer`.
-        vocab_size: words V.
+        d_model, n_seq, vocab_size, num_experts, top_k, dropout_p: see
+            :class:`earlyexit.nn.config.ModelConfig`; all of them can be read as attributes.
         exit_classifier: the head to use; by default an own LayerNorm + Linear(D, V).
+        options: other fields of the configuration, such as ``bk_heads``.
     """
 
     def __init__(
@@ -93,23 +92,14 @@ class EarlyExitResNetBKBlock(nn.Module):
         top_k: int = 1,
         dropout_p: float = 0.1,
         *,
-        bk_heads: int = 16,
-        causal: bool = True,
-        expert_hidden: int | None = None,
         exit_classifier: ExitHead | None = None,
+        **options,
     ):
         super().__init__()
+        self.d_model, self.n_seq, self.vocab_size = d_model, n_seq, vocab_size
+        self.num_experts, self.top_k, self.dropout_p = num_experts, top_k, dropout_p
         self.layer_norm = nn.LayerNorm(d_model)
-        self.bk_layer = MoEResNetBKLayer(
-            d_model,
-            n_seq,
-            num_experts,
-            top_k,
-            dropout_p,
-            bk_heads=bk_heads,
-            causal=causal,
-            expert_hidden=expert_hidden,
-        )
+        self.bk_layer = MoEResNetBKLayer(d_model, n_seq, num_experts, top_k, dropout_p, **options)
         self.exit_classifier = exit_classifier or ExitHead(
             d_model, LinearUnembedding(d_model, vocab_size), borrowed=False, translate=False
         )

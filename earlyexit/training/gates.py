@@ -15,14 +15,14 @@ from tqdm.auto import tqdm
 
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, loader
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.exits.protocol import ExitModel
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 from earlyexit.nn.gates import AGREE, KL, ExitGates
 
 
 @torch.no_grad()
 def gate_data(
-    model: EarlyExitLanguageModel, split: Split, eos_id: int, max_tokens: int
+    model: ExitModel, split: Split, eos_id: int, max_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What gates learn from: states ``(L − 1, T, D)``, KL ``(L − 1, T)``, agreement ``(L − 1, T)``."""
 
@@ -37,12 +37,12 @@ def gate_data(
         states = [h.flatten(0, 1)[scored] for h in hidden[1:]]
         rows = max(1, CHUNK_ELEMENTS // (2 * model.vocab_size))
         for part in torch.arange(len(scored), device=device).split(rows):
-            last = model.blocks[-1].exit_classifier(states[-1][part]).log_softmax(dim=-1)
+            last = model.head(exits)(states[-1][part]).log_softmax(dim=-1)
             normal, kl, agree = [], [], []
             for layer in range(exits):
                 h = states[layer][part]
-                log_p = model.blocks[layer].exit_classifier(h).log_softmax(dim=-1)
-                normal.append(model.blocks[layer + 1].layer_norm(h))
+                log_p = model.head(layer)(h).log_softmax(dim=-1)
+                normal.append(model.normed(layer + 1, h))
                 kl.append((last.exp() * (last - log_p)).sum(dim=-1).clamp_min(0))
                 agree.append(last.argmax(dim=-1) == log_p.argmax(dim=-1))
             kept.append((torch.stack(normal), torch.stack(kl), torch.stack(agree)))
@@ -56,7 +56,7 @@ def gate_data(
 
 
 def train_gates(
-    model: EarlyExitLanguageModel,
+    model: ExitModel,
     split: Split,
     eos_id: int,
     max_tokens: int = 100_000,

@@ -1,4 +1,4 @@
-"""training/losses."""
+"""What a training step minimises, for every kind of model."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ import torch
 from torch import Tensor
 
 from earlyexit.corpus.windows import IGNORE
-from earlyexit.models.act import ACTLanguageModel
-from earlyexit.models.act_multi_scale import ACTMultiScaleLanguageModel
-from earlyexit.models.multi_scale import MultiScaleLanguageModel
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
-from earlyexit.models.sparse_bk import SparseBKLanguageModel, sparse_layers
+from earlyexit.exits.protocol import ExitModel
+from earlyexit.models.sparse_bk import sparse_layers
 from earlyexit.nn.cross_entropy import Teacher
 from earlyexit.training.config import TrainingConfig
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
-def exit_features(model: EarlyExitLanguageModel, states: list[Tensor], layer: int) -> Tensor:
+def exit_features(model: ExitModel, states: list[Tensor], layer: int) -> Tensor:
     """What the unembedding of exit ``layer`` reads, ``(T, D)``; states as ``hidden_states`` gives."""
-    return model.blocks[layer].exit_classifier.features(states[layer + 1]).flatten(0, 1)
+    return model.head(layer).features(states[layer + 1]).flatten(0, 1)
 
 
 def training_loss(
-    model: EarlyExitLanguageModel,
+    model: ExitModel,
     x: Tensor,
     y: Tensor,
     config: TrainingConfig,
@@ -46,13 +43,13 @@ def training_loss(
     weight = config.exit_loss_weight * min(1.0, progress / max(config.exit_ramp, 1e-9))
     if config.exit_sampling == "tokens":
         nll = _sampled_exits_nll(model, x, y, weight, config, draw)
-        return nll + config.balance_weight * _imbalance(model), nll.detach()
+        return nll + config.balance_weight * model.auxiliary_loss(), nll.detach()
     with torch.set_grad_enabled(not config.freeze_backbone):
         states = _states(model, x, config, draw)
 
     def nll(layer: int, teacher: Teacher | None = None) -> Tensor:
         features = exit_features(model, states, layer).float()
-        unembedding = model.blocks[layer].exit_classifier.unembedding
+        unembedding = model.head(layer).unembedding
         return unembedding.loss(features, y.flatten(), config.bf16, teacher)
 
     exits = list(range(last)) if config.exit_loss_weight else []
@@ -60,24 +57,19 @@ def training_loss(
         exits = [draw.choice(exits)]
     teacher = None
     if exits and config.distillation:
-        head = model.blocks[last].exit_classifier.unembedding
+        head = model.head(last).unembedding
         teacher = Teacher(exit_features(model, states, last).detach(), head, config.distillation)
     exit_nll = sum((nll(layer, teacher) for layer in exits), torch.zeros((), device=x.device))
     exit_nll = exit_nll / max(1, len(exits))
     if config.freeze_backbone:
         return exit_nll, exit_nll.detach()
     final = nll(last)
-    loss = final + weight * exit_nll + config.balance_weight * _imbalance(model)
+    loss = final + weight * exit_nll + config.balance_weight * model.auxiliary_loss()
     return loss, final.detach()
 
 
-def _imbalance(model: EarlyExitLanguageModel) -> Tensor | float:
-    losses = [block.bk_layer.moe.load_balancing_loss for block in model.blocks]
-    return sum(loss for loss in losses if loss is not None) / model.n_layers
-
-
 def _sampled_exits_nll(
-    model: EarlyExitLanguageModel,
+    model: ExitModel,
     x: Tensor,
     y: Tensor,
     weight: float,
@@ -90,9 +82,9 @@ def _sampled_exits_nll(
     layer_of = torch.randint(max(1, last), x.shape, generator=generator)
     layer_of = torch.where(early, layer_of, last).clamp_max(last).to(x.device)  # (B, N)
     h, by_head = model.embed(x), {}
-    for layer, block in enumerate(model.blocks):
-        h = torch.where((layer_of < layer)[..., None], h, block.hidden(h))
-        head, here = block.exit_classifier, layer_of == layer
+    for layer in range(model.n_layers):
+        h = torch.where((layer_of < layer)[..., None], h, model.layer(layer, h))
+        head, here = model.head(layer), layer_of == layer
         part = head.features(h[here]).float(), y[here]
         by_head.setdefault(id(head.unembedding), (head.unembedding, []))[1].append(part)
     total, count = torch.zeros((), device=x.device), (y != IGNORE).sum().clamp_min(1)
@@ -108,15 +100,15 @@ def _states(model, x: Tensor, config: TrainingConfig, draw: random.Random) -> li
     if not config.layer_dropout:
         return model.hidden_states(x)
     states, last = [model.embed(x)], max(1, model.n_layers - 1)
-    for layer, block in enumerate(model.blocks):
-        block.bk_layer.moe.load_balancing_loss = None
+    model.reset_auxiliary_loss()  # of layers that are skipped now
+    for layer in range(model.n_layers):
         skip = draw.random() < config.layer_dropout * (2 ** (layer / last) - 1)
-        states.append(states[-1] if skip else block.hidden(states[-1]))
+        states.append(states[-1] if skip else model.layer(layer, states[-1]))
     return states
 
 
 def act_loss(
-    model: ACTLanguageModel, x: Tensor, y: Tensor, config: TrainingConfig, step: int, progress=1.0
+    model: ExitModel, x: Tensor, y: Tensor, config: TrainingConfig, step: int, progress=1.0
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_loss` (of dense layers: ``training_loss``) plus ``ponder_weight`` × mean ρ.
 
@@ -130,7 +122,7 @@ def act_loss(
 
 
 def act_multi_scale_loss(
-    model: ACTMultiScaleLanguageModel,
+    model: ExitModel,
     x: Tensor,
     y: Tensor,
     config: TrainingConfig,
@@ -143,7 +135,7 @@ def act_multi_scale_loss(
 
 
 def multi_scale_loss(
-    model: MultiScaleLanguageModel,
+    model: ExitModel,
     x: Tensor,
     y: Tensor,
     config: TrainingConfig,
@@ -165,7 +157,7 @@ def multi_scale_loss(
 
 
 def sparse_loss(
-    model: SparseBKLanguageModel,
+    model: ExitModel,
     x: Tensor,
     y: Tensor,
     config: TrainingConfig,

@@ -15,7 +15,7 @@ from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, loader
 from earlyexit.devices import resolve_device
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.exits.protocol import ExitModel
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.losses import LossFunction, exit_features, training_loss
 from earlyexit.training.resume import TrainingState
@@ -27,7 +27,7 @@ VALIDATION_TOKENS = 50_000  # of the fit part, read after every epoch
 
 
 def train(
-    model: EarlyExitLanguageModel,
+    model: ExitModel,
     corpus: Corpus,
     config: TrainingConfig,
     device: str | torch.device = "auto",
@@ -115,7 +115,7 @@ def _finite_mean(losses: list[Tensor], step: int, config: TrainingConfig) -> flo
 
 @torch.no_grad()
 def perplexity_per_exit(
-    model: EarlyExitLanguageModel, split: Split, eos_id: int, batch_size: int = 32
+    model: ExitModel, split: Split, eos_id: int, batch_size: int = 32
 ) -> list[float]:
     """Perplexity of each exit over a whole split, every token at full depth before it.
 
@@ -129,7 +129,7 @@ def perplexity_per_exit(
     for x, y in loader(split, model.n_seq, batch_size, eos_id):
         states, target = model.hidden_states(x.to(device)), y.flatten().to(device)
         for layer in range(model.n_layers):
-            unembedding = model.blocks[layer].exit_classifier.unembedding
+            unembedding = model.head(layer).unembedding
             nll = unembedding.nll(exit_features(model, states, layer), target)
             total[layer] += nll.double().sum().cpu()
         count += int((y != IGNORE).sum())
@@ -139,18 +139,18 @@ def perplexity_per_exit(
     return (total / count).exp().tolist()
 
 
-def _validate(model: EarlyExitLanguageModel, corpus: Corpus) -> dict[str, float]:
+def _validate(model: ExitModel, corpus: Corpus) -> dict[str, float]:
     split = corpus.splits["fit"].limit(VALIDATION_TOKENS)
     perplexities = perplexity_per_exit(model, split, corpus.eos_id)
     return {f"perplexity_{layer}": p for layer, p in enumerate(perplexities)}
 
 
-def _trainable(model: EarlyExitLanguageModel, config: TrainingConfig) -> list[nn.Parameter]:
+def _trainable(model: ExitModel, config: TrainingConfig) -> list[nn.Parameter]:
     if not config.freeze_backbone:
         return [p for name, p in model.named_parameters() if not name.startswith("gates.")]
     if model.n_layers < 2:
         raise ValueError("a model of one layer has no exit to train on a frozen backbone")
-    heads = [block.exit_classifier for block in model.blocks[:-1]]
+    heads = [model.head(layer) for layer in range(model.n_layers - 1)]
     parameters = [p for head in heads for p in head.parameters()]
     for parameter in model.parameters():
         parameter.requires_grad_(False)

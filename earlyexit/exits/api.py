@@ -1,0 +1,161 @@
+"""What every model with exits can be asked, whatever its kind: logits, scores, predictions, words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.execution import run
+from earlyexit.exits.generation import generate
+from earlyexit.exits.policy import ExitPolicy, check_threshold
+from earlyexit.exits.protocol import Execution, ExitModel
+from earlyexit.exits.readers import Predictions, Reader, Scores
+from earlyexit.exits.statistics import exit_statistics
+
+
+class EarlyExitModel(ExitModel):
+    """A model of the contract :class:`ExitModel`, ready to be called with and without exits.
+
+    Subclasses set ``n_layers``, ``n_seq``, ``vocab_size`` and a dataclass ``config``, and then call
+    :meth:`start_statistics`.
+    """
+
+    def start_statistics(self, confidence_threshold: float = 0.9) -> None:
+        """Set the threshold of the default policy, and count exits from zero."""
+        self.confidence_threshold = confidence_threshold
+        self.register_buffer("avg_exit_layer", torch.zeros(()), persistent=False)
+        counts = torch.zeros(self.n_layers + 1, dtype=torch.int64)
+        self.register_buffer("exit_layer_counts", counts, persistent=False)
+        self._warned_nothing_exits = False
+
+    @property
+    def confidence_threshold(self) -> float:
+        """Maximum probability at which a token exits when no policy is given."""
+        return self._confidence_threshold
+
+    @confidence_threshold.setter
+    def confidence_threshold(self, value: float) -> None:
+        self._confidence_threshold = check_threshold(value, CRITERIA["max_probability"])
+
+    def default_policy(self) -> ExitPolicy:
+        """Maximum probability against ``confidence_threshold`` at every layer."""
+        return ExitPolicy.constant(self.confidence_threshold, self.n_layers)
+
+    def get_exit_statistics(self) -> dict:
+        """Statistics of all tokens run with exits since the last reset.
+
+        Returns:
+            ``avg_exit_layer`` (mean index, n_layers counting for "no exit"), ``exit_distribution``
+            (n_layers + 1 percentages), ``speedup_estimate`` (n_layers / mean layers executed; a count
+            of layers, not of time), ``total_tokens_processed``.
+        """
+        return exit_statistics(self.exit_layer_counts)
+
+    def reset_exit_statistics(self) -> None:
+        self.avg_exit_layer.zero_()
+        self.exit_layer_counts.zero_()
+
+    def _count_exits(self, exit_layers: Tensor) -> None:
+        counts = exit_layers.bincount(minlength=self.n_layers + 1)
+        self.exit_layer_counts += counts
+        self.avg_exit_layer.fill_(exit_statistics(self.exit_layer_counts)["avg_exit_layer"])
+        if counts[-1] == exit_layers.numel() and not self._warned_nothing_exits:
+            self._warned_nothing_exits = True
+            warnings.warn(
+                "no token exits at these thresholds: every layer runs, and the checks cost extra",
+                stacklevel=5,
+            )
+
+    def fingerprint(self) -> str:
+        """Names configuration and weights, gates included: 16 hexadecimal digits of their SHA-256."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def forward(
+        self,
+        x: Tensor,
+        use_early_exit: bool = False,
+        policy: ExitPolicy | None = None,
+        execution: Execution = "compacted",
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Token ids ``(B, N)`` → logits ``(B, N, V)``, with early exit also ``exit_info``.
+
+        Args:
+            use_early_exit: run with exits, and count them in the statistics.
+            policy: by default :meth:`default_policy`.
+            execution: ``"compacted"`` or ``"dense"``; the same answer.
+
+        Returns:
+            Logits, or ``(logits, exit_info)`` with ``exit_layers`` (0-based, n_layers: none),
+            ``exit_confidences`` (the criterion at the exit) and ``exited_mask``, each ``(B, N)``.
+
+        Raises:
+            ValueError: see ``embed``; a policy for another depth; a policy without
+                ``use_early_exit``; scores that are NaN.
+        """
+        if not use_early_exit:
+            if policy is not None:
+                raise ValueError("a policy does nothing unless use_early_exit=True")
+            return self.head(self.n_layers - 1)(self.final_state(x))
+        result = run(self, x, policy or self.default_policy(), Reader(), execution)
+        self._count_exits(result.exit_layers)
+        return result.outputs.view(*x.shape, -1), {
+            "exit_layers": result.exit_layers.view_as(x),
+            "exit_confidences": result.scores.view_as(x),
+            "exited_mask": (result.exit_layers < self.n_layers).view_as(x),
+        }
+
+    def nll(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        policy: ExitPolicy | None = None,
+        execution: Execution = "compacted",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Negative log-likelihood in nats of each target, never holding all B·N·V logits.
+
+        Args:
+            x: token ids ``(B, N)``; targets: ``(B, N)``, ``IGNORE`` where nothing is scored.
+            policy: None runs full depth without any exit head.
+
+        Returns:
+            NLL ``(B, N)``, 0 where ignored; with a policy also the exit layers ``(B, N)``.
+        """
+        if targets.shape != x.shape:
+            raise ValueError(f"targets {tuple(targets.shape)} do not fit tokens {tuple(x.shape)}")
+        return self._read_tokens(x, Scores(targets.reshape(-1)), policy, execution)
+
+    def predict(
+        self, x: Tensor, policy: ExitPolicy | None = None, execution: Execution = "compacted"
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Most probable next token ``(B, N)``; with a policy also the exit layers ``(B, N)``."""
+        return self._read_tokens(x, Predictions(), policy, execution)
+
+    @torch.no_grad()
+    def _read_tokens(self, x: Tensor, read: Reader, policy, execution):
+        if policy is None:
+            head = self.head(self.n_layers - 1)
+            features = head.features(self.final_state(x)).flatten(0, 1)
+            tokens = torch.arange(len(features), device=x.device)
+            return read.from_features(head.unembedding, features, tokens).view_as(x)
+        result = run(self, x, policy, read, execution)
+        return result.outputs.view_as(x), result.exit_layers.view_as(x)
+
+    def generate(
+        self,
+        prompt: Tensor,
+        n_new: int,
+        policy: ExitPolicy | None = None,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Continue ``prompt``; see :func:`earlyexit.exits.generation.generate`."""
+        return generate(self, prompt, n_new, policy, temperature, generator)
