@@ -29,6 +29,16 @@ SIZES = {
     "bk_heads": 4,
     "gate_hidden": 0,
 }
+# Seconds of a unit of each amount of work, of a machine that does not exist.
+PRICES = {
+    "blocks": {"launches": 2e-5, "expert_flops": 2e-11, "bytes": 1e-10, "steps": 1e-8},
+    "head": {"flops": 2e-11, "logits": 3e-9},
+    "check": {"launches": 9e-5, "bytes": 2e-10},
+    "projected check": {"flops": 3e-11, "logits": 4e-9},
+    "propagation": {"launches": 1e-4, "flops": 4e-11},
+    "gather/scatter": {"launches": 4e-5, "bytes": 2e-10},
+    "rest": {"run": 1e-4},
+}
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +88,20 @@ def full_depth_scores(model: EarlyExitLanguageModel, x: Tensor, criterion: str) 
         logits = rule.reads == "logits"
         columns.append(rule.score(block.exit_classifier(state.hidden) if logits else state))
     return torch.stack(columns, dim=1)
+
+
+def future_jacobian(model, x, outputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest |∂ output_i / ∂ embedding_j| over j > i, and over j ≤ i, of one window."""
+    embedded = model.embed(x).detach()
+    model.embed = lambda _: embedding  # the network behind the embedding, as a function
+    future, past = torch.zeros(()), torch.zeros(())
+    for i in range(x.shape[1]):
+        embedding = embedded.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(outputs(x)[0, i].square().sum(), embedding)
+        future = max(future, grad[0, i + 1 :].abs().sum())
+        past = max(past, grad[0, : i + 1].abs().sum())
+    del model.embed
+    return future, past
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ overrides: dict = {}  # profile fields to change
 BUILD = """\
 import sys
 import pandas as pd
-from earlyexit.artifacts import Outputs, run_label
+from earlyexit.runs.artifacts import Outputs, run_label
 out = Outputs(run_label(profile, overrides), "01_build", {"seeds": seeds, "rows": rows})
 print(sys.executable)
 """
@@ -27,7 +27,7 @@ out.table(table, "numbers", "Numbers")
 """
 PLOT = """\
 import matplotlib.pyplot as plt
-from earlyexit.artifacts import Outputs, read_table, run_label
+from earlyexit.runs.artifacts import Outputs, read_table, run_label
 label = run_label(profile, overrides)
 fig, ax = plt.subplots()
 ax.plot(read_table(label, "numbers").x)

@@ -136,7 +136,7 @@ class TimeModel:
     """
 
     prices: dict[str, dict[str, float]]
-    check: dict[str, float] = field(default_factory=dict)
+    check: dict[str, float]
     machine: dict = field(default_factory=dict)
 
     def predict(self, load: Load) -> dict[str, float]:
@@ -196,7 +196,7 @@ def fit(measured: pd.DataFrame, wanted: Sequence[Load]) -> TimeModel:
         weight = 1 / totals[users].to_numpy()
         solution = _robust_nnls(amounts * weight[:, None], target * weight)
         prices[part] = dict(zip(kinds, solution.tolist(), strict=True))
-    return TimeModel(prices)
+    return TimeModel(prices, {})
 
 
 def _robust_nnls(a: np.ndarray, b: np.ndarray) -> np.ndarray:

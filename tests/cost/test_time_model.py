@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import PRICES
 
 from earlyexit.cost import time_model as times
 from earlyexit.cost.break_even import break_even_map, measured_points
@@ -17,6 +18,7 @@ from earlyexit.cost.time_model import TimeModel, check, fit, loads, measure
 from earlyexit.cost.work import FULL_DEPTH, Load, work
 from earlyexit.exits.clock import PARTS
 from earlyexit.nn.config import ModelConfig
+from earlyexit.runs.machine import stored
 
 CONFIG = ModelConfig(500, 16, 3, n_seq=16, bk_heads=4, dropout_p=0.0, gate_hidden=0)
 CPU = torch.device("cpu")
@@ -84,7 +86,7 @@ def test_impossible_loads_are_refused(change, what):
 
 def synthetic(wanted, prices, noise=0.0, seed=0) -> pd.DataFrame:
     """Times that obey ``prices``, a few of them disturbed."""
-    rng, truth, rows = np.random.default_rng(seed), TimeModel(prices, {}, {}), []
+    rng, truth, rows = np.random.default_rng(seed), TimeModel(prices, {}), []
     for index, load in enumerate(wanted):
         parts = truth.predict(load)
         factor = 1 + noise * rng.standard_normal()
@@ -94,17 +96,6 @@ def synthetic(wanted, prices, noise=0.0, seed=0) -> pd.DataFrame:
             for p, ms in parts.items()
         ]
     return pd.DataFrame(rows)
-
-
-PRICES = {
-    "blocks": {"launches": 2e-5, "expert_flops": 2e-11, "bytes": 1e-10, "steps": 1e-8},
-    "head": {"flops": 2e-11, "logits": 3e-9},
-    "check": {"launches": 9e-5, "bytes": 2e-10},
-    "projected check": {"flops": 3e-11, "logits": 4e-9},
-    "propagation": {"launches": 1e-4, "flops": 4e-11},
-    "gather/scatter": {"launches": 4e-5, "bytes": 2e-10},
-    "rest": {"run": 1e-4},
-}
 
 
 def test_prices_are_recovered_and_hold_for_other_configurations():
@@ -141,7 +132,7 @@ def test_measured_loads_are_complete():
 
 
 def test_the_map_is_the_model_at_every_point():
-    model = TimeModel(PRICES, {}, {})
+    model = TimeModel(PRICES, {})
     grid = break_even_map(model, panels=((4, 8),))
     assert len(grid) == len(grid[["criterion", "head_ratio", "executed"]].drop_duplicates())
     lost = grid[(grid["criterion"] == "max_probability") & (grid["executed"] == 1)]
@@ -159,7 +150,8 @@ def test_the_map_is_the_model_at_every_point():
 
 
 def test_a_time_model_is_stored_whole(tmp_path):
-    model = TimeModel(PRICES, {"threads": 2}, {"median_error": 0.05, "largest_error": 0.2})
+    errors = {"median_error": 0.05, "largest_error": 0.2}
+    model = TimeModel(PRICES, check=errors, machine={"threads": 2})
     model.save(tmp_path / "a" / "m.json")
     assert TimeModel.load(tmp_path / "a" / "m.json") == model
     for text in ("", "{}", '{"prices": {}, "machine": {}}', "[1]"):
@@ -169,14 +161,14 @@ def test_a_time_model_is_stored_whole(tmp_path):
 
 
 def test_other_threads_have_other_prices(tmp_path, monkeypatch):
-    here = times.stored(tmp_path, CPU)
-    assert times.stored(tmp_path, CPU) == here
+    before = stored(tmp_path, CPU)
+    assert stored(tmp_path, CPU) == before
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    assert times.stored(tmp_path, CPU) != here
+    assert stored(tmp_path, CPU) != before
 
 
 def test_an_adaptive_head_is_predicted_cheaper():
-    model = TimeModel(PRICES, {}, {})
+    model = TimeModel(PRICES, {})
     adaptive = replace(CONFIG, output_head="adaptive", tie_embeddings=False)
     assert model.milliseconds(Load(adaptive, 4, 16)) < model.milliseconds(Load(CONFIG, 4, 16))
     assert Load(CONFIG, 4, 16).criterion == FULL_DEPTH

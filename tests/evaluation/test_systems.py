@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -136,7 +137,7 @@ def test_every_system_sweeps_and_is_drawn(batch):
         tables.append(rows.assign(system=system.name, policy=names))
     curves = pd.concat(tables)
     alone = curves[curves["policy"] == "full depth"]
-    figures.plt.close(figures.combinations(curves[curves["policy"] == "adaptive"], alone, 0.05))
+    plt.close(figures.combinations(curves[curves["policy"] == "adaptive"], alone, 0.05))
 
 
 def test_sparse_times_say_what_could_be_gained():
@@ -146,7 +147,7 @@ def test_sparse_times_say_what_could_be_gained():
     share = row["skippable_share"] * (1 - row["kept"])
     assert row["at_most"] == pytest.approx(1 / (1 - share))
     assert 0 < row["core_share"] < row["skippable_share"] <= 1
-    figures.plt.close(figures.sparse_limits(table))
+    plt.close(figures.sparse_limits(table))
 
 
 def test_an_act_policy_beyond_its_threshold_runs_deeper(batch):

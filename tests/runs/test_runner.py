@@ -93,10 +93,13 @@ def test_status_names_what_is_stale_and_why(finished, monkeypatch):
     receipt = finished / "results/smoke/02_plot.run.json"
     kept = receipt.read_text()
     changed = json.loads(kept)
-    changed["fingerprint"]["code"]["earlyexit/artifacts.py"] = "other"
+    changed["fingerprint"]["code"]["earlyexit/runs/artifacts.py"] = "other"
     changed["fingerprint"]["inputs"]["01_build"] = "other"
     receipt.write_text(json.dumps(changed))
-    assert why(finished)["02_plot"] == ["earlyexit/artifacts.py changed", "input 01_build changed"]
+    assert why(finished)["02_plot"] == [
+        "earlyexit/runs/artifacts.py changed",
+        "input 01_build changed",
+    ]
     receipt.write_text(kept)
 
     copy = finished / "build/smoke/02_plot.ipynb"
@@ -116,7 +119,7 @@ def test_a_run_makes_only_what_changed_and_removes_what_is_no_longer_made(tmp_pa
     root = write_project(tmp_path)
     cell = (
         "import pandas as pd\n"
-        "from earlyexit.artifacts import Outputs, run_label\n"
+        "from earlyexit.runs.artifacts import Outputs, run_label\n"
         "table = pd.DataFrame({'seed': [0], 'x': [1]})\n"
         "Outputs(run_label(profile, overrides), '01_build', {}).table(table, 'first', 'T')"
     )

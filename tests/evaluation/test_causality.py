@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import future_jacobian
 
 from earlyexit.evaluation.causality import future_effect, perplexity_without_future, replace_future
 from earlyexit.exits.criteria import CRITERIA
@@ -32,20 +33,6 @@ def test_nor_with_exits(make_model, make_tokens, make_policy, criterion, executi
         )
         assert (a[:, :cut] - b[:, :cut]).abs().max() <= 1e-10
         assert torch.equal(before["exit_layers"][:, :cut], after["exit_layers"][:, :cut])
-
-
-def future_jacobian(model, x, outputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest |∂ output_i / ∂ embedding_j| over j > i, and over j ≤ i, of one window."""
-    embedded = model.embed(x).detach()
-    model.embed = lambda _: embedding  # the network behind the embedding, as a function
-    future, past = torch.zeros(()), torch.zeros(())
-    for i in range(x.shape[1]):
-        embedding = embedded.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(outputs(x)[0, i].square().sum(), embedding)
-        future = max(future, grad[0, i + 1 :].abs().sum())
-        past = max(past, grad[0, : i + 1].abs().sum())
-    del model.embed
-    return future, past
 
 
 @pytest.mark.parametrize("causal", [True, False])

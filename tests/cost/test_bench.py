@@ -7,16 +7,16 @@ import math
 
 import pytest
 import torch
-from test_time_model import PRICES
+from conftest import PRICES
 
 from earlyexit.__main__ import main
 from earlyexit.cost import bench
-from earlyexit.cost import predict as prediction
 from earlyexit.cost.bench import Bench, Row, position_loop
 from earlyexit.cost.time_model import TimeModel
 from earlyexit.models.checkpoints import save_model
 from earlyexit.nn.bk_core import BKCore
 
+CALIBRATE = "earlyexit.cost.time_model.calibrate"
 SIZES = ["--d-model", "16", "--n-layers", "3", "--vocab", "300"]
 
 
@@ -90,7 +90,7 @@ def test_bench_prints_json_of_a_given_model(make_model, tmp_path, capsys, monkey
 def test_wrong_requests_are_refused_before_anything_is_measured(
     arguments, what, capsys, monkeypatch
 ):
-    monkeypatch.setattr(prediction.times, "calibrate", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(CALIBRATE, lambda *a, **k: pytest.fail("measured"))
     monkeypatch.setattr(Bench, "sections", lambda self: pytest.fail("measured"))
     assert main(arguments) == 2
     assert what in capsys.readouterr().err
@@ -102,9 +102,9 @@ def test_predict_fits_once_and_answers_in_both_forms(capsys, monkeypatch, tmp_pa
 
     def calibrate(device):
         fits.append(device)
-        return TimeModel(PRICES, {}, {"median_error": 0.05, "largest_error": 0.2}), None
+        return TimeModel(PRICES, check={"median_error": 0.05, "largest_error": 0.2}), None
 
-    monkeypatch.setattr(prediction.times, "calibrate", calibrate)
+    monkeypatch.setattr(CALIBRATE, calibrate)
     assert main(["predict", *SIZES, "--mean-depth", "1.5", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["speedup_layers"] == pytest.approx(2)

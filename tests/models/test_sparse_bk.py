@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SIZES, VOCABULARY
-from test_causality import future_jacobian
+from conftest import SIZES, VOCABULARY, future_jacobian
 
 from earlyexit.calibration.collect import collect_trace
 from earlyexit.evaluation.causality import future_effect, replace_future
@@ -145,13 +144,12 @@ def test_the_recursion_is_shorter_and_its_projections_are_skipped(make_sparse, m
     assert 0.2 < kept.double().mean() < 0.8
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        from earlyexit.models import sparse_bk
 
         def watch(v, *rest):
             seen.append(v.shape[1])
             return causal_resolvent(v, *rest)
 
-        patch.setattr(sparse_bk, "causal_resolvent", watch)
+        patch.setattr("earlyexit.nn.sparse_bk.causal_resolvent", watch)
         model(x)
     assert seen[0] == kept.sum(1).max() < 12
     assert rows["v_proj"] == kept.sum()

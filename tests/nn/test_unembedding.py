@@ -9,17 +9,21 @@ from torch.nn import functional as F
 from earlyexit.corpus.windows import IGNORE
 from earlyexit.cost.memory import peak_tensor_bytes
 from earlyexit.exits.readers import Predictions, Reader, Scores
-from earlyexit.nn import unembedding as vocabulary
 from earlyexit.nn.cross_entropy import linear_cross_entropy, logit_chunks, softmax_
 from earlyexit.nn.unembedding import AdaptiveUnembedding, LinearUnembedding, token_nll
 
 CPU = torch.device("cpu")
 
 
+def set_chunk(monkeypatch, elements: int) -> None:
+    for module in ("cross_entropy", "unembedding"):
+        monkeypatch.setattr(f"earlyexit.nn.{module}.CHUNK_ELEMENTS", elements)
+
+
 @pytest.fixture(params=[1, 7 * 30, 10**9], ids=["row by row", "7 rows", "one chunk"])
 def chunked(request, monkeypatch):
     """Chunks of one row, of seven rows (the last one ragged), and no chunks at all."""
-    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", request.param)
+    set_chunk(monkeypatch, request.param)
 
 
 def problem(bias: bool, tokens: int = 37, vocabulary: int = 30, dtype=torch.float32):
@@ -93,7 +97,7 @@ def test_softmax_in_place_survives_large_logits():
 def test_the_logits_of_a_batch_are_never_held(monkeypatch):
     *args, targets = problem(True, tokens=2000, vocabulary=1000)
     whole = 2000 * 1000 * 4
-    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", 50 * 1000)
+    set_chunk(monkeypatch, 50 * 1000)
 
     def ours():
         grads(linear_cross_entropy(*args, targets), *args)

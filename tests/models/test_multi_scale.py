@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, VOCABULARY
-from test_causality import future_jacobian
+from conftest import SIZES, VOCABULARY, future_jacobian
 
 from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.trace import block_trace
