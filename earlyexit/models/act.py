@@ -21,7 +21,7 @@ A layer beyond c = 1 has nothing left to add: p is cut to 1 − c.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class ACTConfig(SparseConfig):
         ValueError: epsilon not in (0, 1), a negative ponder weight, gates asked for, or see above.
     """
 
+    _: KW_ONLY
     keep: float = 1.0
     epsilon: float = 0.01
     ponder_weight: float = 0.01

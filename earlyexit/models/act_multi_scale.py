@@ -7,7 +7,7 @@ halt together. Averages, remainders and ponder costs are those of :mod:`earlyexi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from earlyexit.nn.halting import AverageHead, HaltingGates, HaltingUnit, StreamN
 class ACTMultiScaleConfig(MultiScaleConfig):
     """Constructor arguments of :class:`ACTMultiScaleLanguageModel`; see :class:`ACTConfig`."""
 
+    _: KW_ONLY
     epsilon: float = 0.01
     ponder_weight: float = 0.01
 

@@ -19,7 +19,7 @@ potentials on. Costs count positions: 1 + ½ + ¼ + ½ + 1 = 3.25 layers of N po
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class MultiScaleConfig(SparseConfig):
     """
 
     n_layers: int = 5
+    _: KW_ONLY
     keep: float = 1.0
 
     def __post_init__(self):

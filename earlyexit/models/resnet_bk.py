@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -28,6 +29,10 @@ class EarlyExitLanguageModel(EarlyExitModel):
     """
 
     config_type = ModelConfig
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = inspect.signature(cls.config_type)
 
     def __init__(self, *args, **kwargs):
         super().__init__()
@@ -146,6 +151,9 @@ class EarlyExitLanguageModel(EarlyExitModel):
             return v.view(len(hidden), len(bias), -1)
 
         return potentials
+
+
+EarlyExitLanguageModel.__signature__ = inspect.signature(ModelConfig)
 
 
 def _fold(norms: list[nn.LayerNorm], layers: list[MoEResNetBKLayer]) -> tuple[Tensor, Tensor]:

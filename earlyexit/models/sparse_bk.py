@@ -21,7 +21,7 @@ left out. A loss (kept share − target)² on the mask without noise holds the s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from torch import nn
 
@@ -42,6 +42,7 @@ class SparseConfig(ModelConfig):
         ValueError: keep not in (0, 1], a negative weight, a two-sided core, or see the base class.
     """
 
+    _: KW_ONLY
     keep: float = 0.5
     sparsity_weight: float = 1.0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Literal
 
 
@@ -38,6 +38,7 @@ class ModelConfig:
     top_k: int = 1
     dropout_p: float = 0.1
     confidence_threshold: float = 0.9
+    _: KW_ONLY
     bk_heads: int = 16
     causal: bool = True
     exit_head: Literal["translator", "full"] = "translator"
