@@ -31,7 +31,6 @@ from earlyexit.runs.model_card import model_card
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import get_profile
 from earlyexit.training.config import RECIPES, TrainingConfig
-from earlyexit.training.losses import LossFunction
 
 LARGEST_PUBLISHED = 8_000_000  # bytes of one model's weights among the results
 
@@ -166,7 +165,6 @@ class Study:
         backbone: Trained | None = None,
         may_train: bool = True,
         kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
-        loss: LossFunction | None = None,
     ) -> Trained:
         """The profile's model with changes, trained now unless it is in the cache.
 
@@ -184,7 +182,6 @@ class Study:
             backbone=backbone,
             may_train=may_train,
             kind=kind,
-            loss=loss,
         )
 
     def _text_of_training(self, max_tokens: int) -> Corpus:

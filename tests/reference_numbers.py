@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import warnings
 from dataclasses import replace
@@ -63,8 +64,8 @@ ACT, MultiScale, Sparse, ACTMultiScale = (
 convert_act, convert_act_multi = (
     _get(n, *V) for n in ("convert_act_to_early_exit", "convert_act_multi_scale")
 )
-act_loss, act_multi_loss, multi_loss, sparse_loss = (
-    _get(n, "training.losses", "variants")
+act_loss, act_multi_loss, multi_loss, sparse_loss = (  # once a loss of their own
+    _get(n, "variants") if "loss" in inspect.signature(ee.train).parameters else None
     for n in ("act_loss", "act_multi_scale_loss", "multi_scale_loss", "sparse_loss")
 )
 SIZES = {"d_model": 32, "n_layers": 3, "n_seq": 32, "bk_heads": 4}

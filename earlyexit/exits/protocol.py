@@ -135,6 +135,16 @@ class ExitModel(nn.Module, ABC):
     def reset_auxiliary_loss(self) -> None:
         """Forget the batches so far."""
 
+    def check_training(self, exit_sampling: str, layer_dropout: float) -> None:
+        """Raise ValueError where the model cannot be trained so."""
+
+    def prepare_step(self, progress: float) -> None:
+        """Change what changes with the share of the training that is done."""
+
+    def own_loss(self) -> Tensor | float:
+        """What the kind of model adds to the loss of the last batch, weighted."""
+        return 0.0
+
     def unit_size(self, layer: int) -> int:
         """How many neighbouring tokens are decided together at the exit after ``layer``."""
         return 1

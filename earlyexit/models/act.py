@@ -102,6 +102,23 @@ class Pondering:
         self.gates = None
         self.ponder: Tensor | None = None
 
+    def check_training(self, exit_sampling: str, layer_dropout: float) -> None:
+        """Refuse exits sampled by token, where halting alone decides who stops.
+
+        Raises:
+            ValueError: they are asked for.
+        """
+        super().check_training(exit_sampling, layer_dropout)
+        if exit_sampling == "tokens":
+            raise ValueError("in ACT halting decides who stops: take exit_sampling='one'")
+
+    def own_loss(self) -> Tensor | float:
+        """``ponder_weight`` × mean ponder cost, beside what the base class adds."""
+        base = super().own_loss()
+        return (
+            base if self.ponder is None else base + self.config.ponder_weight * self.ponder.mean()
+        )
+
     def final_state(self, x: Tensor) -> Tensor:
         return self.hidden_states(x)[-1]
 
@@ -149,7 +166,7 @@ class ACTLanguageModel(Pondering, ACTEarlyExitModel):
 
     Here a token that has halted keeps its state, and hands to deeper layers its potentials only, as
     an exited token does; the layers are still computed for it. Arguments: see
-    :class:`ACTEarlyExitModel`. Train it with ``loss=act_loss``.
+    :class:`ACTEarlyExitModel`.
     """
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:

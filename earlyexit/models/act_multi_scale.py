@@ -75,7 +75,7 @@ class ACTMultiScaleExitModel(HaltingExits, MultiScaleLanguageModel):
 
 
 class ACTMultiScaleLanguageModel(Pondering, ACTMultiScaleExitModel):
-    """Several scales, trained and run with ACT; train it with ``loss=act_multi_scale_loss``."""
+    """Several scales, trained and run with ACT."""
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:
         """Streams before the first and after every layer ``(B, N, 2D + 1)``; halted ones stay."""

@@ -104,6 +104,19 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
 
     needs_all = False  # whether :meth:`carry` must see every token at every exit
 
+    def check_training(self, exit_sampling: str, layer_dropout: float) -> None:
+        """Refuse to drop layers or let single tokens leave: the next layer works at another scale.
+
+        Raises:
+            ValueError: one of the two is asked for.
+        """
+        super().check_training(exit_sampling, layer_dropout)
+        if layer_dropout or exit_sampling == "tokens":
+            raise ValueError(
+                "layer_dropout and exit_sampling='tokens' do not fit a model of several scales:"
+                " take exit_sampling='one'"
+            )
+
     # ------------------------------------------------------------------ running
 
     def pool(self, level: int, fine: Tensor) -> Tensor:

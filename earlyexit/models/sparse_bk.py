@@ -23,7 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
@@ -55,7 +56,7 @@ class SparseConfig(ModelConfig):
 
 
 class SparseBKLanguageModel(EarlyExitLanguageModel):
-    """A language model with sparse BK-Cores; train it with ``loss=sparse_loss``.
+    """A language model with sparse BK-Cores.
 
     Its arguments are the fields of :class:`SparseConfig`.
     """
@@ -67,6 +68,19 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
         if self.config.keep < 1:
             for block in self.blocks:
                 block.bk_layer = SparseBKLayer(**self.config.base(), keep=self.config.keep)
+
+    def prepare_step(self, progress: float) -> None:
+        """The noise of the masks falls to 0, so that training ends with the masks that will be used."""
+        for layer in sparse_layers(self):
+            layer.noise = 1 - progress
+
+    def own_loss(self) -> Tensor | float:
+        """w · mean over layers of (kept − keep)²."""
+        shares = [s.kept_share for s in sparse_layers(self) if s.kept_share is not None]
+        if not shares:
+            return 0.0
+        distance = torch.stack(shares) - self.config.keep
+        return self.config.sparsity_weight * distance.square().mean()
 
 
 def sparse_layers(model: nn.Module) -> Iterator[SparseBKLayer]:

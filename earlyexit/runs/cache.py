@@ -24,7 +24,6 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import digests
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.gates import train_gates
-from earlyexit.training.losses import LossFunction
 from earlyexit.training.resume import TrainingState
 from earlyexit.training.train import train
 
@@ -84,12 +83,11 @@ def trained_model(
     backbone: Trained | None = None,
     may_train: bool = True,
     kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
-    loss: LossFunction | None = None,
 ) -> Trained:
     """The model of this configuration: from the cache, or trained now and kept.
 
     Args:
-        max_tokens, loss: see :func:`earlyexit.training.train.train`.
+        max_tokens: see :func:`earlyexit.training.train.train`.
         kind: class of the model; its module must define or import all that its training runs.
         backbone: the model whose exits are trained when ``training.freeze_backbone``.
         may_train: otherwise a model that is not in the cache raises.
@@ -107,7 +105,6 @@ def trained_model(
     }
     if kind is not EarlyExitLanguageModel:
         key["kind"] = kind.__name__
-        key["loss"] = f"{loss.__module__}.{loss.__name__}" if loss else ""
         key["code"] = key["code"] | _code(kind.__module__, without=NOT_IN_VARIANTS)
     digest = digests.of_object(key)[:16]
     path = cache / "models" / f"{digest}.safetensors"
@@ -125,9 +122,7 @@ def trained_model(
     else:
         model = kind.from_config(model_config)
     state = cache / "training" / digest
-    history = train(
-        model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens, loss=loss
-    )
+    history = train(model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens)
     about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
     checkpoints.save_model(model, path, about)
     TrainingState(state, {}).delete()

@@ -35,7 +35,6 @@ def train_system(study: Study, system: System, seed: int, budget: Budget) -> Tra
         study.device,
         max_tokens=budget.tokens,
         kind=system.kind,
-        loss=system.loss,
     )
 
 

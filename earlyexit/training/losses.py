@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from earlyexit.corpus.windows import IGNORE
 from earlyexit.exits.protocol import ExitModel
-from earlyexit.models.sparse_bk import sparse_layers
 from earlyexit.nn.cross_entropy import Teacher
 from earlyexit.training.config import TrainingConfig
-
-LossFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
 def exit_features(model: ExitModel, states: list[Tensor], layer: int) -> Tensor:
@@ -32,18 +28,22 @@ def training_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch, and the last layer's mean NLL in nats (detached).
 
-    Joint training: NLL_L + w · NLL_exit + b · balance. On a frozen backbone: NLL_exit alone. With
-    sampled exits each token counts once, at its own exit; then its mean NLL is what is returned.
+    Joint training: NLL_L + w · NLL_exit + b · balance, and what the kind of model adds. On a frozen
+    backbone: NLL_exit alone. With sampled exits each token counts once, at its own exit; then its mean
+    NLL is what is returned.
 
     Args:
         step: seeds the draw of the exit and of dropped layers.
-        progress: share of the training that is done, for ``exit_ramp``.
+        progress: share of the training that is done, for ``exit_ramp`` and for what the kind of model
+            changes with it.
     """
+    model.prepare_step(progress)
     last, draw = model.n_layers - 1, random.Random(config.seed * 1_000_003 + step)
     weight = config.exit_loss_weight * min(1.0, progress / max(config.exit_ramp, 1e-9))
     if config.exit_sampling == "tokens":
         nll = _sampled_exits_nll(model, x, y, weight, config, draw)
-        return nll + config.balance_weight * model.auxiliary_loss(), nll.detach()
+        objective = nll + config.balance_weight * model.auxiliary_loss() + model.own_loss()
+        return objective, nll.detach()
     with torch.set_grad_enabled(not config.freeze_backbone):
         states = _states(model, x, config, draw)
 
@@ -62,10 +62,10 @@ def training_loss(
     exit_nll = sum((nll(layer, teacher) for layer in exits), torch.zeros((), device=x.device))
     exit_nll = exit_nll / max(1, len(exits))
     if config.freeze_backbone:
-        return exit_nll, exit_nll.detach()
+        return exit_nll + model.own_loss(), exit_nll.detach()
     final = nll(last)
     loss = final + weight * exit_nll + config.balance_weight * model.auxiliary_loss()
-    return loss, final.detach()
+    return loss + model.own_loss(), final.detach()
 
 
 def _sampled_exits_nll(
@@ -105,75 +105,3 @@ def _states(model, x: Tensor, config: TrainingConfig, draw: random.Random) -> li
         skip = draw.random() < config.layer_dropout * (2 ** (layer / last) - 1)
         states.append(states[-1] if skip else model.layer(layer, states[-1]))
     return states
-
-
-def act_loss(
-    model: ExitModel, x: Tensor, y: Tensor, config: TrainingConfig, step: int, progress=1.0
-) -> tuple[Tensor, Tensor]:
-    """:func:`sparse_loss` (of dense layers: ``training_loss``) plus ``ponder_weight`` × mean ρ.
-
-    Raises:
-        ValueError: exits sampled by token, where halting alone decides who stops.
-    """
-    if config.exit_sampling == "tokens":
-        raise ValueError("in ACT halting decides who stops: take exit_sampling='one'")
-    objective, nll = sparse_loss(model, x, y, config, step, progress)
-    return objective + model.config.ponder_weight * model.ponder.mean(), nll
-
-
-def act_multi_scale_loss(
-    model: ExitModel,
-    x: Tensor,
-    y: Tensor,
-    config: TrainingConfig,
-    step: int,
-    progress: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """:func:`multi_scale_loss` plus ``ponder_weight`` × mean ponder cost."""
-    objective, nll = multi_scale_loss(model, x, y, config, step, progress)
-    return objective + model.config.ponder_weight * model.ponder.mean(), nll
-
-
-def multi_scale_loss(
-    model: ExitModel,
-    x: Tensor,
-    y: Tensor,
-    config: TrainingConfig,
-    step: int,
-    progress: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """:func:`earlyexit.training.losses.sparse_loss`, of dense layers ``training_loss``.
-
-    Raises:
-        ValueError: layers cannot be dropped, nor single tokens leave in training, because the next
-            layer works at another scale.
-    """
-    if config.layer_dropout or config.exit_sampling == "tokens":
-        raise ValueError(
-            "layer_dropout and exit_sampling='tokens' do not fit a model of several scales:"
-            " take exit_sampling='one'"
-        )
-    return sparse_loss(model, x, y, config, step, progress)
-
-
-def sparse_loss(
-    model: ExitModel,
-    x: Tensor,
-    y: Tensor,
-    config: TrainingConfig,
-    step: int,
-    progress: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """:func:`earlyexit.training.losses.training_loss` plus w · mean over layers of (kept − keep)².
-
-    Args:
-        progress: share of the training that is done; the noise of the masks falls to 0 with it.
-    """
-    for layer in sparse_layers(model):
-        layer.noise = 1 - progress
-    objective, nll = training_loss(model, x, y, config, step, progress)
-    shares = [s.kept_share for s in sparse_layers(model) if s.kept_share is not None]
-    if shares:
-        distance = torch.stack(shares) - model.config.keep
-        objective = objective + model.config.sparsity_weight * distance.square().mean()
-    return objective, nll

@@ -10,13 +10,6 @@ from earlyexit.models.act_multi_scale import ACTMultiScaleLanguageModel, convert
 from earlyexit.models.multi_scale import MultiScaleLanguageModel
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel
-from earlyexit.training.losses import (
-    LossFunction,
-    act_loss,
-    act_multi_scale_loss,
-    multi_scale_loss,
-    sparse_loss,
-)
 
 
 @dataclass(frozen=True)
@@ -26,14 +19,13 @@ class System:
     Attributes:
         name: in tables and legends.
         parts: of "ACT", "multi-scale", "sparse", those it has; all but the reference have exits.
-        kind, loss: class and training loss; None is the plain model's.
+        kind: class of the model.
         convert: from the ACT model to its early-exit form; None where exits have learned gates.
     """
 
     name: str
     parts: frozenset[str] = field(default_factory=frozenset)
     kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel
-    loss: LossFunction | None = None
     convert: Callable[[EarlyExitLanguageModel], EarlyExitLanguageModel] | None = None
 
     @property
@@ -51,24 +43,24 @@ EXITS = System("exits")
 SYSTEMS = (
     REFERENCE,
     EXITS,
-    System("ACT", frozenset({"ACT"}), ACTLanguageModel, act_loss, convert_act_to_early_exit),
-    System("multi-scale", frozenset({"multi-scale"}), MultiScaleLanguageModel, multi_scale_loss),
-    System("sparse", frozenset({"sparse"}), SparseBKLanguageModel, sparse_loss),
+    System("ACT", frozenset({"ACT"}), ACTLanguageModel, convert_act_to_early_exit),
+    System("multi-scale", frozenset({"multi-scale"}), MultiScaleLanguageModel),
+    System("sparse", frozenset({"sparse"}), SparseBKLanguageModel),
     System(
         "ACT + multi-scale", frozenset({"ACT", "multi-scale"}),
-        ACTMultiScaleLanguageModel, act_multi_scale_loss, convert_act_multi_scale,
+        ACTMultiScaleLanguageModel, convert_act_multi_scale,
     ),
     System(
         "ACT + sparse", frozenset({"ACT", "sparse"}),
-        ACTLanguageModel, act_loss, convert_act_to_early_exit,
+        ACTLanguageModel, convert_act_to_early_exit,
     ),
     System(
         "multi-scale + sparse", frozenset({"multi-scale", "sparse"}),
-        MultiScaleLanguageModel, multi_scale_loss,
+        MultiScaleLanguageModel,
     ),
     System(
         "all three", frozenset({"ACT", "multi-scale", "sparse"}),
-        ACTMultiScaleLanguageModel, act_multi_scale_loss, convert_act_multi_scale,
+        ACTMultiScaleLanguageModel, convert_act_multi_scale,
     ),
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from earlyexit.corpus.windows import IGNORE, loader
 from earlyexit.devices import resolve_device
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.training.config import TrainingConfig
-from earlyexit.training.losses import LossFunction, exit_features, training_loss
+from earlyexit.training.losses import exit_features, training_loss
 from earlyexit.training.resume import TrainingState
 
 REPORT_EVERY = 50  # steps averaged in one row of the history
@@ -34,7 +34,6 @@ def train(
     checkpoint_dir: Path | None = None,
     checkpoint_every: int = 500,
     max_tokens: int = 0,
-    loss: LossFunction | None = None,
 ) -> list[dict]:
     """Train ``model`` in place on ``corpus.splits["train"]``.
 
@@ -42,17 +41,17 @@ def train(
         checkpoint_dir: where to keep a resumable state, written every ``checkpoint_every`` steps. If it
             holds one of the same configuration, training goes on from it, to the same result.
         max_tokens: use only documents up to about this many training tokens; 0 uses all.
-        loss: what a step minimises, by default :func:`training_loss`, with its signature.
 
     Returns:
         One row per evaluation: step, tokens, train_nll, and the fit part's perplexity per exit.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite.
-        ValueError: a frozen backbone of one layer.
+        ValueError: a frozen backbone of one layer, or a way of training that the model refuses.
         CheckpointError: the resumable state is damaged.
     """
     device = resolve_device(device)
+    model.check_training(config.exit_sampling, config.layer_dropout)
     torch.manual_seed(config.seed)
     # A frozen backbone gives its exits the states they will see: no dropout.
     model.to(device).train(not config.freeze_backbone)
@@ -76,9 +75,7 @@ def train(
     for x, y in _batches(split, model.n_seq, config, corpus.eos_id, start=step, stop=total):
         x, y = x.to(device), y.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            objective, nll = (loss or training_loss)(
-                model, x, y, config, step, progress=step / total
-            )
+            objective, nll = training_loss(model, x, y, config, step, progress=step / total)
         optimizer.zero_grad(set_to_none=True)
         objective.backward()
         nn.utils.clip_grad_norm_(parameters, config.clip)

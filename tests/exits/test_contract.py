@@ -202,7 +202,9 @@ def test_from_trace_to_certificate(trained, trace, corpus):
     certificate = certify(
         trained, trace, corpus.splits["certify"], corpus.eos_id, epsilon=2.0, delta=0.3
     )
-    assert certificate.check(trained, corpus.splits["test"]) and certificate.layers < trained.n_layers
+    assert (
+        certificate.check(trained, corpus.splits["test"]) and certificate.layers < trained.n_layers
+    )
 
 
 def test_its_cost_is_counted(trained, batch, halfway):

@@ -16,7 +16,6 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models import checkpoints
 from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
 from earlyexit.training.config import TrainingConfig
-from earlyexit.training.losses import act_loss
 from earlyexit.training.train import train
 
 ACT = {k: v for k, v in SIZES.items() if k != "gate_hidden"} | {"n_layers": 4}
@@ -224,7 +223,7 @@ def test_a_larger_ponder_weight_means_fewer_layers(corpus):
         torch.manual_seed(0)
         model = ACTLanguageModel(**ACT | {"ponder_weight": weight})
         config = TrainingConfig(epochs=5, batch_size=8, learning_rate=1e-2, exit_loss_weight=0.0)
-        history = train(model, corpus, config, "cpu", loss=act_loss)
+        history = train(model, corpus, config, "cpu")
         assert history[-1]["train_nll"] < history[0]["train_nll"]
         x = torch.as_tensor(_windows(model, corpus)[0])
         with torch.no_grad():
@@ -280,7 +279,6 @@ def test_wrong_arguments(wrong):
         ACTLanguageModel(**ACT | wrong)
 
 
-def test_halting_alone_decides_in_training(make_act, make_tokens):
-    model, x = make_act(), make_tokens(2, 9)
+def test_halting_alone_decides_in_training(make_act, corpus):
     with pytest.raises(ValueError, match="exit_sampling"):
-        act_loss(model, x, x, TrainingConfig(exit_sampling="tokens"), 0)
+        train(make_act(), corpus, TrainingConfig(exit_sampling="tokens"), "cpu")

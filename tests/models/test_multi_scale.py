@@ -20,7 +20,6 @@ from earlyexit.models.act_multi_scale import ACTMultiScaleLanguageModel, convert
 from earlyexit.models.multi_scale import MultiScaleLanguageModel, positions_run
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.gates import train_gates
-from earlyexit.training.losses import act_multi_scale_loss, multi_scale_loss
 from earlyexit.training.train import perplexity_per_exit, train
 
 READY = [name for name in CRITERIA if name != "depth"]
@@ -237,23 +236,21 @@ def test_trace_and_evaluator(make_multi, corpus, kind):
 def test_it_learns(corpus, kind):
     torch.manual_seed(0)
     if kind == "plain":
-        model, loss = MultiScaleLanguageModel(**MULTI), multi_scale_loss
+        model = MultiScaleLanguageModel(**MULTI)
     else:
         sizes = MULTI | {"gate_hidden": None, "keep": 0.5, "ponder_weight": 0.1}
-        model, loss = ACTMultiScaleLanguageModel(**sizes), act_multi_scale_loss
+        model = ACTMultiScaleLanguageModel(**sizes)
     weight = 0.3 if kind == "plain" else 0.0
     config = TrainingConfig(epochs=5, batch_size=8, learning_rate=1e-2, exit_loss_weight=weight)
-    train(model, corpus, config, "cpu", loss=loss)
+    train(model, corpus, config, "cpu")
     found = perplexity_per_exit(model, corpus.splits["train"], corpus.eos_id)
     assert found[-1] < 0.6 * VOCABULARY
     if kind == "plain":
         train_gates(model, corpus.splits["train"], corpus.eos_id, 500, steps=20)
         assert bool(model.gates.trained)
-        with pytest.raises(ValueError, match="layer_dropout"):
-            x = torch.zeros(1, 4).long()
-            loss(model, x, x, TrainingConfig(layer_dropout=0.1), 0)
-        with pytest.raises(ValueError, match="exit_sampling"):
-            loss(model, x, x, TrainingConfig(exit_sampling="tokens"), 0)
+        for wrong in ({"layer_dropout": 0.1}, {"exit_sampling": "tokens"}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                train(model, corpus, TrainingConfig(**wrong), "cpu")
 
 
 @torch.no_grad()

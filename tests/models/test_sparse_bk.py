@@ -15,7 +15,6 @@ from earlyexit.nn.bk_core import BKCore, causal_resolvent
 from earlyexit.nn.block import MoEResNetBKLayer
 from earlyexit.nn.sparse_bk import SparseBKCore, SparseBKLayer
 from earlyexit.training.config import TrainingConfig
-from earlyexit.training.losses import sparse_loss
 from earlyexit.training.train import train
 
 READY = [name for name in CRITERIA if name != "depth"]
@@ -196,7 +195,7 @@ def test_training_reaches_the_target_share_and_learns(corpus):
         sizes = SIZES | {"keep": keep, "n_layers": 2}
         model = SparseBKLanguageModel(**sizes)
         config = TrainingConfig(epochs=6, batch_size=8, learning_rate=1e-2)
-        history = train(model, corpus, config, "cpu", loss=sparse_loss)
+        history = train(model, corpus, config, "cpu")
         assert history[-1]["train_nll"] < history[0]["train_nll"]
         trace = collect_trace(model, corpus.splits["fit"], corpus.eos_id)
         assert trace.n_layers == 2
