@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from earlyexit.checked import Checked, Count
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ STAGE = re.compile(
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Checked):
     """Which text, and how it becomes tokens.
 
     Attributes:
@@ -62,23 +64,19 @@ class CorpusConfig:
         hub: hub dataset of WikiText, or a local folder of the same layout.
     """
 
-    name: str = "sotu"
+    name: Literal["sotu", "wikitext-2", "wikitext-103", "folder"] = "sotu"
     data_dir: str | None = None
-    vocab_size: int = 10000
-    tokenizer: str = "word"
+    vocab_size: Count = 10000
+    tokenizer: Literal["word", "bpe"] = "word"
     hub: str = "Salesforce/wikitext"
 
     def __post_init__(self) -> None:
-        names = ("sotu", "wikitext-2", "wikitext-103", "folder")
-        if self.name not in names:
-            raise ValueError(f"unknown corpus {self.name!r}; choose one of {', '.join(names)}")
-        if self.tokenizer not in ("word", "bpe"):
-            raise ValueError(f"unknown tokenizer {self.tokenizer!r}; choose word or bpe")
+        super().__post_init__()
         least = 3 if self.tokenizer == "word" else 2 + 256
         if self.vocab_size < least:
             raise ValueError(
-                f"vocab_size={self.vocab_size} is too small for tokenizer={self.tokenizer!r}: "
-                f"{UNK}, {EOS} and at least {least - 2} more; use {least} or more"
+                f"vocab_size={self.vocab_size}: must be ≥ {least} with tokenizer={self.tokenizer!r},"
+                f" for {UNK}, {EOS} and at least {least - 2} more"
             )
         if self.name == "folder" and self.data_dir is None:
             raise ValueError("corpus 'folder' needs data_dir, a folder with .txt files")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Literal
 
+from earlyexit.checked import Checked, Count, Dropout, Limit, Share
+
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """Constructor arguments of :class:`earlyexit.models.resnet_bk.EarlyExitLanguageModel`.
 
     Attributes:
@@ -26,39 +28,41 @@ class ModelConfig:
             :class:`earlyexit.nn.unembedding.AdaptiveUnembedding`. Exits share it.
 
     Raises:
-        ValueError: unknown ``exit_head`` or ``output_head``, an adaptive head that is tied or not
-            shared, n_layers < 1.
+        ValueError: a value outside its range, more experts per token than there are, or an adaptive
+            head that is tied, not shared by the exits, or too small to divide.
     """
 
-    vocab_size: int
-    d_model: int = 64
-    n_layers: int = 4
-    n_seq: int = 128
-    num_experts: int = 4
-    top_k: int = 1
-    dropout_p: float = 0.1
-    confidence_threshold: float = 0.9
+    vocab_size: Count
+    d_model: Count = 64
+    n_layers: Count = 4
+    n_seq: Count = 128
+    num_experts: Count = 4
+    top_k: Count = 1
+    dropout_p: Dropout = 0.1
+    confidence_threshold: Share = 0.9
     _: KW_ONLY
-    bk_heads: int = 16
+    bk_heads: Count = 16
     causal: bool = True
     exit_head: Literal["translator", "full"] = "translator"
     tie_embeddings: bool | None = None
-    expert_hidden: int | None = None
-    gate_hidden: int | None = None
+    expert_hidden: Count | None = None
+    gate_hidden: Limit | None = None
     output_head: Literal["linear", "adaptive"] = "linear"
 
-    def __post_init__(self):
-        if self.exit_head not in ("translator", "full"):
-            raise ValueError(f"exit_head={self.exit_head!r} must be 'translator' or 'full'")
-        if self.output_head not in ("linear", "adaptive"):
-            raise ValueError(f"output_head={self.output_head!r} must be 'linear' or 'adaptive'")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k}: must be ≤ num_experts={self.num_experts}")
         adaptive = self.output_head == "adaptive"
         if adaptive and (self.tie_embeddings or self.exit_head == "full"):
             raise ValueError("an adaptive output head is shared by the exits, and not tied")
+        if adaptive and (self.vocab_size < 10 or self.d_model < 4):
+            raise ValueError(
+                f"no adaptive output head of {self.vocab_size} words and width {self.d_model}: it"
+                " needs vocab_size ≥ 10 and d_model ≥ 4, or output_head='linear'"
+            )
         if self.tie_embeddings is None:
             object.__setattr__(self, "tie_embeddings", not adaptive)
-        if self.n_layers < 1:
-            raise ValueError(f"n_layers={self.n_layers} must be at least 1")
 
     def base(self) -> dict:
         """The fields that every kind of model has, without those that a subclass adds."""

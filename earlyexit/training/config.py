@@ -1,8 +1,11 @@
-"""training/config."""
+"""Configuration of trainings: of a model, of its gates, and the ways of training exits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from earlyexit.checked import Checked, Count, Dropout, Limit, Positive, Share, Weight
 
 # Ways of training exits, as changes to a profile's training.
 RECIPES: dict[str, dict] = {
@@ -19,7 +22,7 @@ RECIPES: dict[str, dict] = {
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """How a model is trained.
 
     Attributes:
@@ -44,35 +47,24 @@ class TrainingConfig:
         seed: of initialisation, order and dropout.
     """
 
-    epochs: float = 1.0
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    clip: float = 1.0
-    exit_loss_weight: float = 0.3
-    exit_sampling: str = "one"
-    exit_ramp: float = 0.0
-    distillation: float = 0.0
-    layer_dropout: float = 0.0
-    balance_weight: float = 0.01
+    epochs: Positive = 1.0
+    batch_size: Count = 32
+    learning_rate: Positive = 3e-3
+    weight_decay: Weight = 0.05
+    warmup: Share = 0.05
+    clip: Positive = 1.0
+    exit_loss_weight: Weight = 0.3
+    exit_sampling: Literal["one", "all", "tokens"] = "one"
+    exit_ramp: Share = 0.0
+    distillation: Share = 0.0
+    layer_dropout: Dropout = 0.0
+    balance_weight: Weight = 0.01
     freeze_backbone: bool = False
     bf16: bool = False
-    seed: int = 0
+    seed: Limit = 0
 
-    def __post_init__(self):
-        for name in ("epochs", "batch_size", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be > 0")
-        for name in ("exit_loss_weight", "exit_ramp", "distillation", "layer_dropout"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be ≥ 0")
-        if self.distillation > 1 or self.layer_dropout >= 1:
-            raise ValueError("distillation must lie in [0, 1], layer_dropout in [0, 1)")
-        if self.exit_sampling not in ("one", "all", "tokens"):
-            raise ValueError(
-                f"exit_sampling={self.exit_sampling!r} must be 'one', 'all' or 'tokens'"
-            )
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.exit_sampling == "tokens" and (
             self.freeze_backbone or self.distillation or self.layer_dropout
         ):
@@ -82,3 +74,18 @@ class TrainingConfig:
             )
         if self.freeze_backbone and not self.exit_loss_weight:
             raise ValueError("freeze_backbone trains exits only: exit_loss_weight must be > 0")
+
+
+@dataclass(frozen=True)
+class GatesConfig(Checked):
+    """How the gates of a trained model are trained; see :func:`earlyexit.training.gates.train_gates`.
+
+    Attributes:
+        hidden: units of a gate's hidden layer; 0: a linear gate.
+        max_tokens: training tokens that the gates learn from.
+        steps: of the optimiser, on those tokens.
+    """
+
+    hidden: Limit = 0
+    max_tokens: Count = 100_000
+    steps: Count = 600
