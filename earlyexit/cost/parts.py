@@ -1,124 +1,36 @@
-"""What each part of the model costs: analytic FLOPs and bytes.
+"""The one account of what a run costs: part → kind of work → amount.
 
-One multiply-add counts two FLOPs. Profilers count matrix products only (recurrences, softmax and
-normalisations count as zero there), hence this table; its matrix products are checked against
-``torch.utils.flop_counter`` in the tests. Bytes count every tensor that an operation reads or writes
-once, in float32, whatever a cache may save.
+It is made of what a model states of itself (:mod:`earlyexit.exits.operations`), of how many positions
+every layer transforms, and of what is checked. FLOPs, bytes and the amounts that predict time are read
+from it. Everything that takes a ``model`` takes its operations as well, or those of a configuration that
+was never built: :func:`earlyexit.models.operations.operations`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
 from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.operations import FLOAT, Operations, flops, norm, weighted_sum
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.operations import operations
 from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 
-# FLOPs per element of what is not a matrix product.
-LAYER_NORM = 8  # two moments, scale, shift
-
-
-BK_STEP = 18  # one complex reciprocal and multiply-add, in real arithmetic
+FULL_DEPTH = "full depth"
 
 
-SOFTMAX = 5  # maximum, subtraction, exponential, sum, comparison or division
+Account = dict[str, dict[str, float]]  # part of a run → kind of work → amount
 
 
-COSINE = 6  # three inner products
-
-
-FLOAT, COMPLEX = 4, 16  # bytes; BK-Core computes in double precision
-
-
-# Shares of tokens for which the middle and the rare cluster of an adaptive softmax are opened, as they
-# are in English text with words numbered by frequency: to score the word that comes, to find the most
-# probable word, and for the probabilities of all words. 01_build measures the first two.
-OPENED = {"word": (0.14, 0.06), "top": (1 / 3, 1 / 5), "all": (1.0, 1.0)}
-
-
-def part_flops(config: ModelConfig) -> dict[str, float]:
-    """FLOPs per token of every part of one layer and of the heads."""
-    d, h = config.d_model, config.bk_heads
-    hidden = config.expert_hidden or 2 * d
-    return {
-        "layer norm": LAYER_NORM * d,
-        "potentials": 2 * d * h,
-        "BK-Core": (BK_STEP if config.causal else 3 * BK_STEP) * h,
-        "projection": 2 * 2 * h * d + 2 * d,
-        "router": 2 * d * config.num_experts + SOFTMAX * config.num_experts,
-        "experts": config.top_k * (2 * 2 * d * hidden + hidden + 2 * d),  # with weights and sum
-        "translator": 2 * d * d if config.exit_head == "translator" else 0.0,
-        "head norm": LAYER_NORM * d,
-        "unembedding": unembedding_flops(config),
-        "softmax": SOFTMAX * vocabulary_width(config),
-    }
-
-
-def _projections(config: ModelConfig, wanted: str) -> list[tuple[float, float, bool]]:
-    """Matrices ``(rows, columns)`` that one token is multiplied with, rows as an expected number.
-
-    The third entry says whether the result is a part of the vocabulary.
-    """
-    d, v = config.d_model, config.vocab_size
-    if config.output_head == "linear":
-        return [(v, d, True)]
-    cuts, shares = (v // 10, 4 * v // 10, v), OPENED[wanted]
-    out: list[tuple[float, float, bool]] = [(cuts[0] + len(shares), d, True)]
-    for k, share in enumerate(shares):
-        width = d // 2 ** (k + 1)
-        out += [(share * width, d, False), (share * (cuts[k + 1] - cuts[k]), width, True)]
-    return out
-
-
-def unembedding_flops(config: ModelConfig, wanted: str = "word") -> float:
-    """Products per token for what is ``wanted``, a key of ``OPENED``: alike with a linear head."""
-    return sum(2 * rows * width for rows, width, _ in _projections(config, wanted))
-
-
-def vocabulary_width(config: ModelConfig, wanted: str = "word") -> float:
-    """Logits per token behind :func:`unembedding_flops`: V, or fewer with an adaptive softmax."""
-    return sum(rows for rows, _, words in _projections(config, wanted) if words)
-
-
-def wanted_by(criterion: str) -> str:
-    """What a check that reads logits wants of them: a key of ``OPENED``."""
-    return "top" if CRITERIA[criterion].of_top else "all"
-
-
-def read_by_check(config: ModelConfig, criterion: str) -> bool:
-    """Whether checks make all logits, so that an exit's prediction is read from them."""
-    rule = CRITERIA[criterion]
-    return rule.reads == "logits" and (config.output_head == "linear" or rule.of_top is None)
-
-
-def _reading_flops(config: ModelConfig, criterion: str) -> float:
-    """FLOPs per token of a LayerNorm, logits and softmax, as many as a check by ``criterion`` wants."""
-    wanted = wanted_by(criterion)
-    softmax = SOFTMAX * vocabulary_width(config, wanted)
-    return LAYER_NORM * config.d_model + unembedding_flops(config, wanted) + softmax
-
-
-def part_bytes(config: ModelConfig) -> dict[str, float]:
-    """Bytes of activations per token that the parts of :func:`part_flops` read and write."""
-    d, h, e, v = config.d_model, config.bk_heads, config.num_experts, vocabulary_width(config)
-    hidden = config.expert_hidden or 2 * d
-    expert = 2 * d + 4 * hidden  # in, hidden, activation in and out, hidden, out
-    dispatch = 8 * d  # gather, join, and put back in order, twice each; weigh
-    return {
-        "layer norm": FLOAT * 2 * d,
-        "potentials": FLOAT * (d + h),
-        "BK-Core": FLOAT * 3 * h + 2 * COMPLEX * h,
-        "projection": FLOAT * (2 * h + 6 * d),  # with sum and residual
-        "router": FLOAT * (d + 3 * e),
-        "experts": FLOAT * config.top_k * (expert + dispatch),
-        "translator": FLOAT * 4 * d if config.exit_head == "translator" else 0.0,
-        "head norm": FLOAT * 2 * d,
-        "unembedding": FLOAT * (d + v),
-        "softmax": FLOAT * 2 * v,
-    }
+# Kinds of work that take time of their own; what others take is counted by these.
+PRICED = ("launches", "expert_flops", "thin_flops", "flops", "bytes", "steps", "logits", "run")
 
 
 BLOCK = ("layer norm", "potentials", "BK-Core", "projection", "router", "experts")
@@ -133,122 +45,326 @@ FINAL_HEAD = ("head norm", "unembedding", "softmax")
 EXIT_HEAD = ("translator", *FINAL_HEAD)
 
 
+NOBODY = 1e-9  # share of tokens that is rounding
+
+
+class HasOperations(Protocol):
+    """A model, or its operations."""
+
+    def operations(self) -> Operations: ...
+
+
+# ---------------------------------------------------------------------- parts of one layer and of a head
+
+
+def model_parts(model: HasOperations) -> dict[str, dict[str, float]]:
+    """Amounts of every part of the first layer and of an exit's head, to score one word."""
+    stated = model.operations()
+    head = {"translator": stated.translator, "head norm": norm(stated.width)}
+    parts = stated.layers[0] | head | stated.projection["word"]
+    return {name: dict(amounts) for name, amounts in parts.items()}
+
+
+def part_flops(model: HasOperations) -> dict[str, float]:
+    """FLOPs per token of every part of the first layer and of an exit's head."""
+    return {name: flops(amounts) for name, amounts in model_parts(model).items()}
+
+
 def total(parts: dict[str, float], names: Sequence[str]) -> float:
     return sum(parts[name] for name in names)
 
 
-def check_flops(config: ModelConfig, criterion: str) -> float:
-    """FLOPs per token of one exit check, beyond what the exit itself costs."""
-    d = config.d_model
-    if CRITERIA[criterion].reads == "logits":
-        return part_flops(config)["translator"] + _reading_flops(config, criterion)
-    if criterion in ("gate", "agreement"):  # the next block's LayerNorm is shared
-        hidden = config.gate_hidden or 0
-        return 2 * hidden * (d + 2) if hidden else 2 * 2 * d
-    return {"depth": 0, "saturation": COSINE * d}[criterion]
-
-
-def policy_flops(
-    config: ModelConfig,
-    distribution: Sequence[float],
-    policy: ExitPolicy | str,
-    stops: bool = True,
-) -> dict[str, float]:
-    """FLOPs per token of a compacted run that scores one word per token, by part.
-
-    A check at the last layer costs nothing but for an adaptive softmax and a check of its logits. With
-    such a head, a check that wants the most probable word alone leaves the scoring to do.
-
-    Args:
-        distribution: share of tokens per exit layer ``(L + 1,)``, the last for "no early exit".
-        policy: whose checks are paid; or a criterion, checked after every layer but the last, and there
-            too where tokens count as exited at it.
-        stops: whether a run ends where nobody is left, so that nothing is propagated any further.
-
-    Returns:
-        ``blocks``, ``checks``, ``propagation`` (potentials of exited tokens), ``head``, ``total``,
-        ``full_depth`` and ``speedup_flops`` = full_depth / total.
-    """
-    parts, layers = part_flops(config), config.n_layers
-    share = np.asarray(distribution, dtype=float)
-    executed = np.minimum(np.arange(layers + 1) + 1, layers)
-    mean_layers = float(share @ executed)
-    early = float(share[: layers - 1].sum())
-    block, head = total(parts, BLOCK), total(parts, FINAL_HEAD)
-    if isinstance(policy, ExitPolicy):
-        criterion, checked = policy.criterion, [policy.checks(i) for i in range(layers)]
-    else:
-        last_too = CRITERIA[policy].streak or share[layers - 1] > 0
-        criterion, checked = policy, [True] * (layers - 1) + [last_too]
-    rule, alive = CRITERIA[criterion], 1 - np.append(0, np.cumsum(share))[:layers]
-    ran = alive > 1e-9 if stops else np.ones(layers, dtype=bool)
-    checks = float(alive[:-1] @ np.asarray(checked[:-1], dtype=float))
-    checked_at_last = rule.reads == "logits" and checked[-1]
-    last_check = _reading_flops(config, criterion) if checked_at_last else 0.0
-    if read_by_check(config, criterion):  # the exit reads the check's own logits
-        heads = (1 - early) * (last_check or head)
-    elif rule.reads == "logits":  # scoring starts from the check's features
-        known = 1.0 if checked_at_last else early
-        heads = head - known * parts["head norm"] + (1 - early) * last_check
-    else:
-        heads = head + early * parts["translator"]
-    out = {
-        "blocks": mean_layers * block,
-        "checks": checks * check_flops(config, criterion),
-        "propagation": float((1 - alive) @ ran) * total(parts, PROPAGATION),
-        "head": heads,
-    }
-    out["total"] = sum(out.values())
-    out["full_depth"] = layers * block + head
-    return out | {"speedup_flops": out["full_depth"] / out["total"]}
-
-
-def exit_costs(config: ModelConfig, criterion: str) -> np.ndarray:
-    """FLOPs per token of leaving at exit 0 … L − 1 in a compacted run that goes on ``(L,)``."""
-    rows = np.eye(config.n_layers, config.n_layers + 1)
-    rows[-1] = np.roll(rows[-1], 1)  # leaving at the last layer is not leaving early
-    return np.array([policy_flops(config, row, criterion, stops=False)["total"] for row in rows])
-
-
-def cost_table(config: ModelConfig) -> pd.DataFrame:
+def cost_table(model: HasOperations) -> pd.DataFrame:
     """Parts with parameters, FLOPs and bytes of activations per token, FLOPs as a share of one block."""
-    parts, moved = part_flops(config), part_bytes(config)
-    d, h, v = config.d_model, config.bk_heads, config.vocab_size
-    hidden = config.expert_hidden or 2 * d
-    parameters = {
-        "layer norm": 2 * d,
-        "potentials": d * h + h,
-        "BK-Core": 2 * h,
-        "projection": 2 * h * d + d + 1,
-        "router": d * config.num_experts + config.num_experts,
-        "experts": config.num_experts * (2 * d * hidden + hidden + d),
-        "translator": d * d + d if config.exit_head == "translator" else 0,
-        "head norm": 2 * d,
-        "unembedding": v * d + v if config.output_head == "linear" else _adaptive_parameters(d, v),
-        "softmax": 0,
-    }
-    block = total(parts, BLOCK)
+    stated = model.operations()
+    block = flops(stated.layer(0))
     rows = [
         {
             "part": name,
-            "group": "block" if name in BLOCK else "head",
-            "parameters": parameters[name],
-            "flops_per_token": flops,
-            "bytes_per_token": moved[name],
-            "share_of_block": flops / block,
+            "group": "block" if name in stated.layers[0] else "head",
+            "parameters": stated.parameters.get(name, 0),
+            "flops_per_token": flops(amounts),
+            "bytes_per_token": sum(n for kind, n in amounts.items() if kind.endswith("bytes")),
+            "share_of_block": flops(amounts) / block,
         }
-        for name, flops in parts.items()
+        for name, amounts in model_parts(stated).items()
     ]
     return pd.DataFrame(rows)
 
 
-def _adaptive_parameters(d: int, v: int) -> int:
-    cuts = (v // 10, 4 * v // 10, v)
-    clusters = [(d // 2 ** (k + 1), cuts[k + 1] - cuts[k]) for k in range(len(cuts) - 1)]
-    head = cuts[0] + len(clusters)
-    return head * d + head + sum(width * d + size * width for width, size in clusters)
+def head_ratio(model: HasOperations) -> float:
+    """FLOPs of the final head over those of one block."""
+    stated = model.operations()
+    return flops(stated.head("word")) / flops(stated.layer(0))
 
 
 def break_even_depth(layers: int, head_ratio: float) -> float:
     """Mean depth below which a full-vocabulary check after each block pays: (L + r) / (1 + r)."""
     return (layers + head_ratio) / (1 + head_ratio)
+
+
+# ---------------------------------------------------------------------- the account
+
+
+def check_amounts(model: Operations, criterion: str, layer: int) -> dict[str, float]:
+    """Amounts per token of one exit check after ``layer``, beyond what the exit itself costs."""
+    rule = CRITERIA[criterion]
+    if rule.reads == "logits":
+        terms = [(1.0, model.translator), (1.0, model.head(rule.wants))]
+    else:
+        moved = FLOAT * rule.states_moved * model.width
+        terms = [(1.0, {"elementwise_flops": rule.flops(model), "bytes": moved})]
+    return weighted_sum([*terms, (1.0, {"elementwise_flops": model.reading[layer]})])
+
+
+def check_flops(model: HasOperations, criterion: str) -> float:
+    """FLOPs per token of one check at the first exit, beyond what the exit itself costs."""
+    return flops(check_amounts(model.operations(), criterion, 0))
+
+
+def account(
+    model: Operations,
+    positions: np.ndarray,
+    criterion: str | None,
+    checked: Sequence[bool] = (),
+    *,
+    tokens: int | None = None,
+    stops: bool = True,
+) -> Account:
+    """Amounts per token of a compacted run that scores one word per token, without launches.
+
+    A check at the last layer costs nothing but for a check of its logits, where the prediction is not
+    read from them. Where the most probable word is found without all logits, a check that wants no more
+    leaves the scoring to do.
+
+    Args:
+        positions: that every layer transforms, per token ``(L,)``.
+        criterion: what is checked; None is full depth, without any exit.
+        checked: whether it is, after each layer ``(L,)``.
+        tokens: of the batch: a layer that would run for less than half a token is not run.
+        stops: whether a run ends where nobody is left, so that nothing is propagated any further.
+
+    Returns:
+        Parts ``blocks`` and ``head``, and with a criterion ``check`` and ``propagation``.
+    """
+    layers, full = range(model.n_layers), model.positions
+    least = 0.5 / tokens if tokens else NOBODY
+    run, left = np.where(positions < least, 0.0, positions), full - positions
+    out: Account = {"blocks": weighted_sum((run[k], model.layer(k)) for k in layers)}
+    if criterion is None:
+        return out | {"head": model.head("word")}
+    rule, early, end = CRITERIA[criterion], left[-1], run[-1]
+    passed = left * (run > 0) if stops else left
+    through = weighted_sum((passed[k], model.passed(k)) for k in layers)
+    # A recursion passes over positions of exited tokens only where the layer runs.
+    waited = weighted_sum((left[k] * (run[k] > 0), model.passed(k)) for k in layers)
+    out["propagation"] = weighted_sum([(1.0, through), (early, model.leaving)])
+    out["propagation"] |= {kind: n for kind, n in waited.items() if kind == "steps"}
+    out["check"] = weighted_sum(
+        (run[k] * checked[k], check_amounts(model, criterion, k)) for k in layers[:-1]
+    )
+    last_check = model.head(rule.wants) if rule.reads == "logits" and checked[-1] else None
+    known = full.min() == 1 and rule.reads == "logits"  # every token's logits or features are there
+    word = model.head("word")
+    if known and rule.read_by_check(model):
+        heads = [(end, last_check or word)]
+    elif known:
+        read = 1.0 if last_check else early
+        heads = [(1.0, word), (-read, norm(model.width)), (end, last_check or {})]
+    else:
+        heads = [(1.0, word), (early, model.translator)]
+    out["head"] = weighted_sum(heads)
+    return out
+
+
+def _alive(shares: Sequence[float]) -> np.ndarray:
+    """Share of tokens that run each layer ``(L,)``, from shares per exit layer ``(L + 1,)``."""
+    return 1 - np.append(0, np.cumsum(np.asarray(shares, dtype=float)))[: len(shares) - 1]
+
+
+def summary(model: HasOperations, parts: Account) -> dict[str, float]:
+    """FLOPs of an account by part, in all, of full depth, and what is saved; see :func:`policy_flops`."""
+    stated = model.operations()
+    names = {"blocks": "blocks", "check": "checks", "propagation": "propagation", "head": "head"}
+    out = {name: flops(parts.get(part, {})) for part, name in names.items()}
+    out["total"] = sum(out.values())
+    plain = account(stated, stated.positions, None)
+    out["full_depth"] = sum(map(flops, plain.values()))
+    return out | {"speedup_flops": out["full_depth"] / out["total"]}
+
+
+def run_flops(
+    model: HasOperations, positions: np.ndarray, policy: ExitPolicy | str | None
+) -> dict[str, float]:
+    """FLOPs per token of a run in which every layer transformed so many ``positions`` ``(L,)``.
+
+    Args:
+        policy: whose checks are paid; or a criterion, checked after every layer; None is full depth.
+
+    Returns:
+        See :func:`policy_flops`.
+    """
+    stated = model.operations()
+    criterion, checked = _checks(policy, stated.n_layers, last=False)
+    return summary(stated, account(stated, positions, criterion, checked, stops=False))
+
+
+def _checks(policy: ExitPolicy | str | None, n_layers: int, last: bool):
+    """Criterion, and after which layers it is checked ``(L,)``."""
+    if isinstance(policy, ExitPolicy):
+        return policy.criterion, [policy.checks(layer) for layer in range(n_layers)]
+    return policy, [True] * (n_layers - 1) + [last]
+
+
+def policy_flops(
+    model: HasOperations,
+    shares: Sequence[float],
+    policy: ExitPolicy | str,
+    stops: bool = True,
+) -> dict[str, float]:
+    """FLOPs per token of a compacted run that scores one word per token, by part.
+
+    Args:
+        shares: of tokens per exit layer ``(L + 1,)``, the last for "no early exit". Of several scales
+            they are taken to leave in whole blocks.
+        policy: whose checks are paid; or a criterion, checked after every layer but the last, and there
+            too where tokens count as exited at it.
+        stops: see :func:`account`.
+
+    Returns:
+        ``blocks``, ``checks``, ``propagation`` (of exited tokens), ``head``, ``total``, ``full_depth``
+        and ``speedup_flops`` = full_depth / total.
+    """
+    stated = model.operations()
+    layers = stated.n_layers
+    last = isinstance(policy, str) and bool(CRITERIA[policy].streak or shares[layers - 1] > 0)
+    criterion, checked = _checks(policy, layers, last)
+    positions = stated.positions * _alive(shares)
+    return summary(stated, account(stated, positions, criterion, checked, stops=stops))
+
+
+def exit_costs(model: HasOperations, criterion: str) -> np.ndarray:
+    """FLOPs per token of leaving at exit 0 … L − 1 in a compacted run that goes on ``(L,)``."""
+    layers = model.operations().n_layers
+    rows = np.eye(layers, layers + 1)
+    rows[-1] = np.roll(rows[-1], 1)  # leaving at the last layer is not leaving early
+    return np.array([policy_flops(model, row, criterion, stops=False)["total"] for row in rows])
+
+
+# ---------------------------------------------------------------------- what takes time
+
+
+@dataclass(frozen=True)
+class Load:
+    """A configuration to be run.
+
+    Attributes:
+        config: the model.
+        batch, length: windows B and tokens N of each.
+        criterion: what is checked after every layer but the last; ``FULL_DEPTH`` runs no exit.
+        shares: of tokens per exit layer ``(L + 1,)``; not used at full depth.
+
+    Raises:
+        ValueError: shares of another length, negative, or not summing to 1; sizes below 1; an unknown
+            criterion.
+    """
+
+    config: ModelConfig
+    batch: int
+    length: int
+    criterion: str = FULL_DEPTH
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if min(self.batch, self.length) < 1:
+            raise ValueError(f"batch={self.batch} and length={self.length} must be at least 1")
+        if self.criterion == FULL_DEPTH:
+            return
+        if self.criterion not in CRITERIA:
+            known = ", ".join(CRITERIA)
+            raise ValueError(f"unknown criterion {self.criterion!r}; known: {known}")
+        shares, layers = np.asarray(self.shares, dtype=float), self.config.n_layers
+        if shares.shape != (layers + 1,) or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-3:
+            raise ValueError(
+                f"{layers} layers need {layers + 1} exit shares ≥ 0 that sum to 1 (the last: no early"
+                f" exit), got {list(self.shares)}"
+            )
+
+    @cached_property
+    def operations(self) -> Operations:
+        return operations(self.config)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def mean_depth(self) -> float:
+        """Layers executed on average."""
+        layers = self.config.n_layers
+        if self.criterion == FULL_DEPTH:
+            return float(layers)
+        return float(np.minimum(np.arange(layers + 1) + 1, layers) @ np.asarray(self.shares))
+
+
+def work(load: Load) -> Account:
+    """Amounts of ``PRICED`` kinds for scoring a batch, compacted where there are exits.
+
+    Beside those of :func:`account` there are launches (operations started), the part ``rest``, and with
+    exits ``gather/scatter``. A check by logits is the part ``projected check``.
+    """
+    model, tokens, layers = load.operations, load.tokens, load.config.n_layers
+    exits = load.criterion != FULL_DEPTH
+    rule = CRITERIA[load.criterion] if exits else None
+    shares = load.shares if exits else (0.0,) * layers + (1.0,)
+    # Those who "exit" at the last layer run to the end like those who do not.
+    alive = _alive((*shares[: layers - 1], 0.0, shares[-1]))
+    parts = account(
+        model, alive, load.criterion if exits else None, [True] * (layers - 1) + [False],
+        tokens=tokens, stops=False,
+    )  # fmt: skip
+    running = np.where(alive * tokens < 0.5, 0.0, alive * tokens)
+    leaving = -np.diff(alive) * tokens
+    departures = int((leaving > 0.5).sum())
+    check, projected = "check", float(tokens)
+    if exits and rule.reads == "logits":
+        check = "projected check"
+        parts[check] = parts.pop("check")
+        for part in (check, "head"):  # beside logits their bytes take no time
+            parts[part].pop("bytes", None)
+        if rule.read_by_check(model):  # those who reach the end go through the head
+            projected = running[-1]
+    out = {
+        part: {kind: tokens * n for kind, n in amounts.items() if kind in PRICED}
+        for part, amounts in parts.items()
+    }
+    out["rest"] = {"run": 1.0, "bytes": tokens * 3 * FLOAT * model.width}
+    out["blocks"]["launches"] = float((running > 0).sum() * model.launches)
+    out["head"]["launches"] = 2.0 + departures + _chunks(model, np.array([projected]), "word")
+    if not exits:
+        return out
+    out[check]["launches"] = float((running[:-1] > 0).sum())
+    if check != "check":
+        out[check]["launches"] += _chunks(model, running[:-1], rule.wants)
+    out["propagation"]["launches"] = float(departures)
+    out["gather/scatter"] = _moves(model, running, leaving, tokens) | {
+        "launches": 2.0 + 2 * departures
+    }
+    return out
+
+
+def _moves(
+    model: Operations, running: np.ndarray, leaving: np.ndarray, tokens: int
+) -> dict[str, float]:
+    """Bytes of taking rows out and putting them back, of so many tokens that run and leave."""
+    stay = running[1:][leaving > 0.5].sum()
+    rows = 4 * stay + 2 * leaving.sum() + 2 * tokens
+    potentials = model.passed(0).get("steps", 0.0)
+    joined = 6 * potentials * running[1:][running[1:] < tokens - 0.5].sum()
+    indices = 8 * 6 * running.sum()
+    return {"bytes": FLOAT * (rows * model.width + joined) + indices}
+
+
+def _chunks(model: Operations, tokens: np.ndarray, wanted: str) -> float:
+    rows = max(1, int(CHUNK_ELEMENTS // model.logits(wanted)))
+    return float(np.ceil(tokens / rows).sum())

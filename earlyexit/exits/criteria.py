@@ -3,7 +3,7 @@
 A criterion reads either the exit's logits, which costs a vocabulary projection at every check, or the
 hidden state alone, which costs O(d). Where the most probable word says all that a criterion wants of the
 logits, an adaptive output head finds it without most of them. To add a criterion, write its score and
-put it into ``CRITERIA``.
+put it into ``CRITERIA``, with what it costs and needs: nothing else knows criteria by name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from earlyexit.exits.operations import Operations
 from earlyexit.nn.gates import AGREE, KL, ExitGates
 from earlyexit.nn.unembedding import Unembedding
 
@@ -40,6 +41,11 @@ class ExitState:
     gates: ExitGates | None = None
 
 
+def inner_product(model: Operations) -> float:
+    """FLOPs of one inner product with a state."""
+    return 2 * model.width
+
+
 @dataclass(frozen=True)
 class Criterion:
     """One way of judging whether a token's prediction is good enough.
@@ -56,6 +62,11 @@ class Criterion:
             earlier states are kept only then.
         of_top: the score from the most probable word alone, its log-probability and index ``(T,)`` each,
             where that is enough.
+        flops: of a check of the state per token, given the model's operations. A check of logits costs
+            what the head costs.
+        states_moved: tensors ``(T, D)`` that a check of the state reads or writes.
+        needs_gates: whether it is defined for models with trained gates only.
+        derived: whether an exit trace has it without a column of its own.
     """
 
     name: str
@@ -67,6 +78,10 @@ class Criterion:
     streak: bool = False
     of_top: Callable[[Tensor, Tensor], Tensor] | None = None
     looks_back: bool = True
+    flops: Callable[[Operations], float] = inner_product
+    states_moved: int = 1
+    needs_gates: bool = False
+    derived: bool = False
 
     @property
     def history(self) -> bool:
@@ -82,6 +97,15 @@ class Criterion:
     def may_decay(self) -> bool:
         """Whether thresholds that fall with the position are defined (CALM, eq. 5)."""
         return self.exit_above and self.bounds == (0, 1)
+
+    @property
+    def wants(self) -> Literal["top", "all"]:
+        """What a check of logits wants of them: the most probable word, or all probabilities."""
+        return "all" if self.of_top is None else "top"
+
+    def read_by_check(self, model: Operations) -> bool:
+        """Whether a check makes all logits, so that an exit's prediction is read from them."""
+        return self.reads == "logits" and not (self.wants == "top" and model.cheap_top)
 
     def passes(self, score, threshold):
         """Whether ``score`` (array or tensor) reaches ``threshold``."""
@@ -159,45 +183,30 @@ CRITERIA = {
     c.name: c
     for c in (
         Criterion(
-            "max_probability",
-            "maximum probability",
-            "logits",
-            max_probability,
-            True,
-            (0, 1),
+            "max_probability", "maximum probability", "logits", max_probability, True, (0, 1),
             of_top=lambda log_p, word: log_p.exp(),
         ),
         Criterion("margin", "top-1 minus top-2 probability", "logits", margin, True, (0, 1)),
         Criterion("entropy", "entropy / log V", "logits", entropy, False, (0, 1)),
-        Criterion("saturation", "cosine to the layer before", "state", saturation, True, (-1, 1)),
         Criterion(
-            "gate",
-            "KL predicted by the gate (nats)",
-            "state",
-            gate,
-            False,
-            (0, math.inf),
-            looks_back=False,
+            "saturation", "cosine to the layer before", "state", saturation, True, (-1, 1),
+            flops=lambda model: 3 * inner_product(model), states_moved=3,
         ),
         Criterion(
-            "agreement",
-            "agreement predicted by the gate",
-            "state",
-            agreement,
-            True,
-            (0, 1),
-            looks_back=False,
+            "gate", "KL predicted by the gate (nats)", "state", gate, False, (0, math.inf),
+            looks_back=False, flops=lambda model: model.gate, needs_gates=True,
         ),
         Criterion(
-            "patience",
-            "exits in a row that agree",
-            "logits",
-            prediction,
-            True,
-            (0, math.inf),
-            streak=True,
-            of_top=_word,
+            "agreement", "agreement predicted by the gate", "state", agreement, True, (0, 1),
+            looks_back=False, flops=lambda model: model.gate, needs_gates=True,
         ),
-        Criterion("depth", "layer", "state", depth, True, (0, math.inf), looks_back=False),
+        Criterion(
+            "patience", "exits in a row that agree", "logits", prediction, True, (0, math.inf),
+            streak=True, of_top=_word, derived=True,
+        ),
+        Criterion(
+            "depth", "layer", "state", depth, True, (0, math.inf),
+            looks_back=False, flops=lambda model: 0, states_moved=0, derived=True,
+        ),
     )
-}
+}  # fmt: skip

@@ -1,0 +1,200 @@
+"""What running a model costs, part by part: the amounts that every kind of model states of itself.
+
+The amounts of a part are a dictionary, kind of work → amount. Kinds that end in ``flops`` are
+floating-point operations, one multiply-add counting two: ``expert_flops`` (wide products), ``thin_flops``
+(products with few columns), ``flops`` (other products) and ``elementwise_flops``. Kinds that end in
+``bytes`` count every tensor that an operation reads or writes once, in float32, whatever a cache may
+save: ``bytes``, and ``hidden_bytes`` where other work of the same part takes the time. ``steps`` are
+those of a recursion, ``logits`` the numbers that a projection gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
+
+Amounts = Mapping[str, float]  # kind of work → amount
+Parts = Mapping[str, Amounts]  # part → its amounts
+
+FLOAT = 4  # bytes
+
+
+# FLOPs per element of what is not a matrix product.
+LAYER_NORM = 8  # two moments, scale, shift
+SOFTMAX = 5  # maximum, subtraction, exponential, sum, comparison or division
+
+
+def flops(amounts: Amounts) -> float:
+    """All floating-point operations among the amounts."""
+    return sum(n for kind, n in amounts.items() if kind.endswith("flops"))
+
+
+def weighted_sum(terms: Iterable[tuple[float, Amounts]]) -> dict[str, float]:
+    """Kind → Σ weight · amount, over pairs of a weight and amounts."""
+    out: dict[str, float] = {}
+    for weight, amounts in terms:
+        for kind, n in amounts.items():
+            out[kind] = out.get(kind, 0.0) + weight * n
+    return out
+
+
+def norm(width: int) -> Amounts:
+    """Of a LayerNorm of one state."""
+    return {"elementwise_flops": LAYER_NORM * width, "bytes": FLOAT * 2 * width}
+
+
+def projection(width: int, matrices: Sequence[tuple[float, float, bool]]) -> Parts:
+    """Of the unembedding of one state of ``width``, and of the softmax of its logits.
+
+    Args:
+        matrices: (rows, columns) that the state is multiplied with, rows as an expected number, and
+            whether the result is a part of the vocabulary.
+    """
+    logits = sum(rows for rows, _, words in matrices if words)
+    product = sum(2 * rows * columns for rows, columns, _ in matrices)
+    return {
+        "unembedding": {
+            "flops": product, "logits": logits, "hidden_bytes": FLOAT * (width + logits),
+        },
+        "softmax": {"elementwise_flops": SOFTMAX * logits, "hidden_bytes": FLOAT * 2 * logits},
+    }  # fmt: skip
+
+
+def gate_flops(width: int, hidden: int | None) -> float:
+    """Of one learned gate of two outputs, the norm that it shares with a layer left out."""
+    return 2 * hidden * (width + 2) if hidden else 2 * 2 * width
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a model costs per token, in the parts that a run with exits pays for.
+
+    Attributes:
+        width: of the state that exits read, D.
+        layers: of every layer, what it does at a position that it transforms, L entries.
+        propagation: of every layer, what it still does at a position whose tokens have left.
+        projection: ``"word"`` (to score one given word), ``"top"`` (to find the most probable word) and
+            ``"all"`` (for the probabilities of all words) → see :func:`projection`.
+        translator: of an exit's head before its norm, the last layer's excepted.
+        gate: FLOPs of one learned gate.
+        levels: of every layer, how often positions were halved: it has one position for 2^level tokens.
+        skippable: parts that are done at a share ``kept`` of the positions only, one per layer.
+        reading: FLOPs that a check at every exit needs beside its criterion and the layers.
+        leaving: amounts of a token that leaves early, beside its head and what is propagated.
+        launches: operations that one layer starts, whatever the number of positions.
+        parameters: part → how many, in a layer and in an exit's head.
+
+    Raises:
+        ValueError: another number of entries than layers.
+    """
+
+    width: int
+    layers: tuple[Parts, ...]
+    propagation: tuple[Parts, ...]
+    projection: Mapping[str, Parts]
+    translator: Amounts = field(default_factory=dict)
+    gate: float = 0.0
+    levels: tuple[int, ...] = ()
+    skippable: tuple[str, ...] = ()
+    kept: tuple[float, ...] = ()
+    reading: tuple[float, ...] = ()
+    leaving: Amounts = field(default_factory=dict)
+    launches: int = 1
+    parameters: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        n = self.n_layers
+        for name, usual in (("propagation", {}), ("levels", 0), ("kept", 1.0), ("reading", 0.0)):
+            entries = tuple(getattr(self, name)) or (usual,) * n
+            if len(entries) != n:
+                raise ValueError(f"{name} has {len(entries)} entries for {n} layers: give {n}")
+            object.__setattr__(self, name, entries)
+
+    @classmethod
+    def plain(
+        cls,
+        *,
+        n_layers: int,
+        d_model: int,
+        vocab_size: int,
+        block: Mapping[str, float],
+        propagated: Mapping[str, float],
+        translator: float = 0.0,
+        gate_hidden: int = 0,
+    ) -> Operations:
+        """Of a model of equal layers and one linear unembedding, by FLOPs alone.
+
+        Args:
+            block: part of a layer → FLOPs at a token that runs.
+            propagated: the same at a token that has left.
+        """
+        layer, passed = ({k: {"flops": n} for k, n in p.items()} for p in (block, propagated))
+        linear = projection(d_model, [(vocab_size, d_model, True)])
+        return cls(
+            d_model,
+            (layer,) * n_layers,
+            (passed,) * n_layers,
+            {"word": linear, "top": linear, "all": linear},
+            {"flops": translator},
+            gate_flops(d_model, gate_hidden),
+        )
+
+    def operations(self) -> Operations:
+        """Itself: what accounts for a model asks it for this, and takes operations as well."""
+        return self
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Positions per token of every layer at full depth ``(L,)``."""
+        return 0.5 ** np.asarray(self.levels, dtype=float)
+
+    @property
+    def cheap_top(self) -> bool:
+        """Whether the most probable word is found without all logits."""
+        return self.logits("top") < self.logits("all")
+
+    def logits(self, wanted: str) -> float:
+        """Logits per token for what is ``wanted``, a key of ``projection``."""
+        return self.projection[wanted]["unembedding"]["logits"]
+
+    def layer(self, layer: int) -> dict[str, float]:
+        """All that a layer does at a position that it transforms."""
+        return self._done(self.layers[layer], layer)
+
+    def passed(self, layer: int) -> dict[str, float]:
+        """All that a layer still does at a position whose tokens have left."""
+        return self._done(self.propagation[layer], layer)
+
+    def _done(self, parts: Parts, layer: int) -> dict[str, float]:
+        kept = self.kept[layer]
+        return weighted_sum(
+            (kept if name in self.skippable else 1.0, amounts) for name, amounts in parts.items()
+        )
+
+    def head(self, wanted: str) -> dict[str, float]:
+        """A norm, an unembedding and a softmax for what is ``wanted``."""
+        parts = (norm(self.width), *self.projection[wanted].values())
+        return weighted_sum((1.0, amounts) for amounts in parts)
+
+    def run_positions(self, exit_layers: Tensor) -> np.ndarray:
+        """Positions per token that each layer transforms ``(L,)``, when tokens leave as they did.
+
+        A position runs while one of its tokens does. The sum is what "layers executed" means: a layer
+        at a quarter of the positions counts a quarter.
+
+        Args:
+            exit_layers: ``(B, N)``, n_layers where none.
+        """
+        runs = []
+        for layer, level in enumerate(self.levels):
+            running = F.pad(exit_layers >= layer, (0, -exit_layers.shape[1] % 2**level))
+            runs.append(running.view(len(running), -1, 2**level).any(dim=-1).sum().item())
+        return np.array(runs) / exit_layers.numel()
