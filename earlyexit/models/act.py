@@ -27,7 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from earlyexit.exits.operations import Operations
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.operations import operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
 from earlyexit.nn.halting import AverageHead, HaltingGates, HaltingLayer, StreamNorm
@@ -155,6 +157,9 @@ class ACTEarlyExitModel(HaltingExits, SparseBKLanguageModel):
         super().__init__(*args, **kwargs)
         add_halting(self)
         self.gates = HaltingGates()
+
+    def operations(self) -> Operations:
+        return operations(self.config, kept=self.kept, halting=True)
 
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
         """Token ids ``(B, N)`` → streams ``(B, N, 2D + 1)``: nothing averaged, nothing halted."""

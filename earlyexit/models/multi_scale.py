@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from earlyexit.exits.operations import Operations
 from earlyexit.exits.protocol import Execution
 from earlyexit.models.multi_scale_walk import (
     CompactedPyramidWalk,
@@ -34,6 +35,7 @@ from earlyexit.models.multi_scale_walk import (
     any_left,
     first_rows,
 )
+from earlyexit.models.operations import operations
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
 
 
@@ -83,6 +85,9 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
 
     def unit_size(self, layer: int) -> int:
         return 2 ** self.levels[layer]
+
+    def operations(self) -> Operations:
+        return operations(self.config, kept=self.kept, levels=self.levels)
 
     def walk(self, x: Tensor, execution: Execution, history: bool) -> PyramidWalk:
         kind = CompactedPyramidWalk if execution == "compacted" else DensePyramidWalk

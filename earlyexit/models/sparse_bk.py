@@ -26,6 +26,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
+from earlyexit.exits.operations import Operations
+from earlyexit.models.operations import operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.sparse_bk import SparseBKLayer
@@ -68,6 +70,14 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
         if self.config.keep < 1:
             for block in self.blocks:
                 block.bk_layer = SparseBKLayer(**self.config.base(), keep=self.config.keep)
+
+    @property
+    def kept(self) -> tuple[float, ...]:
+        """Share of positions that each sparse layer has kept so far; the target before its first run."""
+        return tuple(layer.kept() or self.config.keep for layer in sparse_layers(self))
+
+    def operations(self) -> Operations:
+        return operations(self.config, kept=self.kept)
 
     def prepare_step(self, progress: float) -> None:
         """The noise of the masks falls to 0, so that training ends with the masks that will be used."""

@@ -13,11 +13,7 @@ from earlyexit import certify, collect_trace, fit_policy, loader, train_gates
 from earlyexit.cost.parts import policy_flops
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
-
-try:
-    from earlyexit.exits.operations import Operations
-except ImportError:
-    Operations = None
+from earlyexit.exits.operations import Operations
 from earlyexit.exits.original import original_early_exit
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import exit_shares
