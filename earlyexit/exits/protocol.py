@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit.exits.criteria import ExitState
+from earlyexit.exits.operations import Operations
 from earlyexit.nn.heads import ExitHead
 
 Execution = Literal["compacted", "dense"]
@@ -78,6 +79,10 @@ class ExitModel(nn.Module, ABC):
     @abstractmethod
     def head(self, layer: int) -> ExitHead:
         """The exit's head: ``features`` of a state, and the ``unembedding`` that reads them."""
+
+    @abstractmethod
+    def operations(self) -> Operations:
+        """What each part costs, for the account of :mod:`earlyexit.cost.parts`."""
 
     # ------------------------------------------------------------------ what follows from it
 

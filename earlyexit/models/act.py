@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from earlyexit.exits.operations import Operations
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
@@ -80,6 +81,9 @@ def add_halting(model: EarlyExitLanguageModel) -> None:
 
 class HaltingExits:
     """Of a model whose exits read the running average and whose gates are its halting units."""
+
+    def operations(self, **changes) -> Operations:
+        return super().operations(halting=True, **changes)
 
     def act_policy(self) -> ExitPolicy:
         """The policy that halts where ACT halts: cumulative probability ≥ 1 − ε."""

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.clock import marker
+from earlyexit.exits.operations import Operations
+from earlyexit.models.operations import operations
 from earlyexit.nn.block import EarlyExitResNetBKBlock, MoEResNetBKLayer
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.gates import ExitGates
@@ -116,6 +118,10 @@ class EarlyExitLanguageModel(EarlyExitModel):
 
     def head(self, layer: int) -> ExitHead:
         return self.blocks[layer].exit_classifier
+
+    def operations(self, **changes) -> Operations:
+        """See :func:`earlyexit.models.operations.operations`, whose arguments kinds of model fill in."""
+        return operations(self.config, **changes)
 
     def layer(self, layer: int, h: Tensor) -> Tensor:
         return self.blocks[layer].hidden(h)

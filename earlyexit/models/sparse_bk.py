@@ -26,6 +26,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
+from earlyexit.exits.operations import Operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.sparse_bk import SparseBKLayer
@@ -68,6 +69,11 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
         if self.config.keep < 1:
             for block in self.blocks:
                 block.bk_layer = SparseBKLayer(**self.config.base(), keep=self.config.keep)
+
+    def operations(self, **changes) -> Operations:
+        keep = self.config.keep
+        kept = (keep,) * self.n_layers if keep < 1 else ()
+        return super().operations(kept=kept, **changes)
 
     def prepare_step(self, progress: float) -> None:
         """The noise of the masks falls to 0, so that training ends with the masks that will be used."""
