@@ -15,6 +15,7 @@ from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.protocol import ExitModel, exit_state
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 
+
 @torch.no_grad()
 def collect_trace(
     model: ExitModel,
