@@ -19,9 +19,10 @@ from earlyexit.corpus.documents import CorpusConfig
 from earlyexit.corpus.load import load_corpus
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
-from earlyexit.cost.parts import read_by_check
 from earlyexit.devices import resolve_device
+from earlyexit.exits.criteria import CRITERIA
 from earlyexit.models.checkpoints import checkpoint_about
+from earlyexit.models.operations import operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache as stages
@@ -103,7 +104,7 @@ class Study:
 
         Checks that need all logits take several times as long as everything else.
         """
-        part = read_by_check(self.model_config(), criterion)
+        part = CRITERIA[criterion].read_by_check(operations(self.model_config()))
         return self.profile.logits_tokens if part else 0
 
     # ------------------------------------------------------------------ models and traces

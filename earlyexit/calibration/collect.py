@@ -15,11 +15,6 @@ from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.protocol import ExitModel, exit_state
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 
-COMPUTED = ("depth", "patience")  # follow from what the trace holds anyway
-
-
-GATED = ("gate", "agreement")
-
 
 @torch.no_grad()
 def collect_trace(
@@ -45,8 +40,7 @@ def collect_trace(
     was_training = model.training
     model.eval()
     gated = model.gates is not None and bool(model.gates.trained)
-    names = [c.name for c in CRITERIA.values() if c.name not in COMPUTED]
-    names = [name for name in names if gated or name not in GATED]
+    names = [c.name for c in CRITERIA.values() if not c.derived and (gated or not c.needs_gates)]
     kept: dict[str, list[np.ndarray]] = {k: [] for k in ("nll", "kl", "prediction", *names)}
     w = windows(split, model.n_seq, eos_id)
     inputs, targets = (torch.as_tensor(a) for a in (w.inputs, w.targets))

@@ -8,6 +8,7 @@ of the first exit, averaged over the window. For comparison, hindsight groups by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from earlyexit.cost.parts import FULL_DEPTH
 from earlyexit.cost.timing import interleaved_times
-from earlyexit.exits.criteria import ExitState
 from earlyexit.exits.execution import decide
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.exits.protocol import ExitModel, exit_state
 
 SMALLEST_POOL = 64  # windows that batches are drawn from, at least
 
@@ -29,7 +30,7 @@ BATCHES = 2  # at least so many in a pool, or there would be nothing to group
 
 @torch.no_grad()
 def predicted_difficulty(
-    model: EarlyExitLanguageModel, x: Tensor, policy: ExitPolicy, batch: int = 32
+    model: ExitModel, x: Tensor, policy: ExitPolicy, batch: int = 32
 ) -> np.ndarray:
     """Mean score of a window's tokens at the first exit, larger where they will run deeper.
 
@@ -49,17 +50,14 @@ def predicted_difficulty(
     means = []
     for part in x.split(batch):
         before = model.embed(part)
-        after = model.blocks[0].hidden(before)
-        normalised = model.blocks[1].layer_norm(after).flatten(0, 1)
-        state = ExitState(0, after.flatten(0, 1), before.flatten(0, 1), normalised, model.gates)
+        after = model.layer(0, before)
+        state = exit_state(model, 0, after.flatten(0, 1), before.flatten(0, 1))
         means.append(policy.rule.score(state).view_as(part).double().mean(dim=1))
     score = torch.cat(means).cpu().numpy()
     return -score if policy.rule.exit_above else score
 
 
-def executed_depth(
-    model: EarlyExitLanguageModel, x: Tensor, policy: ExitPolicy, batch: int = 32
-) -> np.ndarray:
+def executed_depth(model: ExitModel, x: Tensor, policy: ExitPolicy, batch: int = 32) -> np.ndarray:
     """Layers executed of every token ``(W, N)``, run for real."""
     exits = torch.cat([decide(model, p, policy).exit_layers.view_as(p) for p in x.split(batch)])
     return (exits + 1).clamp_max(model.n_layers).cpu().numpy()
@@ -86,7 +84,7 @@ def batches(
 
 @torch.no_grad()
 def throughput(
-    model: EarlyExitLanguageModel,
+    model: ExitModel,
     x: Tensor,
     policy: ExitPolicy,
     batch_sizes: Sequence[int],
@@ -118,31 +116,26 @@ def throughput(
             parts = [pool[torch.from_numpy(g).to(pool.device)] for g in groups]
             slowest[grouping] = float(np.mean([depth[g].max() for g in groups]))
             for execution in ("compacted", "dense"):
-                runs[execution, grouping] = _pass(model, parts, policy, execution)
+                runs[execution, grouping] = partial(_run_all, model, parts, policy, execution)
             if signal is None:
-                runs["full depth", ""] = _pass(model, parts, never, "compacted")
+                runs[FULL_DEPTH, ""] = partial(_run_all, model, parts, never, "compacted")
         seconds = interleaved_times(runs, x.device, repeats)
-        full = float(np.median(seconds["full depth", ""]))
-        for (execution, grouping), taken in seconds.items():
-            rows.append(
-                {
-                    "batch": size,
-                    "execution": execution,
-                    "grouping": grouping,
-                    "tokens_per_second": pool.numel() / float(np.median(taken)),
-                    "layers_run": slowest.get(grouping, float(model.n_layers)),
-                    "speedup_time": full / float(np.median(taken)),
-                    "windows": len(pool),
-                }
-            )
+        medians = {run: float(np.median(taken)) for run, taken in seconds.items()}
+        rows += [
+            {
+                "batch": size,
+                "execution": execution,
+                "grouping": grouping,
+                "tokens_per_second": pool.numel() / median,
+                "layers_run": slowest.get(grouping, float(model.n_layers)),
+                "speedup_time": medians[FULL_DEPTH, ""] / median,
+                "windows": len(pool),
+            }
+            for (execution, grouping), median in medians.items()
+        ]
     return pd.DataFrame(rows)
 
 
-def _pass(model, parts: list[Tensor], policy: ExitPolicy, execution: str):
-    """A call that runs over all batches."""
-
-    def run() -> None:
-        for part in parts:
-            decide(model, part, policy, execution)
-
-    return run
+def _run_all(model: ExitModel, parts: list[Tensor], policy: ExitPolicy, execution: str) -> None:
+    for part in parts:
+        decide(model, part, policy, execution)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from earlyexit.cost.breakdown import ORIGINAL, part_functions
-from earlyexit.cost.parts import policy_flops
+from earlyexit.cost.parts import FULL_DEPTH, policy_flops
 from earlyexit.cost.synthetic import (
     geometric_shares,
     policy_for_shares,
@@ -24,12 +24,11 @@ from earlyexit.cost.synthetic import (
     random_tokens,
 )
 from earlyexit.cost.timing import interleaved_times, median_ratio
-from earlyexit.cost.work import FULL_DEPTH
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.original import original_early_exit
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import exit_shares
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.bk_core import BKCore
 from earlyexit.nn.config import ModelConfig
 
@@ -92,7 +91,7 @@ class Bench:
     device: torch.device
     repeats: int = 7
     quick: bool = False
-    model: EarlyExitLanguageModel | None = None
+    model: EarlyExitModel | None = None
 
     @property
     def batch(self) -> int:
@@ -182,7 +181,7 @@ class Bench:
         )
         yield Row("compacted, growth with the length", slope, "slope", 1.1, False, note)
 
-    def end_to_end(self, model: EarlyExitLanguageModel, depth: float | None) -> Iterator[Row]:
+    def end_to_end(self, model: EarlyExitModel, depth: float | None) -> Iterator[Row]:
         """Scoring with the output head: against full depth, and against the original's procedure."""
         config = model.config
         x = random_tokens(config, self.batch, min(128, config.n_seq)).to(self.device)
@@ -242,9 +241,9 @@ class Bench:
         return float(np.polyfit(np.log(list(runs)), np.log(medians), 1)[0])
 
     @staticmethod
-    def _flop_speedup(model: EarlyExitLanguageModel, x: Tensor, policy: ExitPolicy) -> float:
+    def _flop_speedup(model: EarlyExitModel, x: Tensor, policy: ExitPolicy) -> float:
         shares = exit_shares(model, x, x, policy)
-        return policy_flops(model.config, shares, policy)["speedup_flops"]
+        return policy_flops(model, shares, policy)["speedup_flops"]
 
 
 @torch.no_grad()

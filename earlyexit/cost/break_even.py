@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from earlyexit.cost.parts import BLOCK, FINAL_HEAD, part_flops, total
+from earlyexit.cost.parts import FULL_DEPTH, Load, head_ratio
 from earlyexit.cost.synthetic import geometric_shares
 from earlyexit.cost.time_model import FITTED_CRITERIA, TimeModel
-from earlyexit.cost.work import FULL_DEPTH, Load
+from earlyexit.models.operations import operations
 from earlyexit.nn.config import ModelConfig
 
 VOCABULARIES = np.geomspace(100, 50_000, 14).astype(int)
@@ -19,12 +19,6 @@ VOCABULARIES = np.geomspace(100, 50_000, 14).astype(int)
 
 # Of what lies between one layer and all; with exactly one layer the run stops, which is another matter.
 SHARES_EXECUTED = np.linspace(0.05, 1, 9)
-
-
-def head_ratio(config: ModelConfig) -> float:
-    """FLOPs of the final head over those of one block."""
-    parts = part_flops(config)
-    return total(parts, FINAL_HEAD) / total(parts, BLOCK)
 
 
 def break_even_map(
@@ -60,7 +54,7 @@ def break_even_map(
                             "n_layers": layers,
                             "batch": batch,
                             "vocab_size": int(vocabulary),
-                            "head_ratio": head_ratio(config),
+                            "head_ratio": head_ratio(operations(config)),
                             "mean_depth": depth,
                             "executed": depth / layers,
                             "speedup_time": model.speedup(load),
@@ -84,7 +78,7 @@ def measured_points(checked: pd.DataFrame) -> pd.DataFrame:
     runs = checked[checked["criterion"] != FULL_DEPTH]
     full = plain.loc[pd.MultiIndex.from_frame(runs[keys])]
     ratios = [
-        head_ratio(ModelConfig(int(v), int(d), bk_heads=16))
+        head_ratio(operations(ModelConfig(int(v), int(d))))
         for v, d in zip(runs["vocab_size"], runs["d_model"], strict=True)
     ]
     return runs[[*keys, "criterion", "mean_depth"]].assign(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import gc
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from earlyexit.cost.synthetic import random_model
 from earlyexit.devices import synchronize
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.original import original_early_exit
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 
 MIB = 2**20
@@ -28,7 +28,7 @@ NONE_EARLY = "compacted, none early"  # the control: what is saved here, exits d
 
 
 def executions(
-    model: EarlyExitLanguageModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
+    model: EarlyExitModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
 ) -> dict[tuple[str, str], Callable[[], object]]:
     """(output, execution) → one forward pass; ``policy`` for ours, ``threshold`` for the original's."""
     exits = {"use_early_exit": True, "policy": policy}
@@ -49,7 +49,7 @@ def executions(
 
 @torch.no_grad()
 def peak_memory(
-    model: EarlyExitLanguageModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
+    model: EarlyExitModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
 ) -> pd.DataFrame:
     """Peak tensor memory of every execution on one batch.
 
@@ -82,13 +82,14 @@ def peak_resident(
     The child has random weights of ``config``: what is kept in memory does not depend on them, except
     through which tokens exit, so ``policy`` should be a static one.
     """
-    return peak_rss_bytes(_child, asdict(config), batch, policy, threshold, key) / MIB
+    return peak_rss_bytes(_child, config, batch, policy, threshold, key) / MIB
 
 
-def _child(work: bool, config: dict, batch: int, policy: ExitPolicy, threshold: float, key) -> None:
-    torch.manual_seed(0)
-    model = EarlyExitLanguageModel(**config).eval()
-    x = torch.randint(config["vocab_size"], (batch, config["n_seq"]))
+def _child(
+    work: bool, config: ModelConfig, batch: int, policy: ExitPolicy, threshold: float, key
+) -> None:
+    model = random_model(config)
+    x = torch.randint(config.vocab_size, (batch, config.n_seq))
     run = executions(model, x, x, policy, threshold)[key]
     with torch.no_grad():
         model.nll(x[:1, :8], x[:1, :8])  # loads every library the work needs
@@ -96,10 +97,10 @@ def _child(work: bool, config: dict, batch: int, policy: ExitPolicy, threshold: 
             run()
 
 
-def memory_parts(model: EarlyExitLanguageModel, batch: int) -> pd.DataFrame:
+def memory_parts(model: EarlyExitModel, batch: int) -> pd.DataFrame:
     """What the model must hold, in MiB: parameters, one residual stream, one batch of logits."""
     config = model.config
-    embedding = model.token_embedding.weight.numel()
+    embedding = config.vocab_size * config.d_model
     parameters = sum(p.numel() for p in model.parameters())
     tokens = batch * config.n_seq
     parts = {

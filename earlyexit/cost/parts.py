@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -19,45 +18,29 @@ import pandas as pd
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.operations import FLOAT, Operations, flops, norm, weighted_sum
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.protocol import ExitModel
 from earlyexit.models.operations import operations
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 
 FULL_DEPTH = "full depth"
-
-
-Account = dict[str, dict[str, float]]  # part of a run → kind of work → amount
-
+BLOCK = ("layer norm", "potentials", "BK-Core", "projection", "router", "experts")
+PROPAGATION = ("layer norm", "potentials", "BK-Core")
+FINAL_HEAD = ("head norm", "unembedding", "softmax")
+EXIT_HEAD = ("translator", *FINAL_HEAD)
 
 # Kinds of work that take time of their own; what others take is counted by these.
 PRICED = ("launches", "expert_flops", "thin_flops", "flops", "bytes", "steps", "logits", "run")
 
-
-BLOCK = ("layer norm", "potentials", "BK-Core", "projection", "router", "experts")
-
-
-PROPAGATION = ("layer norm", "potentials", "BK-Core")
-
-
-FINAL_HEAD = ("head norm", "unembedding", "softmax")
-
-
-EXIT_HEAD = ("translator", *FINAL_HEAD)
-
-
 NOBODY = 1e-9  # share of tokens that is rounding
 
-
-class HasOperations(Protocol):
-    """A model, or its operations."""
-
-    def operations(self) -> Operations: ...
+Account = dict[str, dict[str, float]]  # part of a run → kind of work → amount
 
 
 # ---------------------------------------------------------------------- parts of one layer and of a head
 
 
-def model_parts(model: HasOperations) -> dict[str, dict[str, float]]:
+def model_parts(model: ExitModel | Operations) -> dict[str, dict[str, float]]:
     """Amounts of every part of the first layer and of an exit's head, to score one word."""
     stated = model.operations()
     head = {"translator": stated.translator, "head norm": norm(stated.width)}
@@ -65,7 +48,7 @@ def model_parts(model: HasOperations) -> dict[str, dict[str, float]]:
     return {name: dict(amounts) for name, amounts in parts.items()}
 
 
-def part_flops(model: HasOperations) -> dict[str, float]:
+def part_flops(model: ExitModel | Operations) -> dict[str, float]:
     """FLOPs per token of every part of the first layer and of an exit's head."""
     return {name: flops(amounts) for name, amounts in model_parts(model).items()}
 
@@ -74,7 +57,7 @@ def total(parts: dict[str, float], names: Sequence[str]) -> float:
     return sum(parts[name] for name in names)
 
 
-def cost_table(model: HasOperations) -> pd.DataFrame:
+def cost_table(model: ExitModel | Operations) -> pd.DataFrame:
     """Parts with parameters, FLOPs and bytes of activations per token, FLOPs as a share of one block."""
     stated = model.operations()
     block = flops(stated.layer(0))
@@ -92,7 +75,7 @@ def cost_table(model: HasOperations) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def head_ratio(model: HasOperations) -> float:
+def head_ratio(model: ExitModel | Operations) -> float:
     """FLOPs of the final head over those of one block."""
     stated = model.operations()
     return flops(stated.head("word")) / flops(stated.layer(0))
@@ -117,7 +100,7 @@ def check_amounts(model: Operations, criterion: str, layer: int) -> dict[str, fl
     return weighted_sum([*terms, (1.0, {"elementwise_flops": model.reading[layer]})])
 
 
-def check_flops(model: HasOperations, criterion: str) -> float:
+def check_flops(model: ExitModel | Operations, criterion: str) -> float:
     """FLOPs per token of one check at the first exit, beyond what the exit itself costs."""
     return flops(check_amounts(model.operations(), criterion, 0))
 
@@ -177,58 +160,20 @@ def account(
     return out
 
 
-def _alive(shares: Sequence[float]) -> np.ndarray:
-    """Share of tokens that run each layer ``(L,)``, from shares per exit layer ``(L + 1,)``."""
-    return 1 - np.append(0, np.cumsum(np.asarray(shares, dtype=float)))[: len(shares) - 1]
-
-
-def summary(model: HasOperations, parts: Account) -> dict[str, float]:
-    """FLOPs of an account by part, in all, of full depth, and what is saved; see :func:`policy_flops`."""
-    stated = model.operations()
-    names = {"blocks": "blocks", "check": "checks", "propagation": "propagation", "head": "head"}
-    out = {name: flops(parts.get(part, {})) for part, name in names.items()}
-    out["total"] = sum(out.values())
-    plain = account(stated, stated.positions, None)
-    out["full_depth"] = sum(map(flops, plain.values()))
-    return out | {"speedup_flops": out["full_depth"] / out["total"]}
-
-
 def run_flops(
-    model: HasOperations, positions: np.ndarray, policy: ExitPolicy | str | None
-) -> dict[str, float]:
-    """FLOPs per token of a run in which every layer transformed so many ``positions`` ``(L,)``.
-
-    Args:
-        policy: whose checks are paid; or a criterion, checked after every layer; None is full depth.
-
-    Returns:
-        See :func:`policy_flops`.
-    """
-    stated = model.operations()
-    criterion, checked = _checks(policy, stated.n_layers, last=False)
-    return summary(stated, account(stated, positions, criterion, checked, stops=False))
-
-
-def _checks(policy: ExitPolicy | str | None, n_layers: int, last: bool):
-    """Criterion, and after which layers it is checked ``(L,)``."""
-    if isinstance(policy, ExitPolicy):
-        return policy.criterion, [policy.checks(layer) for layer in range(n_layers)]
-    return policy, [True] * (n_layers - 1) + [last]
-
-
-def policy_flops(
-    model: HasOperations,
-    shares: Sequence[float],
-    policy: ExitPolicy | str,
-    stops: bool = True,
+    model: ExitModel | Operations,
+    positions: np.ndarray,
+    policy: ExitPolicy | str | None,
+    *,
+    at_last: bool = False,
+    stops: bool = False,
 ) -> dict[str, float]:
     """FLOPs per token of a compacted run that scores one word per token, by part.
 
     Args:
-        shares: of tokens per exit layer ``(L + 1,)``, the last for "no early exit". Of several scales
-            they are taken to leave in whole blocks.
-        policy: whose checks are paid; or a criterion, checked after every layer but the last, and there
-            too where tokens count as exited at it.
+        positions: that every layer transformed, per token ``(L,)``.
+        policy: whose checks are paid; or a criterion, checked after every layer but the last, and with
+            ``at_last`` there too; None is full depth.
         stops: see :func:`account`.
 
     Returns:
@@ -236,14 +181,40 @@ def policy_flops(
         and ``speedup_flops`` = full_depth / total.
     """
     stated = model.operations()
-    layers = stated.n_layers
-    last = isinstance(policy, str) and bool(CRITERIA[policy].streak or shares[layers - 1] > 0)
-    criterion, checked = _checks(policy, layers, last)
+    criterion, checked = policy, [True] * (stated.n_layers - 1) + [at_last]
+    if isinstance(policy, ExitPolicy):
+        criterion, checked = policy.criterion, list(map(policy.checks, range(stated.n_layers)))
+    parts = account(stated, positions, criterion, checked, stops=stops)
+    names = {"blocks": "blocks", "checks": "check", "propagation": "propagation", "head": "head"}
+    out = {name: flops(parts.get(part, {})) for name, part in names.items()}
+    out["total"] = sum(out.values())
+    out["full_depth"] = sum(map(flops, account(stated, stated.positions, None).values()))
+    return out | {"speedup_flops": out["full_depth"] / out["total"]}
+
+
+def policy_flops(
+    model: ExitModel | Operations,
+    shares: Sequence[float],
+    policy: ExitPolicy | str,
+    stops: bool = True,
+) -> dict[str, float]:
+    """:func:`run_flops` of tokens that leave in these ``shares`` per exit layer ``(L + 1,)``.
+
+    The last share is for "no early exit". Of several scales tokens are taken to leave in whole blocks. A
+    criterion is checked at the last layer too where tokens count as exited at it.
+    """
+    stated, exits = model.operations(), isinstance(policy, str) and CRITERIA[policy]
+    at_last = bool(exits and (exits.streak or shares[stated.n_layers - 1] > 0))
     positions = stated.positions * _alive(shares)
-    return summary(stated, account(stated, positions, criterion, checked, stops=stops))
+    return run_flops(stated, positions, policy, at_last=at_last, stops=stops)
 
 
-def exit_costs(model: HasOperations, criterion: str) -> np.ndarray:
+def _alive(shares: Sequence[float]) -> np.ndarray:
+    """Share of tokens that run each layer ``(L,)``, from shares per exit layer ``(L + 1,)``."""
+    return 1 - np.append(0, np.cumsum(np.asarray(shares, dtype=float)))[: len(shares) - 1]
+
+
+def exit_costs(model: ExitModel | Operations, criterion: str) -> np.ndarray:
     """FLOPs per token of leaving at exit 0 … L − 1 in a compacted run that goes on ``(L,)``."""
     layers = model.operations().n_layers
     rows = np.eye(layers, layers + 1)
@@ -305,6 +276,17 @@ class Load:
         if self.criterion == FULL_DEPTH:
             return float(layers)
         return float(np.minimum(np.arange(layers + 1) + 1, layers) @ np.asarray(self.shares))
+
+    def describe(self) -> dict:
+        """Sizes, criterion and mean depth, as columns of tables."""
+        config = self.config
+        sizes = ("d_model", "n_layers", "vocab_size", "output_head")
+        return {name: getattr(config, name) for name in sizes} | {
+            "batch": self.batch,
+            "n_seq": self.length,
+            "criterion": self.criterion,
+            "mean_depth": self.mean_depth,
+        }
 
 
 def work(load: Load) -> Account:

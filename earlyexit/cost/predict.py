@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from earlyexit.cost import time_model as times
-from earlyexit.cost.parts import policy_flops
+from earlyexit.cost.parts import FULL_DEPTH, Load, policy_flops
 from earlyexit.cost.time_model import TimeModel
-from earlyexit.cost.work import FULL_DEPTH, Load
 from earlyexit.exits.criteria import CRITERIA
 
 
@@ -20,18 +19,10 @@ def answer(model: TimeModel, load: Load) -> dict:
         configurations they were not fitted on.
     """
     full = Load(load.config, load.batch, load.length)
-    flops = policy_flops(load.config, load.shares, load.criterion)
+    flops = policy_flops(load.operations, load.shares, load.criterion)
     ratio = model.speedup(load)
-    return {
-        "d_model": load.config.d_model,
-        "n_layers": load.config.n_layers,
-        "vocab_size": load.config.vocab_size,
-        "output_head": load.config.output_head,
-        "batch": load.batch,
-        "n_seq": load.length,
-        "criterion": load.criterion,
+    return load.describe() | {
         "exit_shares": [round(s, 6) for s in load.shares],
-        "mean_depth": load.mean_depth,
         "speedup_layers": load.config.n_layers / load.mean_depth,
         "speedup_flops": flops["speedup_flops"],
         "speedup_time": ratio,

@@ -14,11 +14,11 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from earlyexit.exits import execution as runs
 from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.execution import run
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.readers import Predictions
-from earlyexit.exits.tally import ExitRun
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 
@@ -72,7 +72,7 @@ def geometric_shares(n_layers: int, mean_depth: float) -> np.ndarray:
 
 @torch.no_grad()
 def policy_for_shares(
-    model: EarlyExitLanguageModel, x: Tensor, shares: Sequence[float], criterion: str = "gate"
+    model: ExitModel, x: Tensor, shares: Sequence[float], criterion: str = "gate"
 ) -> ExitPolicy:
     """A policy by which these shares of the tokens ``x`` ``(B, N)`` leave at each layer.
 
@@ -89,6 +89,7 @@ def policy_for_shares(
     shares = np.asarray(shares, dtype=float)
     if shares.shape != (layers + 1,) or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
         raise ValueError(f"expected {layers + 1} shares ≥ 0 that sum to 1, got {shares.tolist()}")
+    reader = Predictions() if rule.reads == "logits" else None
     always = rule.bounds[0] if rule.exit_above else rule.bounds[1]
     thresholds = [rule.never] * layers
     for layer in range(layers - 1):
@@ -99,15 +100,9 @@ def policy_for_shares(
             thresholds[layer] = always
             break
         thresholds[layer] = always
-        run = _decide(model, x, ExitPolicy(criterion, tuple(thresholds)))
-        scores = run.scores[run.exit_layers == layer].double().cpu().numpy()
+        made = run(model, x, ExitPolicy(criterion, tuple(thresholds)), reader)
+        scores = made.scores[made.exit_layers == layer].double().cpu().numpy()
         portion = shares[layer] / left
         cut = np.quantile(scores, 1 - portion if rule.exit_above else portion)
         thresholds[layer] = float(np.clip(cut, *rule.bounds))
     return ExitPolicy(criterion, tuple(thresholds))
-
-
-def _decide(model: EarlyExitLanguageModel, x: Tensor, policy: ExitPolicy) -> ExitRun:
-    if policy.rule.reads == "logits":
-        return runs.run(model, x, policy, Predictions())
-    return runs.decide(model, x, policy)

@@ -1,9 +1,9 @@
-"""cost/system_times."""
+"""Time of systems beside each other, and what a sparse BK-Core could save of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,51 +12,37 @@ from torch import Tensor
 
 from earlyexit.cost.breakdown import scaled_projection
 from earlyexit.cost.timing import interleaved_times
+from earlyexit.exits.api import EarlyExitModel
+from earlyexit.exits.execution import decide
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.block import MoEResNetBKLayer
 from earlyexit.nn.sparse_bk import SparseBKLayer
-from earlyexit.nn.unembedding import LinearUnembedding
-
-
-@contextmanager
-def few_words(model: EarlyExitLanguageModel, words: int = 32) -> Iterator[None]:
-    """``model`` with an unembedding of only ``words``: what is left to time are the layers."""
-    small = LinearUnembedding(model.d_model, words).to(model.token_embedding.weight.device)
-    heads = [block.exit_classifier for block in model.blocks]
-    kept = [(head.linear, head._borrowed) for head in heads]
-    try:
-        for head in heads:
-            head.linear, head._borrowed = None, (small,)
-        yield
-    finally:
-        for head, (linear, borrowed) in zip(heads, kept, strict=True):
-            head.linear, head._borrowed = linear, borrowed
 
 
 def system_times(
-    runs: dict[str, tuple[EarlyExitLanguageModel, ExitPolicy | None]],
+    runs: dict[str, tuple[EarlyExitModel, ExitPolicy | None]],
     x: Tensor,
     y: Tensor,
     repeats: int,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Seconds per batch of every run, interleaved: of its layers, and in total.
+    """Seconds per batch of every run, interleaved: of layers and checks alone, and in total.
+
+    Args:
+        runs: name → model, and a policy by states; None is full depth.
 
     Returns:
         ``"layers"`` and ``"total"``, each name → seconds.
     """
-    whole = {
-        name: lambda m=model, p=policy: m.nll(x, y, p) for name, (model, policy) in runs.items()
+    whole, layers = {}, {}
+    for name, (model, policy) in runs.items():
+        whole[name] = partial(model.nll, x, y, policy)
+        never = ExitPolicy.static(model.n_layers, model.n_layers)
+        layers[name] = partial(decide, model, x, policy or never)
+    # Short runs feel every disturbance, and cost little to repeat.
+    return {
+        "total": interleaved_times(whole, x.device, repeats),
+        "layers": interleaved_times(layers, x.device, 2 * repeats),
     }
-    short = {
-        name: lambda m=model, p=policy: m.predict(x, p) for name, (model, policy) in runs.items()
-    }
-    out = {"total": interleaved_times(whole, x.device, repeats)}
-    with ExitStack() as stack:
-        for model in {id(model): model for model, _ in runs.values()}.values():
-            stack.enter_context(few_words(model))
-        # Short runs feel every disturbance, and cost little to repeat.
-        return out | {"layers": interleaved_times(short, x.device, 2 * repeats)}
 
 
 @torch.no_grad()

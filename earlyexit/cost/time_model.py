@@ -20,14 +20,14 @@ from scipy.optimize import nnls
 from tqdm.auto import tqdm
 
 from earlyexit.atomic import atomic_path
-from earlyexit.cost.breakdown import timed_runs
+from earlyexit.cost.breakdown import run_times
+from earlyexit.cost.parts import FULL_DEPTH, Load, work
 from earlyexit.cost.synthetic import (
     geometric_shares,
     policy_for_shares,
     random_model,
     random_tokens,
 )
-from earlyexit.cost.work import FULL_DEPTH, Load, work
 from earlyexit.exits.clock import PARTS
 from earlyexit.nn.config import ModelConfig
 
@@ -102,21 +102,19 @@ def measure(wanted: Sequence[Load], device: torch.device, repeats: int = 5) -> p
         One row per load and part: load (its index in ``wanted``), part, milliseconds, total_ms.
     """
     made: dict[tuple, tuple] = {}  # one model and batch for all loads that differ in exits only
-    runs, plain = {}, set()
+    runs = {}
     for index, load in enumerate(tqdm(wanted, desc="prepare", leave=False)):
         key = (load.config, load.batch, load.length)
         if key not in made:
             tokens = random_tokens(load.config, load.batch, load.length).to(device)
             made[key] = random_model(load.config).to(device), tokens
         (model, x), policy = made[key], None
-        if load.criterion == FULL_DEPTH:
-            plain.add(str(index))
-        else:
+        if load.criterion != FULL_DEPTH:
             policy = policy_for_shares(model, x, load.shares, load.criterion)
-        runs[str(index)] = model, partial(model.nll, x, x, policy)
+        runs[str(index)] = partial(model.nll, x, x, policy)
     with tqdm(total=4 * len(runs) * repeats, desc="time runs", leave=False) as bar:
-        counted = {name: (m, partial(_counted, run, bar)) for name, (m, run) in runs.items()}
-        table = timed_runs(counted, plain, repeats, UNDISTURBED)
+        counted = {name: partial(_counted, run, bar) for name, run in runs.items()}
+        table = run_times(counted, device, repeats, UNDISTURBED)
     return table.assign(load=table["run"].astype(int)).drop(columns="run")
 
 
@@ -143,9 +141,10 @@ class TimeModel:
         """Milliseconds of each part of a run; their sum is the run."""
         out = dict.fromkeys(PARTS, 0.0)
         for part, amounts in work(load).items():
-            name = "check" if part == "projected check" else part
             prices = self.prices.get(part, {})
-            out[name] += 1e3 * sum(prices.get(kind, 0.0) * n for kind, n in amounts.items())
+            out[_measured_as(part)] += 1e3 * sum(
+                prices.get(kind, 0.0) * n for kind, n in amounts.items()
+            )
         return out
 
     def milliseconds(self, load: Load) -> float:
@@ -190,13 +189,16 @@ def fit(measured: pd.DataFrame, wanted: Sequence[Load]) -> TimeModel:
         users = [i for i, amounts in enumerate(works) if part in amounts]
         kinds = sorted({kind for i in users for kind in works[i][part]})
         amounts = np.array([[works[i][part].get(kind, 0.0) for kind in kinds] for i in users])
-        # A check that projects was measured as a check.
-        column = "check" if part == "projected check" else part
-        target = np.array([seconds[i, column] for i in users])
+        target = np.array([seconds[i, _measured_as(part)] for i in users])
         weight = 1 / totals[users].to_numpy()
         solution = _robust_nnls(amounts * weight[:, None], target * weight)
         prices[part] = dict(zip(kinds, solution.tolist(), strict=True))
     return TimeModel(prices, {})
+
+
+def _measured_as(part: str) -> str:
+    """The part of a clock that a part of the work belongs to: a check that projects is a check."""
+    return part.removeprefix("projected ")
 
 
 def _robust_nnls(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -221,15 +223,8 @@ def check(model: TimeModel, measured: pd.DataFrame, wanted: Sequence[Load]) -> p
     for index, load in enumerate(wanted):
         predicted = model.milliseconds(load)
         rows.append(
-            {
-                "d_model": load.config.d_model,
-                "n_layers": load.config.n_layers,
-                "vocab_size": load.config.vocab_size,
-                "output_head": load.config.output_head,
-                "batch": load.batch,
-                "n_seq": load.length,
-                "criterion": load.criterion,
-                "mean_depth": load.mean_depth,
+            load.describe()
+            | {
                 "measured_ms": totals[index],
                 "predicted_ms": predicted,
                 "error": predicted / totals[index] - 1,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -16,104 +18,35 @@ import torch
 from torch import Tensor
 
 from earlyexit.corpus.windows import IGNORE
-from earlyexit.cost.parts import (
-    BLOCK,
-    FINAL_HEAD,
-    LAYER_NORM,
-    PROPAGATION,
-    check_flops,
-    part_flops,
-    total,
-)
+from earlyexit.cost.parts import run_flops
 from earlyexit.evaluation.routing import kept_shares
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.act import ACTEarlyExitModel
-from earlyexit.models.act_multi_scale import ACTMultiScaleExitModel
-from earlyexit.models.multi_scale import MultiScaleLanguageModel, positions_run
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.exits.protocol import exit_state
 from earlyexit.training.systems import REFERENCE, System
-
-SKIPPED = ("potentials", "BK-Core", "projection")  # what a sparse core saves at a skipped position
-
-
-def layer_positions(model: EarlyExitLanguageModel) -> np.ndarray:
-    """Positions per token of every layer at full depth ``(L,)``."""
-    if isinstance(model, MultiScaleLanguageModel):
-        return 0.5 ** np.array(model.levels)
-    return np.ones(model.n_layers)
-
-
-def run_positions(model: EarlyExitLanguageModel, exit_layers: Tensor) -> np.ndarray:
-    """Positions per token that every layer transforms ``(L,)``, exits ``(B, N)`` as they were."""
-    if isinstance(model, MultiScaleLanguageModel):
-        return positions_run(model, exit_layers)
-    layers = range(model.n_layers)
-    return np.array([(exit_layers >= k).double().mean().item() for k in layers])
-
-
-def flops(
-    model: EarlyExitLanguageModel,
-    positions: np.ndarray,
-    early: float,
-    criterion: str | None,
-    kept: Sequence[float] = (),
-) -> dict[str, float]:
-    """FLOPs per token of a compacted run.
-
-    Args:
-        positions: as :func:`run_positions` gives.
-        early: share of tokens that leave before the last layer.
-        criterion: what is checked; None is full depth without checks.
-        kept: share of positions that each sparse core visits.
-
-    Returns:
-        ``layers`` (blocks, propagation, pooling, halting and checks) and ``total`` (with the head).
-    """
-    c, parts, full = model.config, part_flops(model.config), layer_positions(model)
-    d, out = c.d_model, 0.0
-    for layer in range(model.n_layers):
-        left = full[layer] - positions[layer]
-        block, propagated = total(parts, BLOCK), total(parts, PROPAGATION)
-        if len(kept):
-            skip = 1 - kept[layer]
-            block += 2 * d - skip * total(parts, SKIPPED)
-            propagated += 2 * d - skip * total(parts, ("potentials", "BK-Core"))
-        out += positions[layer] * block + left * propagated
-    checked = positions[:-1]
-    if isinstance(model, MultiScaleLanguageModel):
-        for layer in range(1, model.n_layers):
-            down = model.levels[layer] > model.levels[layer - 1]
-            coarser = max(full[layer], full[layer - 1]) / 2
-            run = full[layer] if down else coarser * positions[layer] / full[layer]
-            out += run * (4 * d * d if down else 2 * d * d)
-        out += early * 2 * d * d  # r of those who leave: at most one raise per token
-    if isinstance(model, ACTEarlyExitModel | ACTMultiScaleExitModel):
-        unit = (LAYER_NORM + 2 + 4) * d  # LayerNorm, w · h, two running sums
-        out += checked.sum() * unit
-    elif criterion is not None:
-        out += checked.sum() * check_flops(c, criterion)
-        if isinstance(model, MultiScaleLanguageModel):  # r of a block's first token, normalised
-            climbs = np.array(model.levels[:-1])
-            out += (checked * (LAYER_NORM * d + climbs * 2 * d * d)).sum()
-    head = total(parts, FINAL_HEAD) + early * parts["translator"]
-    return {"layers": out, "total": out + head}
 
 
 @torch.no_grad()
 def run_policy(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     batches: Iterable[tuple[Tensor, Tensor]],
     policy: ExitPolicy | None,
     kept: Sequence[float] = (),
 ) -> dict[str, float]:
     """A compacted run over ``batches``; None is full depth without checks.
 
+    Args:
+        kept: share of positions that each sparse core visits, where it was measured.
+
     Returns:
         ``perplexity``, ``layers`` (positions per token), ``mean_exit`` (layers run per token, each
-        counting one), ``flops_layers`` and ``flops_total`` per token.
+        counting one), ``flops_layers`` (all but the head) and ``flops_total`` per token.
     """
-    nll, count, tokens, early, depth = 0.0, 0, 0, 0.0, 0.0
+    operations = model.operations()
+    if len(kept):
+        operations = replace(operations, kept=tuple(kept))
+    nll, count, tokens, depth = 0.0, 0, 0, 0.0
     positions = np.zeros(model.n_layers)
     for x, y in batches:
         if policy is None:
@@ -124,34 +57,31 @@ def run_policy(
         nll += losses[scored].double().sum().item()
         count += int(scored.sum())
         tokens += x.numel()
-        positions += run_positions(model, exits) * x.numel()
-        early += (exits < model.n_layers - 1).sum().item()
+        positions += operations.run_positions(exits) * x.numel()
         depth += (exits + 1).clamp_max(model.n_layers).sum().item()
     positions /= tokens
-    criterion = policy.criterion if policy else None
-    cost = flops(model, positions, early / tokens, criterion, kept)
+    flops = run_flops(operations, positions, policy)
     return {
         "perplexity": math.exp(nll / count),
         "layers": float(positions.sum()),
         "mean_exit": depth / tokens,
-        "flops_layers": float(cost["layers"]),
-        "flops_total": float(cost["total"]),
+        "flops_layers": flops["total"] - flops["head"],
+        "flops_total": flops["total"],
     }
 
 
 @torch.no_grad()
 def quantile_policies(
-    model: EarlyExitLanguageModel, x: Tensor, criterion: str, shares: Sequence[float]
+    model: EarlyExitModel, x: Tensor, criterion: str, shares: Sequence[float]
 ) -> list[ExitPolicy]:
     """One threshold for all exits per share: about that share of the scores at ``x`` passes it.
 
     Scores at a bound of the criterion (tokens that halted long ago) decide nothing and do not count.
     """
-    rule, gates = CRITERIA[criterion], model.gates
-    scores = []
-    for layer, h in enumerate(model.hidden_states(x)[1:-1]):
-        out = gates(layer, model.blocks[layer + 1].layer_norm(h.flatten(0, 1)))
-        scores.append(out[:, 0].exp() if criterion == "gate" else out[:, 1].sigmoid())
+    rule, scores = CRITERIA[criterion], []
+    for layer, (before, after) in enumerate(pairwise(model.hidden_states(x)[:-1])):
+        state = exit_state(model, layer, after.flatten(0, 1), before.flatten(0, 1))
+        scores.append(rule.score(state))
     values, (low, high) = torch.cat(scores).double().cpu().numpy(), rule.bounds
     open_ones = values[(values > low) & (values < high)]
     values = open_ones if len(open_ones) else values
@@ -163,7 +93,7 @@ def quantile_policies(
 
 
 def sweep(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     batches: Sequence[tuple[Tensor, Tensor]],
     policies: Sequence[ExitPolicy | None],
 ) -> pd.DataFrame:
@@ -214,7 +144,7 @@ def speedups(rows: pd.DataFrame, reference: pd.Series) -> pd.DataFrame:
 
 
 def candidate_policies(
-    system: System, model: EarlyExitLanguageModel, x: Tensor, shares: Sequence[float]
+    system: System, model: EarlyExitModel, x: Tensor, shares: Sequence[float]
 ) -> dict[str, list[ExitPolicy | None]]:
     """What a system may do, by kind: full depth, a threshold per share of passing scores, one exit.
 

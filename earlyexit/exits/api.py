@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.execution import run
 from earlyexit.exits.generation import generate
@@ -145,7 +146,9 @@ class EarlyExitModel(ExitModel):
             head = self.head(self.n_layers - 1)
             features = head.features(self.final_state(x)).flatten(0, 1)
             tokens = torch.arange(len(features), device=x.device)
-            return read.from_features(head.unembedding, features, tokens).view_as(x)
+            out = read.from_features(head.unembedding, features, tokens).view_as(x)
+            marker()("head")
+            return out
         result = run(self, x, policy, read, execution)
         return result.outputs.view_as(x), result.exit_layers.view_as(x)
 

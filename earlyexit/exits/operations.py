@@ -1,11 +1,11 @@
 """What running a model costs, part by part: the amounts that every kind of model states of itself.
 
 The amounts of a part are a dictionary, kind of work → amount. Kinds that end in ``flops`` are
-floating-point operations, one multiply-add counting two: ``expert_flops`` (wide products), ``thin_flops``
-(products with few columns), ``flops`` (other products) and ``elementwise_flops``. Kinds that end in
-``bytes`` count every tensor that an operation reads or writes once, in float32, whatever a cache may
-save: ``bytes``, and ``hidden_bytes`` where other work of the same part takes the time. ``steps`` are
-those of a recursion, ``logits`` the numbers that a projection gives.
+floating-point operations, one multiply-add counting two: ``expert_flops`` (wide products),
+``thin_flops`` (products with few columns), ``flops`` (other products) and ``elementwise_flops``. Kinds
+that end in ``bytes`` count every tensor that an operation reads or writes once, in float32, whatever a
+cache may save: ``bytes``, and ``hidden_bytes`` where other work of the same part takes the time.
+``steps`` are those of a recursion, ``logits`` the numbers that a projection gives.
 """
 
 from __future__ import annotations

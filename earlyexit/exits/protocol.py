@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import ExitState
 from earlyexit.exits.operations import Operations
 from earlyexit.nn.heads import ExitHead
@@ -82,7 +83,7 @@ class ExitModel(nn.Module, ABC):
 
     @abstractmethod
     def operations(self) -> Operations:
-        """What running the model costs per token, part by part."""
+        """What each part costs, for the account of :mod:`earlyexit.cost.parts`."""
 
     # ------------------------------------------------------------------ what follows from it
 
@@ -113,9 +114,11 @@ class ExitModel(nn.Module, ABC):
 
     def final_state(self, x: Tensor) -> Tensor:
         """States after the last layer at full depth ``(B, N, D)``."""
-        h = self.embed(x)
+        mark, h = marker(), self.embed(x)
+        mark("rest")
         for layer in range(self.n_layers):
             h = self.layer(layer, h)
+        mark("blocks")
         return h
 
     def propagation(self) -> Callable[[Tensor, int], Tensor]:

@@ -29,7 +29,6 @@ from torch.nn import functional as F
 
 from earlyexit.exits.operations import Operations
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.operations import operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
 from earlyexit.nn.halting import AverageHead, HaltingGates, HaltingLayer, StreamNorm
@@ -82,6 +81,9 @@ def add_halting(model: EarlyExitLanguageModel) -> None:
 
 class HaltingExits:
     """Of a model whose exits read the running average and whose gates are its halting units."""
+
+    def operations(self, **changes) -> Operations:
+        return super().operations(halting=True, **changes)
 
     def act_policy(self) -> ExitPolicy:
         """The policy that halts where ACT halts: cumulative probability ≥ 1 − ε."""
@@ -157,9 +159,6 @@ class ACTEarlyExitModel(HaltingExits, SparseBKLanguageModel):
         super().__init__(*args, **kwargs)
         add_halting(self)
         self.gates = HaltingGates()
-
-    def operations(self) -> Operations:
-        return operations(self.config, kept=self.kept, halting=True)
 
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
         """Token ids ``(B, N)`` → streams ``(B, N, 2D + 1)``: nothing averaged, nothing halted."""

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from earlyexit.exits.operations import Operations
 from earlyexit.models.act import HaltingExits, Pondering, check_halting, copy_final_head
 from earlyexit.models.multi_scale import MultiScaleConfig, MultiScaleLanguageModel
 from earlyexit.models.multi_scale_walk import first_rows
-from earlyexit.models.operations import operations
 from earlyexit.nn.halting import AverageHead, HaltingGates, HaltingUnit, StreamNorm, accumulate
 
 
@@ -61,9 +59,6 @@ class ACTMultiScaleExitModel(HaltingExits, MultiScaleLanguageModel):
             block.layer_norm = EitherNorm(self.d_model)
             block.exit_classifier = AverageHead.like(block.exit_classifier, self.d_model)
         self.gates = HaltingGates()
-
-    def operations(self) -> Operations:
-        return operations(self.config, kept=self.kept, levels=self.levels, halting=True)
 
     def unit_size(self, layer: int) -> int:
         """The coarsest scale's at every exit."""

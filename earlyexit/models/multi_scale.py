@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import KW_ONLY, dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +34,6 @@ from earlyexit.models.multi_scale_walk import (
     any_left,
     first_rows,
 )
-from earlyexit.models.operations import operations
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
 
 
@@ -86,8 +84,8 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
     def unit_size(self, layer: int) -> int:
         return 2 ** self.levels[layer]
 
-    def operations(self) -> Operations:
-        return operations(self.config, kept=self.kept, levels=self.levels)
+    def operations(self, **changes) -> Operations:
+        return super().operations(levels=self.levels, **changes)
 
     def walk(self, x: Tensor, execution: Execution, history: bool) -> PyramidWalk:
         kind = CompactedPyramidWalk if execution == "compacted" else DensePyramidWalk
@@ -180,18 +178,3 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
 def _choose(alive: Tensor | None, level: int, new: Tensor, old: Tensor) -> Tensor:
     """``new`` where a block of the level ``(B, N', D)`` has a token left, else ``old``."""
     return new if alive is None else torch.where(any_left(alive, level)[..., None], new, old)
-
-
-def positions_run(model: MultiScaleLanguageModel, exit_layers: Tensor) -> np.ndarray:
-    """Positions that each layer transforms, per token ``(L,)``, when tokens leave as they did.
-
-    Their sum is what "layers executed" means here: a layer at N/4 counts a quarter.
-
-    Args:
-        exit_layers: ``(B, N)``, n_layers where none.
-    """
-    runs = [
-        any_left(exit_layers >= layer, model.levels[layer]).sum().item()
-        for layer in range(model.n_layers)
-    ]
-    return np.array(runs) / exit_layers.numel()

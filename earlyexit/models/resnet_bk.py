@@ -119,8 +119,9 @@ class EarlyExitLanguageModel(EarlyExitModel):
     def head(self, layer: int) -> ExitHead:
         return self.blocks[layer].exit_classifier
 
-    def operations(self) -> Operations:
-        return operations(self.config)
+    def operations(self, **changes) -> Operations:
+        """See :func:`earlyexit.models.operations.operations`, whose arguments kinds of model fill in."""
+        return operations(self.config, **changes)
 
     def layer(self, layer: int, h: Tensor) -> Tensor:
         return self.blocks[layer].hidden(h)

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit.exits.operations import Operations
-from earlyexit.models.operations import operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.sparse_bk import SparseBKLayer
@@ -71,13 +70,10 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
             for block in self.blocks:
                 block.bk_layer = SparseBKLayer(**self.config.base(), keep=self.config.keep)
 
-    @property
-    def kept(self) -> tuple[float, ...]:
-        """Share of positions that each sparse layer has kept so far; the target before its first run."""
-        return tuple(layer.kept() or self.config.keep for layer in sparse_layers(self))
-
-    def operations(self) -> Operations:
-        return operations(self.config, kept=self.kept)
+    def operations(self, **changes) -> Operations:
+        keep = self.config.keep
+        kept = (keep,) * self.n_layers if keep < 1 else ()
+        return super().operations(kept=kept, **changes)
 
     def prepare_step(self, progress: float) -> None:
         """The noise of the masks falls to 0, so that training ends with the masks that will be used."""

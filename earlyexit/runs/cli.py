@@ -6,8 +6,8 @@ import argparse
 
 import torch
 
+from earlyexit.cost.parts import Load
 from earlyexit.cost.synthetic import geometric_shares
-from earlyexit.cost.work import Load
 from earlyexit.devices import resolve_device
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.nn.config import ModelConfig

@@ -88,8 +88,8 @@ def test_refusals():
 
 
 def test_exit_costs_are_those_of_the_cost_table(make_model):
-    config = make_model().config
+    model = make_model()
     for name in CRITERIA:
-        costs = exit_costs(config, name)
-        full = policy_flops(config, [0] * config.n_layers + [1], name)
+        costs = exit_costs(model, name)
+        full = policy_flops(model, [0] * model.n_layers + [1], name)
         assert costs[-1] == full["total"] and (np.diff(costs) > 0).all(), name

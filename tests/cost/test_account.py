@@ -1,29 +1,38 @@
-"""The analytic costs against torch's own count of matrix products and of parameters."""
+"""The one account against torch's own count of matrix products, and against what it gave before."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from earlyexit.cost.breakdown import part_functions
 from earlyexit.cost.parts import (
     BLOCK,
     EXIT_HEAD,
-    OPENED,
     PROPAGATION,
+    Load,
     break_even_depth,
     check_flops,
     cost_table,
     exit_costs,
     part_flops,
     policy_flops,
+    run_flops,
     total,
-    unembedding_flops,
-    vocabulary_width,
+    work,
 )
-from earlyexit.exits.criteria import CRITERIA
+from earlyexit.cost.synthetic import policy_for_shares
+from earlyexit.exits.criteria import CRITERIA, Criterion
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.statistics import exit_shares
+from earlyexit.models.operations import OPENED, operations
+from earlyexit.nn.config import ModelConfig
 
 CHANGES = [
     {},
@@ -40,9 +49,10 @@ def counted(function) -> int:
     return counter.get_total_flops()
 
 
-def products(config) -> dict[str, float]:
+def products(model) -> dict[str, float]:
     """The matrix products of ``part_flops``: what is left without the element-wise operations."""
-    parts, d = part_flops(config), config.d_model
+    parts, config = part_flops(model), model.config
+    d = config.d_model
     hidden = config.expert_hidden or 2 * d
     weights = 2 * d if config.top_k == 1 else 0  # of several experts: a product of its own
     return {
@@ -58,7 +68,7 @@ def products(config) -> dict[str, float]:
 @pytest.mark.parametrize("change", CHANGES)
 def test_matrix_products_are_those_that_torch_counts(make_model, make_tokens, change):
     model, x = make_model(**change), make_tokens(4, 11)
-    parts, h = products(model.config), model.embed(x)
+    parts, h = products(model), model.embed(x)
     block = sum(parts[name] for name in BLOCK if name in parts)
     assert counted(lambda: model.blocks[0].hidden(h)) == 44 * block
     head = parts["translator"] + parts["unembedding"]
@@ -74,13 +84,13 @@ def test_a_run_costs_the_matrix_products_it_is_said_to(
     """Layers, state propagation, checks by a gate, and one projection per token."""
     model, x = make_model(**change), make_tokens(8, 11)
     policy = make_policy(model, x, criterion)
-    parts, exits = products(model.config), model.predict(x, policy)[1].flatten()
+    parts, exits = products(model), model.predict(x, policy)[1].flatten()
     executed = (exits + 1).clamp_max(3).double().mean().item()
     early = (exits < 2).double().mean().item()
     block = sum(parts[name] for name in BLOCK if name in parts)
     checks = 0.0
     if criterion != "saturation":  # a cosine has no matrix product
-        each = check_flops(model.config, criterion)
+        each = check_flops(model, criterion)
         checks = each * (exits + 1).clamp_max(2).double().mean().item()
     truth = (
         executed * block
@@ -104,8 +114,8 @@ def test_a_layer_where_no_token_may_leave_is_not_checked(
     exits = model.predict(x, policy)[1].flatten()
     shares = np.bincount(exits, minlength=4) / len(exits)
     executed = (exits + 1).clamp_max(3).double().mean().item()
-    cost, everywhere = (policy_flops(model.config, shares, p) for p in (policy, criterion))
-    parts = products(model.config)
+    cost, everywhere = (policy_flops(model, shares, p) for p in (policy, criterion))
+    parts = products(model)
     truth = layers(model, parts, executed) + parts["unembedding"]
     alive = 1 - np.append(0, np.cumsum(shares))[:3]
     seen = sum(alive[i] for i in {0, 1} - {skipped})
@@ -115,7 +125,7 @@ def test_a_layer_where_no_token_may_leave_is_not_checked(
         gone = shares[:2].sum()
         truth += seen * (parts["translator"] + parts["unembedding"]) - gone * parts["unembedding"]
     assert counted(lambda: model.predict(x, policy)) == pytest.approx(88 * truth, rel=1e-6)
-    assert cost["checks"] == pytest.approx(seen * check_flops(model.config, criterion))
+    assert cost["checks"] == pytest.approx(seen * check_flops(model, criterion))
     assert (cost["total"] < everywhere["total"]) == (skipped < 2)
 
 
@@ -136,10 +146,10 @@ def test_a_check_by_logits_costs_the_whole_distribution(
     """Thresholds at every layer, the last too: nothing is projected but for checks."""
     model, x = make_model(**change), make_tokens(8, 11)
     policy = make_policy(model, x, criterion)
-    parts, exits = products(model.config), model.predict(x, policy)[1].flatten()
+    parts, exits = products(model), model.predict(x, policy)[1].flatten()
     shares = np.bincount(exits, minlength=4) / len(exits)
     assert shares[2] > 0
-    cost = policy_flops(model.config, shares, criterion)
+    cost = policy_flops(model, shares, criterion)
     vocabulary = 502 if change is ADAPTIVE else model.config.vocab_size
     executed = (exits + 1).clamp_max(3).double().mean().item()
     truth = layers(model, parts, executed)
@@ -183,19 +193,23 @@ def test_a_check_of_the_most_probable_word_costs_the_clusters_that_it_opens(
     top = tuple(rows / (88 * executed) for rows in opened)
     monkeypatch.setitem(OPENED, "top", top)
     monkeypatch.setitem(OPENED, "word", tuple(c.double().mean().item() for c in clusters))
-    said = policy_flops(model.config, shares, criterion)
-    truth = layers(model, products(model.config), executed) + said["checks"] + said["head"]
-    truth -= executed * elementwise(model, vocabulary_width(model.config, "top"))
-    truth -= 5 * vocabulary_width(model.config)  # softmax of the scoring; its norm was the check's
+    said = policy_flops(model, shares, criterion)
+    truth = layers(model, products(model), executed) + said["checks"] + said["head"]
+    truth -= executed * elementwise(model, model.operations().logits("top"))
+    truth -= 5 * model.operations().logits(
+        "word"
+    )  # softmax of the scoring; its norm was the check's
     assert counted(lambda: model.nll(x, y, policy)) == pytest.approx(88 * truth, rel=1e-6)
-    scoring = unembedding_flops(model.config)  # a greedy prediction is the check's own word
+    scoring = model.operations().projection["word"]["unembedding"][
+        "flops"
+    ]  # a greedy prediction is the check's own word
     assert greedy == pytest.approx(88 * (truth - scoring), rel=1e-6)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_table_has_the_modules_own_parameters(make_model, change):
     model = make_model(**change)
-    table = cost_table(model.config).set_index("part")
+    table = cost_table(model).set_index("part")
     block, head = model.blocks[0], model.blocks[0].exit_classifier
 
     def count(*modules) -> int:
@@ -221,38 +235,38 @@ def test_the_table_has_the_modules_own_parameters(make_model, change):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_full_depth_is_full_price_plus_the_checks(make_model, criterion):
-    config = make_model().config
+    model = make_model()
     for distribution in ([0, 0, 1, 0], [0, 0, 0, 1]):
-        cost = policy_flops(config, distribution, criterion)
-        assert cost["checks"] == 2 * check_flops(config, criterion)
+        cost = policy_flops(model, distribution, criterion)
+        assert cost["checks"] == 2 * check_flops(model, criterion)
         assert cost["propagation"] == 0
         # A check that projects is wasted at the exits before the last; the last is paid as ever.
         assert cost["total"] == cost["full_depth"] + cost["checks"]
         assert cost["speedup_flops"] == pytest.approx(cost["full_depth"] / cost["total"])
-    assert (check_flops(config, criterion) == 0) == (criterion == "depth")
-    free = policy_flops(config, [0, 0, 0, 1], "depth")
+    assert (check_flops(model, criterion) == 0) == (criterion == "depth")
+    free = policy_flops(model, [0, 0, 0, 1], "depth")
     assert free["speedup_flops"] == 1.0
 
 
 def test_leaving_at_once_pays_one_layer_one_head_and_the_propagation(make_model):
-    config = make_model().config
-    parts = part_flops(config)
-    cost = policy_flops(config, [1, 0, 0, 0], "depth")  # nobody is left: nothing is propagated
+    model = make_model()
+    parts = part_flops(model)
+    cost = policy_flops(model, [1, 0, 0, 0], "depth")  # nobody is left: nothing is propagated
     assert cost["total"] == total(parts, BLOCK) + total(parts, EXIT_HEAD)
-    on = policy_flops(config, [1, 0, 0, 0], "depth", stops=False)
+    on = policy_flops(model, [1, 0, 0, 0], "depth", stops=False)
     assert on["total"] == cost["total"] + 2 * total(parts, PROPAGATION)
-    projected = policy_flops(config, [1, 0, 0, 0], "max_probability")
+    projected = policy_flops(model, [1, 0, 0, 0], "max_probability")
     assert projected["head"] == 0  # the exit reads the check's own logits
     assert projected["checks"] == total(parts, EXIT_HEAD)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_policy_costs_the_mean_of_its_exits(make_model, criterion):
-    config = make_model().config
-    each = exit_costs(config, criterion)
+    model = make_model()
+    each = exit_costs(model, criterion)
     assert each.shape == (3,)
     assert (np.diff(each) > 0).all()
-    mixed = policy_flops(config, [0.5, 0.2, 0.1, 0.2], criterion)
+    mixed = policy_flops(model, [0.5, 0.2, 0.1, 0.2], criterion)
     assert mixed["total"] == pytest.approx(each @ [0.5, 0.2, 0.3])
 
 
@@ -261,35 +275,33 @@ def test_checking_with_a_full_head_caps_the_speedup(make_model):
     for layers, ratio in ((4, 39.0), (12, 0.5)):
         assert break_even_depth(layers, ratio) == pytest.approx((layers + ratio) / (1 + ratio))
     assert break_even_depth(4, 39.0) == pytest.approx(1.075)
-    config = make_model(exit_head="full").config
-    parts = part_flops(config)
+    model = make_model(exit_head="full")
+    parts = part_flops(model)
     ratio = total(parts, EXIT_HEAD) / total(parts, BLOCK)
-    best = policy_flops(config, [1, 0, 0, 0], "max_probability")["speedup_flops"]
+    best = policy_flops(model, [1, 0, 0, 0], "max_probability")["speedup_flops"]
     assert best == pytest.approx(break_even_depth(3, ratio))
 
 
 def test_an_adaptive_head_is_cheaper_and_counted_whole(make_model):
     model = make_model(**ADAPTIVE)
-    table = cost_table(model.config).set_index("part")
+    table = cost_table(model).set_index("part")
     head = model.blocks[-1].exit_classifier.unembedding
     assert table.parameters["unembedding"] == sum(p.numel() for p in head.parameters())
-    full = cost_table(make_model(vocab_size=500).config).set_index("part")
+    full = cost_table(make_model(vocab_size=500)).set_index("part")
     for part in ("unembedding", "softmax"):
         assert 0 < table.flops_per_token[part] < full.flops_per_token[part]
         assert 0 < table.bytes_per_token[part] < full.bytes_per_token[part]
     # A check by logits opens every cluster; scoring opens that of the word alone.
-    check, exit_head = (
-        check_flops(model.config, "entropy"),
-        total(part_flops(model.config), EXIT_HEAD),
-    )
+    check = check_flops(model, "entropy")
+    exit_head = total(part_flops(model), EXIT_HEAD)
     assert check > 1.5 * exit_head
-    assert policy_flops(model.config, [1, 0, 0, 0], "entropy")["checks"] == check
+    assert policy_flops(model, [1, 0, 0, 0], "entropy")["checks"] == check
 
 
 def test_bytes_are_at_least_what_goes_in_and_comes_out(make_model):
-    config = make_model().config
-    moved = cost_table(config).set_index("part").bytes_per_token
-    d, v = config.d_model, config.vocab_size
+    model = make_model()
+    moved = cost_table(model).set_index("part").bytes_per_token
+    d, v = model.d_model, model.vocab_size
     assert moved["layer norm"] == 4 * 2 * d
     assert moved["unembedding"] == 4 * (d + v)
     assert (moved > 0).all()
@@ -297,7 +309,78 @@ def test_bytes_are_at_least_what_goes_in_and_comes_out(make_model):
 
 def test_static_policies_check_nothing(make_model, make_tokens):
     model, x = make_model(), make_tokens(4, 11)
-    parts = products(model.config)
+    parts = products(model)
     block = sum(parts[name] for name in BLOCK if name in parts)
     once = block + parts["translator"] + parts["unembedding"]
     assert counted(lambda: model.predict(x, ExitPolicy.static(0, 3))) == 44 * once
+
+
+# ------------------------------------------------------------------------------------------ new criteria
+
+
+def test_a_new_criterion_of_the_state_is_one_entry(make_model, make_tokens, monkeypatch):
+    """How large a state is, in a criterion that nothing has ever heard of."""
+    size = Criterion(
+        "size", "length of the state", "state", lambda s: s.hidden.norm(dim=-1), True, (0, 1e9)
+    )
+    monkeypatch.setitem(CRITERIA, "size", size)
+    model, x = make_model(), make_tokens(4, 11)
+    assert check_flops(model, "size") == 2 * model.d_model
+    assert (np.diff(exit_costs(model, "size")) > 0).all()
+    policy = policy_for_shares(model, x, [0.5, 0.25, 0.25, 0], "size")
+    shares = exit_shares(model, x, x, policy)
+    assert shares[:2] == pytest.approx([0.5, 0.25], abs=0.05)
+    cost = policy_flops(model, shares, policy)
+    assert cost["checks"] == pytest.approx((2 - shares[0]) * 2 * model.d_model)
+    assert cost["speedup_flops"] > 1
+    amounts = work(Load(model.config, 4, 11, "size", tuple(shares)))
+    assert amounts["check"]["bytes"] == pytest.approx(44 * (2 - shares[0]) * 4 * model.d_model)
+    assert ("check", "length of the state") in part_functions(model, x)
+
+
+# --------------------------------------------------------------------------------- what it gave before
+
+# The same configurations as those that the numbers in account.json are of: they were written by the
+# three accounts that this one replaced.
+BEFORE_CONFIGS = {
+    "linear": ModelConfig(1000, 64, 4, gate_hidden=0),
+    "adaptive": ModelConfig(1000, 64, 4, gate_hidden=16, output_head="adaptive"),
+    "full": ModelConfig(1000, 64, 3, gate_hidden=8, exit_head="full", top_k=2),
+    "small": ModelConfig(500, 32, n_seq=32, bk_heads=4),
+}
+BEFORE = json.loads((Path(__file__).parent / "account.json").read_text())
+
+
+def differences(found: dict, expected: dict) -> list[str]:
+    keys = set(found) | set(expected)
+    return [k for k in keys if found.get(k, 0) != pytest.approx(expected.get(k, 0), rel=1e-9)]
+
+
+@pytest.mark.parametrize("case", BEFORE["policy"], ids=lambda c: f"{c['criterion']}-{c['head']}")
+def test_policies_cost_what_they_did(case):
+    model = operations(BEFORE_CONFIGS[case["head"]])
+    policy = case["criterion"]
+    if case["thresholds"]:
+        never = CRITERIA[policy].never
+        policy = ExitPolicy(policy, tuple(never if t is None else t for t in case["thresholds"]))
+    assert not differences(policy_flops(model, case["shares"], policy), case["flops"])
+
+
+@pytest.mark.parametrize("case", BEFORE["work"], ids=lambda c: f"{c['criterion']}-{c['head']}")
+def test_runs_do_the_work_that_they_did(case):
+    load = Load(BEFORE_CONFIGS[case["head"]], 8, 64, case["criterion"], tuple(case["shares"]))
+    found = work(load)
+    assert set(found) == set(case["work"])
+    for part, amounts in case["work"].items():
+        assert not differences(found[part], amounts), part
+
+
+@pytest.mark.parametrize("case", BEFORE["systems"], ids=lambda c: f"{c['system']}-{c['criterion']}")
+def test_systems_cost_what_they_did(case):
+    layers = case["n_layers"]
+    levels = [min(k, layers - 1 - k) for k in range(layers)] if "scales" in case["system"] else ()
+    config = replace(BEFORE_CONFIGS["small"], n_layers=layers, gate_hidden=case["gate_hidden"])
+    model = operations(config, kept=case["kept"], levels=levels, halting="act" in case["system"])
+    found = run_flops(model, np.array(case["positions"]), case["criterion"])
+    assert found["total"] == pytest.approx(case["total"], rel=1e-9)
+    assert found["total"] - found["head"] == pytest.approx(case["layers"], rel=1e-9)
