@@ -117,7 +117,11 @@ def test_no_import_is_overlooked(source, inside):
 def test_the_face_loads_nothing_that_only_a_run_needs():
     script = "import sys, earlyexit; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run(
-        [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     assert "earlyexit" in loaded
     assert not HEAVY & set(loaded)
