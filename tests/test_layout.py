@@ -113,6 +113,7 @@ def test_no_import_is_overlooked(source, inside):
     assert list(imports(ast.parse(source))) == [("earlyexit.study", inside)]
 
 
+@pytest.mark.slow
 def test_the_face_loads_nothing_that_only_a_run_needs():
     script = "import sys, earlyexit; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run(

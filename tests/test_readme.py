@@ -48,6 +48,7 @@ def test_the_status_block_names_profiles_without_results(tmp_path):
     assert "smoke" not in text
 
 
+@pytest.mark.slow
 def test_the_commands_it_shows_are_accepted():
     """Those that run notebooks, as they stand, up to the point where work would begin."""
     lines = re.findall(r"python -m earlyexit (run[^`#\n]*)", project().readme.read_text("utf-8"))

@@ -36,6 +36,7 @@ from earlyexit.corpus.tokenizers import EOS_ID, UNK_ID
 from earlyexit.corpus.windows import IGNORE, loader, windows
 from earlyexit.runs.paths import PACKAGE
 
+pytestmark = pytest.mark.xdist_group("corpus")  # they share the text read whole
 NAMES = ("train", "fit", "certify", "valid", "test")
 WIKITEXT2 = os.environ.get("EARLYEXIT_WIKITEXT2")
 
@@ -319,6 +320,7 @@ def test_hub_and_files_give_the_same_ids(tmp_path, wiki_dir, monkeypatch, readme
             assert np.array_equal(c.splits[name].document, corpora[0].splits[name].document)
 
 
+@pytest.mark.slow
 def test_without_network_the_error_names_the_way_out(tmp_path):
     script = (
         "from earlyexit import CorpusConfig, load_corpus\n"

@@ -9,6 +9,7 @@ from earlyexit.cost.memory import MIB, RETURNED, SCORED, memory_parts, peak_memo
 from earlyexit.exits.policy import ExitPolicy
 
 
+@pytest.mark.slow
 def test_peaks_by_execution(make_model, make_tokens, make_policy):
     model, x = make_model(vocab_size=2000), make_tokens(8, 12)
     policy = make_policy(model, x, "gate")

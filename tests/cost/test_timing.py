@@ -73,6 +73,7 @@ def hold(work: bool, mebibytes: int) -> None:
         torch.ones(mebibytes * MIB, dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_peak_resident_memory_of_a_fresh_process():
     torch.ones(500 * MIB, dtype=torch.uint8)  # what the parent once held is not the child's
     assert peak_rss_bytes(hold, 200) == pytest.approx(200 * MIB, rel=0.2)
@@ -82,6 +83,7 @@ def fail(work: bool) -> None:
     raise SystemExit(1)
 
 
+@pytest.mark.slow
 def test_a_child_that_dies_is_reported():
     with pytest.raises(RuntimeError, match="ended without"):
         peak_rss_bytes(fail)

@@ -217,6 +217,7 @@ def _windows(model, corpus):
     return w.inputs, w.targets
 
 
+@pytest.mark.slow
 def test_a_larger_ponder_weight_means_fewer_layers(corpus):
     depths, ponders = [], []
     for weight in (0.0, 1.0):

@@ -232,6 +232,7 @@ def test_trace_and_evaluator(make_multi, corpus, kind):
     assert evaluator.benchmark_speedup(batches, 1, policy)["actual_speedup"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "act and sparse"])
 def test_it_learns(corpus, kind):
     torch.manual_seed(0)

@@ -189,6 +189,7 @@ def test_generation_step_by_step_is_the_whole_window(make_sparse, make_tokens):
     assert (exits == model.n_layers).all()
 
 
+@pytest.mark.slow
 def test_training_reaches_the_target_share_and_learns(corpus):
     for keep in (0.3, 0.7):
         torch.manual_seed(0)

@@ -94,6 +94,7 @@ def test_softmax_in_place_survives_large_logits():
     torch.testing.assert_close(found, log_total)
 
 
+@pytest.mark.slow
 def test_the_logits_of_a_batch_are_never_held(monkeypatch):
     *args, targets = problem(True, tokens=2000, vocabulary=1000)
     whole = 2000 * 1000 * 4

@@ -25,6 +25,7 @@ from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
 from earlyexit.runs.profiles import get_profile
 from earlyexit.runs.settings import Settings, UsageError, parse_value, resolve
 
+pytestmark = pytest.mark.xdist_group("runner")  # they share a finished series
 SMOKE = Settings("smoke")
 COMMAND = [sys.executable, "-m", "earlyexit", "run", "--profile", "smoke"]
 
@@ -63,6 +64,7 @@ def assert_nothing_half_written(root):
         json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_finished_series_is_fresh_and_says_where_it_ran(finished):
     assert why(finished) == {"01_build": [], "02_plot": []}
     assert runner.run(SMOKE, root=finished) == []
@@ -76,6 +78,7 @@ def test_a_finished_series_is_fresh_and_says_where_it_ran(finished):
     assert not list(finished.rglob("*.tmp*"))
 
 
+@pytest.mark.slow
 def test_status_names_what_is_stale_and_why(finished, monkeypatch):
     assert why(finished, Settings("smoke", seeds=(0, 1)))["01_build"] == ["never run"]
     assert why(finished, Settings("smoke", seeds=(0,))) == why(finished)
@@ -115,6 +118,7 @@ def test_status_names_what_is_stale_and_why(finished, monkeypatch):
     assert why(finished) == {"01_build": [], "02_plot": []}
 
 
+@pytest.mark.slow
 def test_a_run_makes_only_what_changed_and_removes_what_is_no_longer_made(tmp_path):
     root = write_project(tmp_path)
     cell = (
@@ -167,15 +171,16 @@ def test_a_failed_notebook_is_kept_aside_and_the_cell_named(tmp_path, monkeypatc
     ],
 )
 def test_wrong_usage_is_told_in_one_line_before_anything_runs(
-    finished, monkeypatch, capsys, arguments, complaint
+    tmp_path, monkeypatch, capsys, arguments, complaint
 ):
-    monkeypatch.setenv(HOME_VARIABLE, str(finished))
-    files = sorted(finished.rglob("*"))
+    root = write_project(tmp_path)
+    monkeypatch.setenv(HOME_VARIABLE, str(root))
+    files = sorted(root.rglob("*"))
     assert main(["run", "--profile", "smoke", *arguments]) == 2
     said = capsys.readouterr().err
     assert complaint in said
     assert said.count("\n") == 1
-    assert sorted(finished.rglob("*")) == files
+    assert sorted(root.rglob("*")) == files
 
 
 def test_settings_reach_the_right_place(tmp_path):
@@ -268,6 +273,7 @@ def test_only_one_run_writes_a_label(tmp_path):
         runner.run(SMOKE, root=root)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_completes(tmp_path):
     """SIGKILL at seeded moments of the series, SIGINT at last; then a run to the end."""
     root = write_project(tmp_path)

@@ -37,6 +37,7 @@ def test_a_linear_gate_is_poisson_regression_and_leaves_the_rest_alone(make_mode
     assert trace.scores["gate"].mean(axis=0)[:-1] == pytest.approx(means, rel=0.05)
 
 
+@pytest.mark.slow
 def test_hidden_units_explain_more(make_model, corpus):
     split = corpus.splits["train"]
     explained = [

@@ -33,6 +33,7 @@ def differing(a: dict, b: dict) -> list[str]:
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["one", "tokens"])
 @pytest.mark.parametrize(
     "change", [*({"exit_head": h} for h in HEADS), {"output_head": "adaptive"}]
@@ -274,6 +275,7 @@ def test_a_broken_state_is_never_kept(make_model, corpus, tmp_path, monkeypatch)
         assert all(torch.isfinite(t).all() for t in tensors)
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_too(make_model, corpus):
     history = train(make_model(), corpus, TrainingConfig(**FAST | {"epochs": 3}, bf16=True), "cpu")
     assert history[-1]["perplexity_2"] < 0.8 * history[0]["perplexity_2"]
