@@ -17,7 +17,6 @@ from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 
 COMPUTED = ("depth", "patience")  # follow from what the trace holds anyway
 
-
 GATED = ("gate", "agreement")
 
 
