@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""A file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without error.
+    """Yield a temporary path beside ``path``, which replaces it when the block ends without error.
 
     Raises:
-        OSError: what writing raises (disk full, say); the old file then stays as it was.
+        OSError: writing failed (the disk is full, say); the old file then stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

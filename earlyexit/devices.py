@@ -1,4 +1,4 @@
-"""Which device, and waiting for it."""
+"""A device is found by name, and waited for before a clock is read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """``"auto"`` is CUDA where there is one, otherwise the CPU.
+    """Return the device of that name; ``"auto"`` means CUDA where there is a GPU, else the CPU.
 
     Raises:
-        RuntimeError: torch does not know the name.
+        RuntimeError: torch knows no device of that name.
     """
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,6 +17,6 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device: kernels on CUDA return before they are done."""
+    """Wait until the device is done: calls of CUDA kernels return before that."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -33,9 +33,7 @@ from earlyexit.exits.policy import ExitPolicy
 
 log = logging.getLogger(__name__)
 
-
 CEILING = 4.0  # B in multiples of log(1 + ε): a unit four times over budget counts as that
-
 
 PATH = (
     0.1,

@@ -1,0 +1,1 @@
+"""Text becomes ids: documents are read, tokenised, split, and cut into windows."""

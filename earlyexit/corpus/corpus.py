@@ -1,4 +1,4 @@
-"""corpus/corpus."""
+"""A corpus is one text, encoded and split, together with the tokenizer that encoded it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from earlyexit.corpus.tokenizers import EOS_ID, UNK_ID
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Splits of one text under one tokenizer.
+    """A corpus holds the splits of one text under one tokenizer.
 
     Attributes:
         splits: "train", "fit", "certify", "valid", "test" → Split.
-        data_hash: SHA-256 of text, split and tokenizer settings: equal hashes, equal ids, whichever
-            way the text came.
+        data_hash: SHA-256 of text, split and tokenizer settings. Equal hashes mean equal ids,
+            wherever the text was read from.
     """
 
     config: CorpusConfig
@@ -32,16 +32,16 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        """Entries the vocabulary really has, at most ``config.vocab_size``."""
+        """Return how many entries the vocabulary really has, at most ``config.vocab_size``."""
         return self.tokenizer.get_vocab_size()
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """How often each id occurs in the training split: (vocab_size,) int64."""
+        """Count how often each id occurs in the training split: (vocab_size,) int64."""
         return np.bincount(self.splits["train"].ids, minlength=self.vocab_size)
 
     def decode(self, ids: np.ndarray | list[int]) -> list[str]:
-        """The text of each token, one string per id; a part of a multi-byte character is "�"."""
+        """Return the text of each id, one string each; a part of a multi-byte character is "�"."""
         flat = [int(i) for i in ids]
         if self.config.tokenizer == "word":
             return [self.tokenizer.id_to_token(i) for i in flat]

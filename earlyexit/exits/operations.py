@@ -22,7 +22,6 @@ Parts = Mapping[str, Amounts]  # part → its amounts
 
 FLOAT = 4  # bytes
 
-
 # FLOPs per element of what is not a matrix product.
 LAYER_NORM = 8  # two moments, scale, shift
 SOFTMAX = 5  # maximum, subtraction, exponential, sum, comparison or division

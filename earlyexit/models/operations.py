@@ -22,9 +22,7 @@ from earlyexit.nn.config import ModelConfig
 
 BK_STEP = 18  # FLOPs: one complex reciprocal and multiply-add, in real arithmetic
 
-
 COMPLEX = 16  # bytes; BK-Core computes in double precision
-
 
 # Shares of tokens for which the middle and the rare cluster of an adaptive softmax are opened, as they
 # are in English text with words numbered by frequency: to score the word that comes, to find the most

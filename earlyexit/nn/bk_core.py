@@ -1,4 +1,4 @@
-"""BK-Core: the diagonal of the resolvent of a tridiagonal Hamiltonian, in O(N).
+"""BK-Core computes the diagonal of the resolvent of a tridiagonal Hamiltonian in O(N).
 
 One head is a particle on a line of N sites. With coupling t, width η and a learned potential v_i,
 
@@ -85,7 +85,7 @@ def _forward_cpu(v: Tensor, eta: Tensor, t: Tensor) -> Tensor:
 
 
 def _parts_cpu(v: Tensor, eta: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Re g and Im g ``(B, N, 2, H)``, rounded to ``dtype`` as they are written."""
+    """Return Re g and Im g ``(B, N, 2, H)``, rounded to ``dtype`` as they are written."""
     v = v if v.dtype in (torch.float32, torch.float64) else v.float()  # half precisions
     batch, length, heads = v.shape
     out = torch.empty(batch, length, 2, heads, dtype=dtype)
@@ -104,7 +104,7 @@ def _backward_cpu(g: Tensor, gamma: Tensor, t: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _scan(combine, elements: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Inclusive prefix products along dimension 1 by recursive doubling (Hillis & Steele 1986)."""
+    """Return inclusive prefix products along dimension 1, by doubling (Hillis & Steele 1986)."""
     length, step = elements[0].shape[1], 1
     while step < length:
         left = tuple(e[:, :-step] for e in elements)
@@ -118,7 +118,7 @@ def _scan(combine, elements: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _mobius_product(left, right):
-    """Matrices of first ``left`` then ``right``, rescaled: a Möbius map has no scale of its own."""
+    """Multiply matrices, first ``left`` then ``right``, and rescale: a Möbius map has no scale."""
     a, b, c, d = left
     p, q, r, s = right
     product = torch.stack([p * a + q * c, p * b + q * d, r * a + s * c, r * b + s * d])
@@ -126,7 +126,7 @@ def _mobius_product(left, right):
 
 
 def _affine_product(left, right):
-    """λ → c λ + d, first ``left`` then ``right``."""
+    """Compose maps λ → c λ + d, first ``left`` then ``right``."""
     return left[0] * right[0], right[0] * left[1] + right[1]
 
 
@@ -166,7 +166,7 @@ class _CausalResolvent(torch.autograd.Function):
 
 
 def causal_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
-    """Left-connected Green's function g_i of every head, complex128 ``(B, N, H)``.
+    """Return the left-connected Green's function g_i of every head, complex128 ``(B, N, H)``.
 
     Args:
         v: potentials ``(B, N, H)``, real.
@@ -180,7 +180,7 @@ def causal_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -
 
 
 def two_sided_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
-    """Diagonal of the full resolvent (H − iη)⁻¹, complex128 ``(B, N, H)``: it sees the future."""
+    """Return the diagonal of (H − iη)⁻¹, complex128 ``(B, N, H)``, which depends on the future."""
     left = causal_resolvent(v, eta, t, backend)
     right = causal_resolvent(v.flip(1), eta, t, backend).flip(1)
     after = F.pad(right, (0, 0, 0, 1))[:, 1:]
@@ -188,7 +188,7 @@ def two_sided_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto"
 
 
 class BKCore(nn.Module):
-    """Resolvent features of several heads, each with a learned width η > 0 and coupling t.
+    """BK-Core makes resolvent features of H heads, each with a learned width η > 0 and coupling t.
 
     Heads start with widths spread over a decade, so that they remember over different lengths.
 
@@ -206,11 +206,11 @@ class BKCore(nn.Module):
 
     @property
     def eta(self) -> Tensor:
-        """Widths ``(H,)``; the floor keeps |g| ≤ 1/η far from overflow."""
+        """Return the widths ``(H,)``; their floor keeps |g| ≤ 1/η far from overflow."""
         return F.softplus(self.eta_raw) + 1e-3
 
     def forward(self, v: Tensor, backend: str = "auto") -> Tensor:
-        """Potentials ``(B, N, H)`` → features Re g, Im g ``(B, N, 2H)`` in the dtype of v."""
+        """Return the features Re g, Im g ``(B, N, 2H)`` of potentials v ``(B, N, H)``, same dtype."""
         if self._may_skip_complex(v, backend):
             eta, t = self.eta.detach().double(), self.t.detach().double()
             return _parts_cpu(v.detach(), eta, t, v.dtype).flatten(2)
@@ -219,13 +219,13 @@ class BKCore(nn.Module):
         return torch.cat([g.real, g.imag], dim=-1).to(v.dtype)
 
     def _may_skip_complex(self, v: Tensor, backend: str) -> bool:
-        """Without a gradient the compiled loop writes the features themselves."""
+        """Tell whether the compiled loop may write the features itself, as no gradient is needed."""
         compiled = backend == "cpu" or (backend == "auto" and v.device.type == "cpu")
         plain = v.dtype in (torch.float32, torch.float64)
         return compiled and plain and self.causal and not torch.is_grad_enabled()
 
     def step(self, state: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
-        """One position of the causal recursion, in O(1) state.
+        """Take one position of the causal recursion, in O(1) state.
 
         Args:
             state: g of the position before, complex128 ``(B, H)``; None at the first position.

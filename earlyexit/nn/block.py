@@ -1,8 +1,8 @@
-"""The layers of a ResNet-BK language model, each with an exit.
+"""A block of a ResNet-BK language model mixes positions, applies experts, and has an exit.
 
-A block is ``h + experts(LN(h) + mixing)``: BK-Core carries the past to a token, sparse experts
+It computes ``h + experts(LN(h) + mixing)``: BK-Core carries the past to a token, and sparse experts
 transform it. What an exited token still contributes to deeper layers is only its potentials
-``v = W · LN(h)``, read before the experts, so keeping the recursion fed costs O(d · heads).
+``v = W · LN(h)``, which the experts have no part in, so keeping the recursion fed costs O(D · H).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ QUIET = 0.3  # initial scale of the potentials' weights; of 0.1, 0.3, 1 and 2 it
 
 
 class MoEResNetBKLayer(nn.Module):
-    """BK-Core mixing over positions, then sparse experts.
+    """This layer mixes positions by BK-Core, then transforms each by sparse experts.
 
-    From the normalised input u ``(B, N, D)``: potentials v = W_v u ``(B, N, H)``, resolvent features
-    ``(B, N, 2H)``, their projection m to D, and ``m·s + experts(u + m·s)`` with a learned scale s.
+    From the normalised input u ``(B, N, D)`` it makes potentials v = W_v u ``(B, N, H)``, resolvent
+    features ``(B, N, 2H)`` and their projection m ``(B, N, D)``; it returns
+    ``m·s + experts(u + m·s)`` with a learned scale s.
 
     Args:
         d_model, n_seq, num_experts, top_k, dropout_p: see :class:`earlyexit.nn.config.ModelConfig`.
@@ -59,27 +60,27 @@ class MoEResNetBKLayer(nn.Module):
             self.v_proj.bias.copy_(2 * self.bk_core.t + torch.linspace(-1.5, 1.5, heads))
 
     def potentials(self, u: Tensor) -> Tensor:
-        """``(…, D)`` → v ``(…, H)``: all that a token hands to the recursion."""
+        """Return v ``(…, H)`` of u ``(…, D)``: all that a token hands to the recursion."""
         return self.v_proj(u)
 
     def transform(self, u: Tensor, features: Tensor) -> Tensor:
-        """Update of the residual stream from u ``(…, D)`` and BK features ``(…, 2H)``."""
+        """Return the update of the residual stream ``(…, D)`` from u and BK features ``(…, 2H)``."""
         project, scale = self.output_proj, self.bk_scale  # scaling weights is cheaper than states
         mixed = F.linear(features, scale * project.weight, scale * project.bias)
         return mixed + self.moe(u + mixed)
 
     def forward(self, u: Tensor) -> Tensor:
-        """``(B, N, D)`` → ``(B, N, D)``."""
+        """Return the update of the residual stream from u, both ``(B, N, D)``."""
         return self.transform(u, self.bk_core(self.potentials(u)))
 
 
 class EarlyExitResNetBKBlock(nn.Module):
-    """LayerNorm → MoEResNetBKLayer → residual → exit classifier.
+    """A block is LayerNorm → MoEResNetBKLayer → residual sum → exit classifier.
 
     Args:
         d_model, n_seq, vocab_size, num_experts, top_k, dropout_p: see
             :class:`earlyexit.nn.config.ModelConfig`; all of them can be read as attributes.
-        exit_classifier: the head to use; by default an own LayerNorm + Linear(D, V).
+        exit_classifier: the head to use; by default the block owns LayerNorm + Linear(D, V).
         options: other fields of the configuration, such as ``bk_heads``.
     """
 
@@ -99,17 +100,17 @@ class EarlyExitResNetBKBlock(nn.Module):
         self.d_model, self.n_seq, self.vocab_size = d_model, n_seq, vocab_size
         self.num_experts, self.top_k, self.dropout_p = num_experts, top_k, dropout_p
         self.layer_norm = nn.LayerNorm(d_model)
-        options = {"vocab_size": vocab_size} | options
+        options |= {"vocab_size": vocab_size}
         self.bk_layer = MoEResNetBKLayer(d_model, n_seq, num_experts, top_k, dropout_p, **options)
         self.exit_classifier = exit_classifier or ExitHead(
             d_model, LinearUnembedding(d_model, vocab_size), borrowed=False, translate=False
         )
 
     def hidden(self, h: Tensor) -> Tensor:
-        """The block without its exit: ``(B, N, D)`` → ``(B, N, D)``."""
+        """Return the states after the block, without its exit: ``(B, N, D)`` → ``(B, N, D)``."""
         return h + self.bk_layer(self.layer_norm(h))
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, N, D)`` → the output ``(B, N, D)`` and the exit's logits ``(B, N, V)``."""
+        """Return the states after the block ``(B, N, D)`` and the exit's logits ``(B, N, V)``."""
         output = self.hidden(h)
         return output, self.exit_classifier(output)

@@ -1,4 +1,4 @@
-"""The configuration of a ResNet-BK language model, handed down to its layers."""
+"""One configuration describes a ResNet-BK language model, and is handed down to its layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from earlyexit.checked import Checked, Count, Dropout, Limit, Share
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """Constructor arguments of :class:`earlyexit.models.resnet_bk.EarlyExitLanguageModel`.
+    """Its fields are the arguments of :class:`earlyexit.models.resnet_bk.EarlyExitLanguageModel`.
 
     Attributes:
         vocab_size: words V.
@@ -65,5 +65,5 @@ class ModelConfig(Checked):
             object.__setattr__(self, "tie_embeddings", not adaptive)
 
     def base(self) -> dict:
-        """The fields that every kind of model has, without those that a subclass adds."""
+        """Return the fields that every kind of model has, without those that a subclass adds."""
         return {field.name: getattr(self, field.name) for field in fields(ModelConfig)}

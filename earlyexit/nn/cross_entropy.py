@@ -1,4 +1,4 @@
-"""nn/cross_entropy."""
+"""The cross-entropy of a linear layer is computed in chunks that stay in a cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = 2_560_000  # 10 MB of float32: stays in a last-level cache
 def logit_chunks(
     features: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of ``features @ weight.T + bias``, chunk by chunk.
+    """Yield rows of ``features @ weight.T + bias``, chunk by chunk.
 
     Args:
         features: ``(T, D)``; weight: ``(V, D)``; bias: ``(V,)`` or None.
@@ -32,19 +32,19 @@ def logit_chunks(
 
 
 def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax in place: the probabilities ``(T, V)`` and the log-normaliser ``(T,)``."""
+    """Turn logits into probabilities ``(T, V)`` in place; return them and the log-normaliser ``(T,)``."""
     top = logits.amax(dim=-1)
     p = torch.softmax(logits, dim=-1, out=logits)
     return p, top - p.amax(dim=-1).log()  # the largest probability is exp(top − log-normaliser)
 
 
 class Teacher(NamedTuple):
-    """Another head on the same tokens, whose prediction is part of the target; it gets no gradient.
+    """A teacher is another head on the same tokens; its prediction is part of the target.
 
     Attributes:
-        features: ``(T, D)``.
-        unembedding: of the teacher.
-        share: of the target that it supplies, between 0 and 1.
+        features: what its unembedding reads ``(T, D)``; it gets no gradient.
+        unembedding: turns the features into logits.
+        share: the share of the target that it supplies, between 0 and 1.
     """
 
     features: Tensor
@@ -53,7 +53,7 @@ class Teacher(NamedTuple):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a linear layer whose gradient is made in the forward pass.
+    """The mean cross-entropy of a linear layer makes its gradient in the forward pass.
 
     The softmax of a chunk becomes its own gradient in place (Wijmans et al. 2024, Cut Your Losses;
     Hsu et al. 2024, Liger Kernel), so that no logits outlive their chunk.
@@ -109,7 +109,7 @@ def linear_cross_entropy(
     bf16: bool = False,
     teacher: Teacher | None = None,
 ) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are not ``IGNORE``.
+    """Return the mean cross-entropy in nats over the targets that are not ``IGNORE``.
 
     Args:
         features: ``(T, D)``; weight: ``(V, D)``; bias: ``(V,)`` or None; targets: ``(T,)`` int64.

@@ -1,4 +1,4 @@
-"""nn/gates."""
+"""Gates judge an exit's prediction from the state alone, without the vocabulary."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ KL, AGREE = 0, 1  # what the two outputs of a gate predict: log KL, and the logi
 
 
 class ExitGates(nn.Module):
-    """One gate per exit but the last.
+    """A model has one gate per exit but the last.
 
     Args:
         n_layers: layers L of the model.
         d_model: width D.
-        hidden: units of one hidden layer; 0 is a linear gate.
+        hidden: units of one hidden layer; 0 makes a linear gate.
     """
 
     def __init__(self, n_layers: int, d_model: int, hidden: int = 0):
@@ -28,5 +28,5 @@ class ExitGates(nn.Module):
         self.register_buffer("trained", torch.zeros((), dtype=torch.bool))
 
     def forward(self, layer: int, normalised: Tensor) -> Tensor:
-        """Normalised states ``(T, D)`` after ``layer`` → (log KL, logit of agreement) ``(T, 2)``."""
+        """Return (log KL, logit of agreement) ``(T, 2)`` of normed states ``(T, D)`` after ``layer``."""
         return self.gates[layer](normalised)

@@ -1,4 +1,7 @@
-"""nn/halting."""
+"""Parts of Adaptive Computation Time read and write a stream [h, S, c] instead of a state.
+
+:mod:`earlyexit.models.act` says what the stream holds.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,18 @@ from earlyexit.nn.heads import ExitHead
 
 
 def averaged(stream: Tensor) -> Tensor:
-    """Stream ``(…, 2D + 1)`` → the average that leaving here would read, S + (1 − c) h ``(…, D)``."""
+    """Return S + (1 − c) h ``(…, D)`` of a stream ``(…, 2D + 1)``: what a token that leaves reads."""
     width = stream.shape[-1] // 2
     h, total, c = stream.split((width, width, 1), dim=-1)
     return total + (1 - c) * h
 
 
 def accumulate(stream_before: Tensor, h: Tensor, p: Tensor | None) -> Tensor:
-    """The stream after a layer that turned the state into ``h``.
+    """Return the stream after a layer that turned the state into ``h``.
 
     Args:
         stream_before: ``(…, 2D + 1)``; h: ``(…, D)``.
-        p: halting probability of this layer ``(…, 1)``; None where none is asked, as at the last.
+        p: halting probability of this layer ``(…, 1)``; None at the last, which has none.
     """
     _, total, c = stream_before.split((h.shape[-1], h.shape[-1], 1), dim=-1)
     if p is None:
@@ -33,7 +36,7 @@ def accumulate(stream_before: Tensor, h: Tensor, p: Tensor | None) -> Tensor:
 
 
 class HaltingUnit(nn.Module):
-    """p = σ(w · LN(h) + b), the LayerNorm without weights of its own.
+    """A halting unit gives p = σ(w · LN(h) + b), where LN has no weights of its own.
 
     Args:
         d_model: width D.
@@ -47,12 +50,12 @@ class HaltingUnit(nn.Module):
         nn.init.constant_(self.linear.bias, torch.tensor(start).logit().item())
 
     def forward(self, h: Tensor) -> Tensor:
-        """``(…, D)`` → ``(…, 1)``."""
+        """Return p ``(…, 1)`` of states ``(…, D)``."""
         return self.linear(F.layer_norm(h, h.shape[-1:])).sigmoid()
 
 
 class StreamNorm(nn.LayerNorm):
-    """Stream ``(…, 2D + 1)`` → [LN(h), h, c] ``(…, 2D + 1)``: all that a layer and a gate read."""
+    """This norm makes [LN(h), h, c] of a stream ``(…, 2D + 1)``: all that a layer and a gate read."""
 
     def forward(self, stream: Tensor) -> Tensor:
         width = self.normalized_shape[0]
@@ -61,13 +64,12 @@ class StreamNorm(nn.LayerNorm):
 
 
 class HaltingLayer(nn.Module):
-    """A layer that also moves the running average: stream in, change of the stream out.
+    """A halting layer also moves the running average: it returns the change of a stream.
 
     Args:
         layer: any layer with ``potentials``, ``bk_core``, ``transform`` and ``moe``.
         d_model: width D.
-        start: see :class:`HaltingUnit`; None for the last layer, which has no unit: it takes what
-            is left.
+        start: see :class:`HaltingUnit`; None for the last layer, which needs no unit.
     """
 
     def __init__(self, layer: MoEResNetBKLayer, d_model: int, start: float | None):
@@ -84,11 +86,11 @@ class HaltingLayer(nn.Module):
         return self.layer.bk_core
 
     def potentials(self, u: Tensor) -> Tensor:
-        """See :meth:`earlyexit.nn.block.MoEResNetBKLayer.potentials`; u as of :class:`StreamNorm`."""
+        """Return the layer's potentials ``(…, H)`` of u, which :class:`StreamNorm` made."""
         return self.layer.potentials(u[..., : self.d_model])
 
     def transform(self, u: Tensor, features: Tensor) -> Tensor:
-        """Change of the stream ``(…, 2D + 1)``: (Δh, p h, p) with h the new state."""
+        """Return the change of the stream ``(…, 2D + 1)``, (Δh, p h, p) with h the new state."""
         normal, h, c = u.split((self.d_model, self.d_model, 1), dim=-1)
         change = self.layer.transform(normal, features)
         if self.halting is None:
@@ -98,37 +100,37 @@ class HaltingLayer(nn.Module):
         return torch.cat([change, p * h, p], dim=-1)
 
     def forward(self, u: Tensor) -> Tensor:
-        """``(B, N, 2D + 1)`` → ``(B, N, 2D + 1)``."""
+        """Return the change of the stream from u, both ``(B, N, 2D + 1)``."""
         return self.transform(u, self.bk_core(self.potentials(u)))
 
 
 class AverageHead(ExitHead):
-    """An exit head that reads the running average of a stream."""
+    """This exit head reads the running average of a stream."""
 
     def features(self, h: Tensor) -> Tensor:
-        """Stream ``(…, 2D + 1)`` → what the unembedding reads ``(…, D)``."""
+        """Return what the unembedding reads ``(…, D)`` of a stream ``(…, 2D + 1)``."""
         return super().features(averaged(h))
 
     @classmethod
     def like(cls, head: ExitHead, d_model: int) -> AverageHead:
-        """A head of the same make, with the same unembedding."""
+        """Make a head with the same parts as ``head``, and the same unembedding."""
         borrowed, translate = head.linear is None, head.translator is not None
         return cls(d_model, head.unembedding, borrowed=borrowed, translate=translate)
 
 
 class HaltingGates(nn.Module):
-    """Gates made of the halting units: "the rest agrees" has the cumulative probability c.
+    """The halting units serve as gates: c is their probability that the last layer agrees.
 
-    They have no weights of their own, and predict no KL.
+    These gates have no weights of their own, and predict no KL.
     """
 
     @property
     def trained(self) -> Tensor:
-        """Always: training exits on a frozen backbone leaves the units as they are."""
+        """Return True: training exits on a frozen backbone leaves the units as they are."""
         return torch.ones((), dtype=torch.bool)
 
     def forward(self, layer: int, normalised: Tensor) -> Tensor:
-        """[LN(h), h, c] ``(T, 2D + 1)`` → (NaN, logit of c) ``(T, 2)``."""
+        """Return (NaN, logit of c) ``(T, 2)`` of [LN(h), h, c] ``(T, 2D + 1)``."""
         out = normalised.new_full((len(normalised), 2), torch.nan)
         out[:, AGREE] = normalised[:, -1].clamp(0, 1).logit()
         return out

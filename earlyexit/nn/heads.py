@@ -1,4 +1,4 @@
-"""nn/heads."""
+"""An exit head turns a layer's states into logits."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from earlyexit.nn.unembedding import Unembedding
 
 
 class ExitHead(nn.Module):
-    """An exit classifier: features ``(…, D)`` cheap, logits ``(…, V)`` dear.
+    """An exit head makes features ``(…, D)``, which are cheap, and logits ``(…, V)``, which are dear.
 
-    ``exit_head="full"``: LayerNorm and its own Linear(D, V), as in the original.
-    ``exit_head="translator"``: a residual affine map (Belrose et al. 2023, tuned lens, eq. 4), the
-    LayerNorm, and an unembedding borrowed from the model. The last layer's head has no translator.
+    With ``exit_head="full"`` it is LayerNorm and its own Linear(D, V), as in the original. With
+    ``exit_head="translator"`` it is a residual affine map (Belrose et al. 2023, tuned lens, eq. 4),
+    LayerNorm, and an unembedding borrowed from the model; the last layer's head has no translator.
 
     Args:
         d_model: width D.
-        unembedding: features to logits, owned (``borrowed=False``) or borrowed from the model.
+        unembedding: turns features into logits.
+        borrowed: whether the unembedding belongs to the model rather than to the head.
         translate: put a translator before the LayerNorm.
     """
 
@@ -35,11 +36,11 @@ class ExitHead(nn.Module):
         return self._borrowed[0] if self._borrowed else self.linear
 
     def features(self, h: Tensor) -> Tensor:
-        """What the unembedding reads, ``(…, D)``."""
+        """Return what the unembedding reads of states: ``(…, D)`` → ``(…, D)``."""
         if self.translator is not None:
             h = h + self.translator(h)
         return self.layer_norm(h)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Hidden state ``(…, D)`` → logits ``(…, V)``."""
+        """Return the logits ``(…, V)`` of states ``(…, D)``."""
         return self.unembedding(self.features(h))

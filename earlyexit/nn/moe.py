@@ -1,4 +1,4 @@
-"""nn/moe."""
+"""Sparse experts transform a token by the few of them that a router chooses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class SparseMoELayer(nn.Module):
-    """Sparsely gated mixture of experts (Shazeer et al. 2017), token-choice top-k routing.
+    """This is a mixture of experts (Shazeer et al. 2017) with token-choice top-k routing.
 
     An expert is Linear–ReLU–Dropout–Linear. A token's output is the sum of its k best experts
     weighted by their softmax gate (not renormalised, so that the router learns at k = 1 too, as in
@@ -53,7 +53,10 @@ class SparseMoELayer(nn.Module):
         self.load_balancing_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(…, D)`` → ``(…, D)``. Leaves the batch's ``load_balancing_loss`` on the module."""
+        """Return the weighted sum of each token's experts, ``(…, D)`` → ``(…, D)``.
+
+        The batch's ``load_balancing_loss`` is left on the module.
+        """
         tokens = x.reshape(-1, self.d_model)  # (T, D)
         gates = F.softmax(self.gating_network(tokens), dim=-1)  # (T, E)
         weight, expert = gates.topk(self.top_k, dim=-1)  # (T, k)
@@ -76,8 +79,9 @@ class SparseMoELayer(nn.Module):
             self.load_balancing_loss = self.num_experts * (share * gates.mean(dim=0)).sum()
 
     def expert_utilisation(self) -> Tensor:
-        """Share of routed tokens per expert ``(E,)`` since the last reset; sums to 1."""
+        """Return the share of routed tokens per expert ``(E,)`` since the last reset."""
         return self._expert_counts / self._expert_counts.sum().clamp_min(1)
 
     def reset_expert_utilisation(self) -> None:
+        """Forget the tokens routed so far."""
         self._expert_counts.zero_()

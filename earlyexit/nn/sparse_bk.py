@@ -1,4 +1,4 @@
-"""nn/sparse_bk."""
+"""A sparse BK-Core visits important positions only; :mod:`earlyexit.models.sparse_bk` derives it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TEMPERATURE = 1.0  # of the sigmoid that the mask is differentiated as
 
 
 class SparseBKCore(BKCore):
-    """BK-Core over the positions whose mask is set, its features already projected.
+    """A sparse BK-Core visits the positions whose mask is set, and projects its features.
 
     Args:
-        n_heads: potentials per position H.
-        project: features ``(…, 2H)`` → ``(…, D)``.
+        n_heads: number of potentials H per position.
+        project: maps features ``(…, 2H)`` to ``(…, D)``.
     """
 
     def __init__(self, n_heads: int, project: Callable[[Tensor], Tensor]):
@@ -27,7 +27,7 @@ class SparseBKCore(BKCore):
         self.project = project
 
     def forward(self, v: Tensor, backend: str = "auto") -> Tensor:
-        """Potentials and mask ``(B, N, H + 1)`` → projected features ``(B, N, D)``.
+        """Return projected features ``(B, N, D)`` of potentials and mask ``(B, N, H + 1)``.
 
         The mask is 0 or 1; where it carries a gradient, the features pass one back to it.
         """
@@ -37,8 +37,8 @@ class SparseBKCore(BKCore):
         K = int(rank[:, -1].max())
         sequence = torch.arange(B, device=v.device)[:, None]
         visited = kept.flatten().nonzero().squeeze(1)
-        place = (rank - 1 + K * sequence).flatten()[visited]
-        compact = v.new_zeros(B * K, H).index_copy_(0, place, rows[visited, :H])
+        target = (rank - 1 + K * sequence).flatten()[visited]
+        compact = v.new_zeros(B * K, H).index_copy_(0, target, rows[visited, :H])
         g = causal_resolvent(compact.view(B, K, H), self.eta, self.t, backend)  # (B, K, H)
         states = v.new_zeros(B, K + 1, 2 * H)  # before the first kept position, g_{−1} = 0
         states[:, 1:, :H], states[:, 1:, H:] = g.real, g.imag
@@ -50,7 +50,7 @@ class SparseBKCore(BKCore):
         return self.project(filled + self._through_mask(v, mask, kept, filled))
 
     def _through_mask(self, v: Tensor, mask: Tensor, kept: Tensor, filled: Tensor) -> Tensor:
-        """Zeros ``(B, N, 2H)`` that carry the features' derivative with respect to the mask."""
+        """Return zeros ``(B, N, 2H)`` that carry the features' derivative by the mask."""
         with torch.no_grad():
             before = F.pad(filled, (0, 0, 1, 0))[:, :-1].double()
             before = torch.complex(*before.chunk(2, dim=-1))
@@ -59,12 +59,12 @@ class SparseBKCore(BKCore):
             change = torch.cat([change.real, change.imag], dim=-1).to(v.dtype)
             position = torch.arange(v.shape[1], device=v.device).expand_as(kept)
             start = torch.where(kept, position, 0).cummax(dim=1).values  # of the run it lies in
-        own = (mask - mask.detach())[..., None] * change
-        run = own.cumsum(dim=1)
-        return run - (run - own).gather(1, start[..., None].expand_as(run))
+        zeros = (mask - mask.detach())[..., None] * change
+        run = zeros.cumsum(dim=1)
+        return run - (run - zeros).gather(1, start[..., None].expand_as(run))
 
     def step(self, state: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
-        """One position: ``(B, H)`` and ``(B, H + 1)`` → the state, and projected features ``(B, D)``."""
+        """Take one position with ``(B, H + 1)``: return state ``(B, H)`` and features ``(B, D)``."""
         mask, v = v[..., -1:], v[..., :-1]
         new, _ = super().step(state, v)
         g = torch.where(mask > 0.5, new, torch.zeros_like(new) if state is None else state)
@@ -72,11 +72,11 @@ class SparseBKCore(BKCore):
 
 
 class SparseBKLayer(MoEResNetBKLayer):
-    """A layer whose BK-Core, with its projections, skips unimportant positions.
+    """In this layer BK-Core and its projections skip unimportant positions.
 
     Args:
         d_model, n_seq, others: see :class:`earlyexit.nn.block.MoEResNetBKLayer`.
-        keep: target share of positions.
+        keep: share of positions that training aims to keep.
     """
 
     def __init__(self, d_model: int, n_seq: int, *args, keep: float = 0.5, **others):
@@ -88,14 +88,15 @@ class SparseBKLayer(MoEResNetBKLayer):
         core = SparseBKCore(self.bk_core.n_heads, self.project)
         core.load_state_dict(self.bk_core.state_dict())
         self.bk_core = core
-        self.noise = 1.0  # scale of the noise in training; see sparse_loss
+        self.noise = 1.0  # scale of the noise in training, which the model lets fall to 0
         self.kept_share: Tensor | None = None  # of the last batch, without noise
         self.register_buffer("_kept_counts", torch.zeros(2), persistent=False)  # kept, all
 
     def potentials(self, u: Tensor) -> Tensor:
-        """``(…, D)`` → potentials and mask ``(…, H + 1)``; potentials of skipped positions are 0.
+        """Return potentials and mask ``(…, H + 1)`` of u ``(…, D)``.
 
-        In training all are computed, because the derivative of the mask needs them.
+        Potentials of skipped positions are 0, but in training, where the mask's derivative needs
+        them.
         """
         score = self.importance(u)  # (…, 1)
         hard = (score > 0).to(u.dtype)
@@ -115,16 +116,17 @@ class SparseBKLayer(MoEResNetBKLayer):
         return out.view(*u.shape[:-1], -1)
 
     def project(self, features: Tensor) -> Tensor:
-        """BK features ``(…, 2H)`` → what they add to the stream ``(…, D)``."""
+        """Return what BK features ``(…, 2H)`` add to the stream ``(…, D)``."""
         return self.bk_scale * self.output_proj(features)
 
     def transform(self, u: Tensor, mixed: Tensor) -> Tensor:
-        """Update of the stream from u and the core's projected features, both ``(…, D)``."""
+        """Return the update of the stream from u and the projected features, all ``(…, D)``."""
         return mixed + self.moe(u + mixed)
 
     def kept(self) -> float:
-        """Share of positions kept since the last reset."""
+        """Return the share of positions kept since the last reset."""
         return float(self._kept_counts[0] / self._kept_counts[1].clamp_min(1))
 
     def reset_kept(self) -> None:
+        """Forget the positions counted so far."""
         self._kept_counts.zero_()

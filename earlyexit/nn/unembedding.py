@@ -1,7 +1,7 @@
-"""The vocabulary projection, a few rows at a time.
+"""The vocabulary projection works on a few rows at a time.
 
 With 10,000 words the logits of one batch of 32 × 128 tokens take 164 MB, and their gradient as much
-again. Nothing here holds more than one chunk of about ``CHUNK_ELEMENTS`` of them.
+again. These functions hold no more than one chunk of about ``CHUNK_ELEMENTS`` of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS, Teacher, linear_cross_ent
 
 @torch.no_grad()
 def token_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of ``targets`` ``(T,)``; 0 where the target is ``IGNORE``."""
+    """Return the negative log-likelihood of ``targets`` ``(T,)`` in nats, 0 where ``IGNORE``."""
     nll = features.new_zeros(targets.shape)
     for part, logits in logit_chunks(features, weight, bias):
         nll[part] = nll_of_logits(logits, targets[part])
@@ -25,51 +25,51 @@ def token_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
 
 
 def nll_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """NLL in nats ``(T,)`` of targets ``(T,)`` under logits ``(T, V)``; 0 where ``IGNORE``."""
+    """Return the NLL ``(T,)`` of targets under logits ``(T, V)`` in nats, 0 where ``IGNORE``."""
     picked = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
     return (logits.logsumexp(dim=-1) - picked) * (targets != IGNORE)
 
 
 def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability and index of the most probable word of logits ``(T, V)``: ``(T,)`` each."""
+    """Return log-probability and index ``(T,)`` of the most probable word of logits ``(T, V)``."""
     value, word = logits.max(dim=-1)
     return value - logits.logsumexp(dim=-1), word
 
 
 class LinearUnembedding(nn.Linear):
-    """Linear(D, V): one product with the whole vocabulary."""
+    """A linear unembedding, Linear(D, V), is one product with the whole vocabulary."""
 
     cheap_top = False  # the most probable word takes all logits
 
     def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """:func:`logit_chunks` of features ``(T, D)``."""
+        """Yield the :func:`logit_chunks` of features ``(T, D)``."""
         return logit_chunks(features, self.weight, self.bias)
 
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
-        """:func:`token_nll` of features ``(T, D)`` and targets ``(T,)``."""
+        """Return the :func:`token_nll` ``(T,)`` of features ``(T, D)`` and targets ``(T,)``."""
         return token_nll(features, self.weight, self.bias, targets)
 
     def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """:func:`most_probable` of features ``(T, D)``."""
+        """Return the :func:`most_probable` word of features ``(T, D)``."""
         tops = [most_probable(logits) for _, logits in self.chunks(features)]
         return tuple(map(torch.cat, zip(*tops, strict=True)))
 
     def predict(self, features: Tensor) -> Tensor:
-        """Most probable word of features ``(T, D)``: ``(T,)``."""
+        """Return the most probable word ``(T,)`` of features ``(T, D)``."""
         return torch.cat([logits.argmax(dim=-1) for _, logits in self.chunks(features)])
 
     def loss(
         self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
     ) -> Tensor:
-        """:func:`linear_cross_entropy`, with gradients."""
+        """Return the :func:`linear_cross_entropy`, which has gradients."""
         return linear_cross_entropy(features, self.weight, self.bias, targets, bf16, teacher)
 
 
 class AdaptiveUnembedding(nn.Module):
-    """Adaptive softmax (Grave et al. 2017): frequent words at full width, rare ones in two clusters.
+    """An adaptive softmax (Grave et al. 2017) reads rare words in two clusters of smaller width.
 
-    A rare word costs the head, and its cluster only: probabilities stay exactly normalised. Words must
-    be numbered by falling frequency, as the word vocabulary is.
+    A rare word costs the head and its cluster only, and probabilities stay exactly normalised. Words
+    must be numbered by falling frequency, as the word vocabulary is.
 
     Args:
         d_model: width D; clusters read D/2 and D/4 of it.
@@ -77,7 +77,7 @@ class AdaptiveUnembedding(nn.Module):
         cutoffs: first word of each cluster, by default V/10 and 4V/10.
 
     Raises:
-        ValueError: a vocabulary too small to be split in three, or a width below 4.
+        ValueError: the vocabulary is too small to be split in three, or the width is below 4.
     """
 
     cheap_top = True  # most probable words are mostly frequent ones
@@ -96,16 +96,16 @@ class AdaptiveUnembedding(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features ``(…, D)`` → log-probabilities ``(…, V)``."""
+        """Return the log-probabilities ``(…, V)`` of features ``(…, D)``."""
         flat = features.reshape(-1, features.shape[-1])
         return self.softmax.log_prob(flat).view(*features.shape[:-1], self.vocab_size)
 
     def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Log-probabilities ``(rows, V)`` of features ``(T, D)``, chunk by chunk."""
+        """Yield log-probabilities ``(rows, V)`` of features ``(T, D)``, chunk by chunk."""
         return ((part, self(features[part])) for part in self._parts(features, self.vocab_size))
 
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
-        """NLL ``(T,)``, 0 where the target is ``IGNORE``: head for all, a cluster for its words."""
+        """Return the NLL ``(T,)``, 0 where ``IGNORE``; a cluster is opened for its own words only."""
         out = features.new_zeros(targets.shape)
         scored = (targets != IGNORE).nonzero().squeeze(1)
         for part in self._parts(scored, self.softmax.head_size):
@@ -114,16 +114,16 @@ class AdaptiveUnembedding(nn.Module):
         return out
 
     def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability and index of the most probable word of features ``(T, D)``: ``(T,)`` each.
+        """Return log-probability and index ``(T,)`` of the most probable word of features ``(T, D)``.
 
-        Exact: a cluster is opened where all of it outweighs the best word so far.
+        It is exact: a cluster is opened where all of it outweighs the best word so far.
         """
         parts = self._parts(features, self.softmax.head_size)
         tops = [self._most_probable(features[part]) for part in parts]
         return tuple(map(torch.cat, zip(*tops, strict=True)))
 
     def predict(self, features: Tensor) -> Tensor:
-        """Most probable word of features ``(T, D)``: ``(T,)``."""
+        """Return the most probable word ``(T,)`` of features ``(T, D)``."""
         return self.top(features)[1]
 
     def _most_probable(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,10 +142,10 @@ class AdaptiveUnembedding(nn.Module):
     def loss(
         self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
     ) -> Tensor:
-        """Mean NLL over the targets that are not ``IGNORE``, with gradients.
+        """Return the mean NLL over the targets that are not ``IGNORE``, with gradients.
 
         Raises:
-            ValueError: a teacher, whose probabilities of all words this head never makes.
+            ValueError: a teacher is given; this head never makes the probabilities of all words.
         """
         if teacher is not None:
             raise ValueError("distillation needs output_head='linear'")

@@ -511,7 +511,7 @@ def test_cache_gives_the_same_corpus_and_is_used(tmp_path, wiki_dir, monkeypatch
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [
         f"corpus-{fresh.data_hash[:32]}.npz"
     ], "a temporary file was left"
-    monkeypatch.setattr("earlyexit.corpus.load._encode", None)  # whoever encodes now fails
+    monkeypatch.setattr("earlyexit.corpus.load.encode", None)  # whoever encodes now fails
     cached = load_corpus(config, str(tmp_path / "cache"))
     for corpus in (stored, cached):
         assert corpus.tokenizer.to_str() == fresh.tokenizer.to_str()
