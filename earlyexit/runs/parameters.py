@@ -7,6 +7,7 @@ saved with other values changes nothing that is published.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -202,6 +203,17 @@ def declared(path: Path) -> type[Common]:
         if name not in COMMON
     ]
     return make_dataclass(path.stem, added, bases=(Common,), frozen=True)
+
+
+def read_parameters(path: Path, namespace: Mapping[str, Any]) -> Common:
+    """The parameters of a notebook as its variables have them; what is not there has its default.
+
+    Raises:
+        ValueError: a value that has another type than its parameter, or lies outside its bounds.
+    """
+    kind = declared(path) if path.is_file() else NOTEBOOKS.get(path.stem, Common)
+    known = (field.name for field in fields(kind))
+    return kind(**{name: namespace[name] for name in known if name in namespace})
 
 
 def plain(value: Any) -> Any:

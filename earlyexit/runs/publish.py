@@ -156,7 +156,8 @@ def text_block(profile: str, root: Path) -> str:
     seeds = front["seed"].nunique()
     return (
         f"Profile `{profile}`: {p.model.n_layers} layers of width {p.model.d_model},"
-        f" {p.training.epochs:g} passes over {text.loc['train', 'tokens']:,} training tokens, {seeds} seed{'s' if seeds > 1 else ''},"
+        f" {p.training.epochs:g} passes over"
+        f" {text.loc['train', 'tokens']:,} training tokens, {seeds} seed{'s' if seeds > 1 else ''},"
         f" perplexity {_span(full.groupby(front['seed']).mean(), '.1f')} at full depth on the test"
         f" split, {text.loc['test', 'unknown_share']:.1%} of whose words are unknown"
         f"{_against_twin(profile, root)}; timed on {hardware['cpu']},"
