@@ -52,7 +52,7 @@ class Checked:
         try:
             valid = _schema(type(self)).model_validate(values)
         except ValidationError as error:
-            raise ValueError("; ".join(map(_told, error.errors(include_url=False)))) from None
+            raise ValueError("; ".join(map(_sentence, error.errors(include_url=False)))) from None
         for name in values:
             object.__setattr__(self, name, getattr(valid, name))
 
@@ -69,7 +69,7 @@ def _schema(kind: type) -> type[BaseModel]:
     return create_model(kind.__name__, __config__=config, **types)
 
 
-def _told(error: dict[str, Any]) -> str:
+def _sentence(error: dict[str, Any]) -> str:
     name, *inside = error["loc"]
     where = name + "".join(f"[{step!r}]" for step in inside if not isinstance(step, str))
     bounds = {

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.corpus import Corpus
-from earlyexit.corpus.documents import CorpusConfig
 from earlyexit.corpus.load import load_corpus
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
@@ -25,10 +24,11 @@ from earlyexit.models.checkpoints import checkpoint_about
 from earlyexit.models.operations import operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
-from earlyexit.runs import cache as stages
+from earlyexit.runs import cache
 from earlyexit.runs.artifacts import Outputs, read_table, remedy, run_label, use_style
 from earlyexit.runs.cache import NotTrained, Trained
 from earlyexit.runs.model_card import model_card
+from earlyexit.runs.parameters import as_dict, read_parameters
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import get_profile
 from earlyexit.training.config import RECIPES, TrainingConfig
@@ -41,48 +41,46 @@ class Study:
 
     Args:
         notebook: its name, such as ``"02_calibration"``.
-        profile: a key of ``PROFILES``.
-        seeds: empty takes the profile's.
-        data_dir: local text; empty takes the hub or the embedded text.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` …
-        overrides: profile fields to replace.
+        parameters: its variables, ``globals()``, of which those that are parameters are taken (see
+            :mod:`earlyexit.runs.parameters`), validated, and recorded with every result; what is not
+            there has its default.
+
+    Attributes:
+        profile: with the overrides in it.
+        seeds: those asked for, or else the profile's.
+        label: folder of the results.
 
     Raises:
-        ValueError: unknown profile or field, or a value of the wrong type.
+        ValueError: a parameter that has another type or lies outside its bounds, or an unknown profile.
     """
 
     def __init__(
         self,
         notebook: str,
-        profile: str,
+        parameters: Mapping[str, Any] | str,
         seeds: Sequence[int] = (),
         data_dir: str = "",
         device: str = "auto",
         overrides: dict | None = None,
     ):
-        self.profile = get_profile(profile, overrides)
-        self.seeds = list(seeds or self.profile.seeds)
-        self.device = resolve_device(device)
-        self.data_dir = data_dir or None
-        self.label = run_label(profile, overrides, seeds)
+        if isinstance(parameters, str):  # one by one: notebooks that do not give globals() yet
+            parameters = {"profile": parameters, "seeds": seeds, "data_dir": data_dir}
+            parameters |= {"device": device, "overrides": overrides or {}}
+        given = read_parameters(project().notebooks / f"{notebook}.ipynb", parameters)
+        self.profile = get_profile(given.profile, given.overrides, given.data_dir or None)
+        self.seeds = list(given.seeds or self.profile.seeds)
+        self.device = resolve_device(given.device)
+        self.label = run_label(given.profile, given.overrides, given.seeds)
         self.cache = project().cache
-        parameters = {
-            "profile": profile,
-            "seeds": self.seeds,
-            "data_dir": data_dir,
-            "device": str(self.device),
-            "overrides": overrides or {},
-        }
-        self.outputs = Outputs(self.label, notebook, parameters)
+        used = {"seeds": self.seeds, "device": str(self.device)}
+        self.outputs = Outputs(self.label, notebook, as_dict(given) | used)
         use_style()
 
     # ------------------------------------------------------------------ text
 
     @cached_property
     def corpus(self) -> Corpus:
-        p = self.profile
-        config = CorpusConfig(p.corpus, self.data_dir, p.vocab_size, p.tokenizer)
-        return load_corpus(config, self.cache / "corpus")
+        return load_corpus(self.profile.corpus, self.cache / "corpus")
 
     def split(self, name: str) -> Split:
         """A split, limited to the profile's ``max_eval_tokens``."""
@@ -90,8 +88,9 @@ class Study:
 
     def loader(self, split: str, batch_size: int | None = None, max_tokens: int = 0) -> DataLoader:
         """Batches of :meth:`split`, or of about ``max_tokens`` of it, in order."""
-        size, part = batch_size or self.profile.batch_size, self.split(split).limit(max_tokens)
-        return loader(part, self.profile.n_seq, size, self.corpus.eos_id)
+        size = batch_size or self.profile.training.batch_size
+        part = self.split(split).limit(max_tokens)
+        return loader(part, self.profile.model.n_seq, size, self.corpus.eos_id)
 
     def batch(self, split: str, size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets ``(size, N)`` of windows that lie evenly spread over :meth:`split`."""
@@ -99,13 +98,17 @@ class Study:
         rows = torch.linspace(0, len(inputs) - 1, min(size, len(inputs))).long()
         return inputs[rows].to(self.device), targets[rows].to(self.device)
 
-    def run_tokens(self, criterion: str) -> int:
+    def run_tokens(self, criterion: str, logits_tokens: int | None = None) -> int:
         """Tokens of the test split that real runs by a criterion are scored on; 0: all.
 
-        Checks that need all logits take several times as long as everything else.
+        Args:
+            logits_tokens: for checks that need all logits, which take several times as long as
+                everything else.
         """
+        if logits_tokens is None:
+            logits_tokens = self.profile.logits_tokens
         part = CRITERIA[criterion].read_by_check(operations(self.model_config()))
-        return self.profile.logits_tokens if part else 0
+        return logits_tokens if part else 0
 
     # ------------------------------------------------------------------ models and traces
 
@@ -115,47 +118,20 @@ class Study:
         """The profile's model, with changes, as a configuration of ``kind``.
 
         Raises:
-            ValueError: an adaptive head on words that are not numbered by frequency, or trained in
-                bfloat16 on a CPU.
+            ValueError: an adaptive head that would be trained in bfloat16 on a CPU.
         """
-        p = self.profile
-        if p.bf16 and p.output_head == "adaptive" and self.device.type == "cpu":
+        config = replace(self.profile.model, vocab_size=self.corpus.vocab_size)
+        bf16 = self.profile.training.bf16
+        if bf16 and config.output_head == "adaptive" and self.device.type == "cpu":
             raise ValueError(
                 "torch's adaptive softmax does not train in bfloat16 on a CPU: set bf16=false, or"
                 " output_head='linear'"
             )
-        if p.tokenizer == "bpe" and p.output_head == "adaptive":
-            raise ValueError(
-                "an adaptive head wants words numbered by falling frequency, which byte pairs are not:"
-                " with tokenizer='bpe' set output_head='linear'"
-            )
-        config = ModelConfig(
-            vocab_size=self.corpus.vocab_size,
-            d_model=p.d_model,
-            n_layers=p.n_layers,
-            n_seq=p.n_seq,
-            num_experts=p.num_experts,
-            top_k=p.top_k,
-            dropout_p=p.dropout_p,
-            bk_heads=p.bk_heads,
-            output_head=p.output_head,
-            tie_embeddings=p.output_head == "linear",
-        )
-        return kind.config_type(**asdict(config) | changes)
+        return kind.config_type(**config.base() | changes)
 
     def training_config(self, seed: int, **changes) -> TrainingConfig:
         """The profile's training, with changes."""
-        p = self.profile
-        config = TrainingConfig(
-            epochs=p.epochs,
-            batch_size=p.batch_size,
-            learning_rate=p.learning_rate,
-            bf16=p.bf16,
-            exit_loss_weight=p.exit_loss_weight,
-            exit_sampling=p.exit_sampling,
-            seed=seed,
-        )
-        return replace(config, **changes)
+        return replace(self.profile.training, seed=seed, **changes)
 
     def train(
         self,
@@ -173,7 +149,7 @@ class Study:
             max_tokens: of the training split, where the profile takes more; 0: as many as it takes.
         """
         limits = [n for n in (max_tokens, self.profile.max_train_tokens) if n]
-        return stages.trained_model(
+        return cache.trained_model(
             self._text_of_training(max_tokens),
             self.model_config(kind, **(model or {})),
             self.training_config(seed, **(training or {})),
@@ -192,7 +168,7 @@ class Study:
         fit = self.corpus.splits["fit"].limit(max(1000, max_tokens // 50))
         return replace(self.corpus, splits=self.corpus.splits | {"fit": fit})
 
-    def recipe(self, seed: int, name: str) -> Trained:
+    def recipe(self, seed: int, name: str, max_tokens: int | None = None) -> Trained:
         """A model with gates whose exits were trained in one of the ``RECIPES``.
 
         Raises:
@@ -200,16 +176,23 @@ class Study:
         """
         if name not in RECIPES:
             raise ValueError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
-        backbone = self.twin(seed) if RECIPES[name].get("freeze_backbone") else None
-        tokens = self.profile.recipe_tokens
-        trained = self.train(seed, None, RECIPES[name], max_tokens=tokens, backbone=backbone)
+        if max_tokens is None:
+            max_tokens = self.profile.recipe_tokens
+        backbone = None
+        if RECIPES[name].get("freeze_backbone"):
+            backbone = self.twin(seed, max_tokens=max_tokens)
+        trained = self.train(seed, None, RECIPES[name], max_tokens, backbone)
         return self.with_gates(seed, trained)
 
-    def twin(self, seed: int, n_layers: int | None = None) -> Trained:
+    def twin(
+        self, seed: int, n_layers: int | None = None, max_tokens: int | None = None
+    ) -> Trained:
         """The model trained without exits, same data, seed and steps, at any depth."""
-        depth = {"n_layers": n_layers or self.profile.n_layers}
+        if max_tokens is None:
+            max_tokens = self.profile.recipe_tokens
+        depth = {"n_layers": n_layers or self.profile.model.n_layers}
         recipe = {"exit_loss_weight": 0.0, "exit_sampling": "one"}
-        return self.train(seed, depth, recipe, max_tokens=self.profile.recipe_tokens)
+        return self.train(seed, depth, recipe, max_tokens)
 
     def build(self, seed: int) -> Trained:
         """The profile's model with gates, trained now unless it is in the cache."""
@@ -257,8 +240,8 @@ class Study:
         path = project().results / self.label / f"model_seed{seed}.safetensors"
         if not path.is_file():
             return None
-        config = replace(self.model_config(), gate_hidden=self.profile.gate_hidden)
-        trained = stages.load_trained(path, config, self.device)
+        config = replace(self.model_config(), gate_hidden=self.profile.gates.hidden)
+        trained = cache.load_trained(path, config, self.device)
         about = checkpoint_about(path)
         if any(about.get(key) != value for key, value in self._recipe_of(seed).items()):
             return None
@@ -272,14 +255,12 @@ class Study:
         return self._gated(seed, trained, may_train=True)
 
     def _gated(self, seed: int, trained: Trained, may_train: bool) -> Trained:
-        p = self.profile
-        return stages.gated_model(
+        return cache.gated_model(
             trained,
             self.corpus,
             self.cache,
             self.device,
-            hidden=p.gate_hidden,
-            max_tokens=p.gate_tokens,
+            **asdict(self.profile.gates),
             seed=seed,
             may_train=may_train,
         )
@@ -294,7 +275,7 @@ class Study:
     ) -> ExitTrace:
         """The trace of a model, by default :meth:`model`, over a split or part of it."""
         trained, part = trained or self.model(seed), self.split(split).limit(max_tokens)
-        return stages.exit_trace(trained, part, self.corpus, self.cache, temperatures)
+        return cache.exit_trace(trained, part, self.corpus, self.cache, temperatures)
 
     # ------------------------------------------------------------------ results
 
@@ -302,9 +283,9 @@ class Study:
         """Write a result table; see :meth:`earlyexit.runs.artifacts.Outputs.table`."""
         return self.outputs.table(df, name, caption, text_hash=self.corpus.data_hash)
 
-    def figure(self, fig: Figure, name: str, caption: str) -> Figure:
-        """Write a figure; see :meth:`earlyexit.runs.artifacts.Outputs.figure`."""
-        return self.outputs.figure(fig, name, caption, text_hash=self.corpus.data_hash)
+    def figure(self, drawn: Any, name: str, caption: str) -> Any:
+        """Write a figure, given as such or by its axes; see ``artifacts.Outputs.figure``."""
+        return self.outputs.figure(drawn, name, caption, text_hash=self.corpus.data_hash)
 
     def document(self, text: str, name: str, caption: str) -> Path:
         """Write a JSON file; see :meth:`earlyexit.runs.artifacts.Outputs.document`."""

@@ -29,7 +29,7 @@ class ModelConfig(Checked):
 
     Raises:
         ValueError: a value outside its range, more experts per token than there are, or an adaptive
-            head that is tied, not shared by the exits, or too small to divide.
+            head that is tied or not shared by the exits.
     """
 
     vocab_size: Count
@@ -56,14 +56,21 @@ class ModelConfig(Checked):
         adaptive = self.output_head == "adaptive"
         if adaptive and (self.tie_embeddings or self.exit_head == "full"):
             raise ValueError("an adaptive output head is shared by the exits, and not tied")
-        if adaptive and (self.vocab_size < 10 or self.d_model < 4):
-            raise ValueError(
-                f"no adaptive output head of {self.vocab_size} words and width {self.d_model}: it"
-                " needs vocab_size ≥ 10 and d_model ≥ 4, or output_head='linear'"
-            )
         if self.tie_embeddings is None:
             object.__setattr__(self, "tie_embeddings", not adaptive)
 
     def base(self) -> dict:
         """Return the fields that every kind of model has, without those that a subclass adds."""
         return {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
+
+    def check_trainable(self) -> None:
+        """Refuse sizes that can be counted, but not built.
+
+        Raises:
+            ValueError: an adaptive head without enough words or width for its clusters.
+        """
+        if self.output_head == "adaptive" and (self.vocab_size < 10 or self.d_model < 4):
+            raise ValueError(
+                f"no adaptive output head of {self.vocab_size} words and width {self.d_model}: it"
+                " needs vocab_size ≥ 10 and d_model ≥ 4, or output_head='linear'"
+            )

@@ -17,14 +17,15 @@ def training_work(profile: Profile, seeds: int) -> float | None:
     Per token, a layer of width D with top-k experts of hidden width 2 D multiplies by 4 k D²
     weights; the vocabulary head counts twice, once for the random exit trained in each step.
     """
-    tokens = TRAIN_TOKENS.get(profile.corpus)
+    tokens = TRAIN_TOKENS.get(profile.corpus.name)
     if limit := profile.max_train_tokens:
         tokens = min(tokens or limit, limit)
     if tokens is None:
         return None
-    layers = profile.n_layers * 4 * profile.top_k * profile.d_model**2
-    heads = 2 * profile.vocab_size * profile.d_model
-    return 6.0 * tokens * profile.epochs * seeds * (layers + heads)
+    model = profile.model
+    layers = model.n_layers * 4 * model.top_k * model.d_model**2
+    heads = 2 * model.vocab_size * model.d_model
+    return 6.0 * tokens * profile.training.epochs * seeds * (layers + heads)
 
 
 def minutes(

@@ -8,11 +8,10 @@ every output still there, byte by byte.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from earlyexit.runs import digests
+from earlyexit.runs import digests, profiles
 from earlyexit.runs.artifacts import read_json
 from earlyexit.runs.paths import Project
 from earlyexit.runs.settings import Resolved, UsageError
@@ -88,10 +87,9 @@ def fingerprint(
     inputs = {name: _tables(read_receipt(project, resolved.label, name)) for name in upstream}
     if values["data_dir"]:
         inputs[TEXT] = digests.of_files(Path(values["data_dir"]))
-    sizes = asdict(resolved.profile) | {"profile": resolved.profile.name}
-    sizes |= {"seeds": list(resolved.seeds)}
     own = {k: v for k, v in values.items() if k not in ("overrides", "data_dir")}
-    parameters = {k: v for k, v in (own | sizes).items() if k not in ("name", "about")}
+    sizes = profiles.values(resolved.profile) | {"seeds": list(resolved.seeds)}
+    parameters = own | sizes
     parameters = json.loads(json.dumps(parameters))  # as a receipt will give them back
     try:
         code = digests.of_notebook(path)

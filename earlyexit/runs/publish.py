@@ -72,7 +72,7 @@ def answer(profile: str, root: Path) -> str:
 
 def _against_shallow(profile: str, root: Path) -> str:
     """The adaptive model against shallow ones of the same FLOPs."""
-    tokens = PROFILES[profile].recipe_tokens
+    tokens = PROFILES[profile].parameters("03_threshold_sweep").recipe_tokens
     amount = f", all on {tokens:,} tokens" if tokens else ""
     told = [
         f"{_span(rows['difference'], '+.1%')} against {depth:.0f} layer{'s' if depth > 1 else ''}"
@@ -155,7 +155,8 @@ def text_block(profile: str, root: Path) -> str:
     hardware = read_json(project(root).results / profile / "front.meta.json")["hardware"]
     seeds = front["seed"].nunique()
     return (
-        f"Profile `{profile}`: {p.n_layers} layers of width {p.d_model}, {p.epochs:g} passes over"
+        f"Profile `{profile}`: {p.model.n_layers} layers of width {p.model.d_model},"
+        f" {p.training.epochs:g} passes over"
         f" {text.loc['train', 'tokens']:,} training tokens, {seeds} seed{'s' if seeds > 1 else ''},"
         f" perplexity {_span(full.groupby(front['seed']).mean(), '.1f')} at full depth on the test"
         f" split, {text.loc['test', 'unknown_share']:.1%} of whose words are unknown"
@@ -168,10 +169,10 @@ def text_block(profile: str, root: Path) -> str:
 def _against_twin(profile: str, root: Path) -> str:
     """What training exits cost the last layer, where the twin saw the same text as the model."""
     p = PROFILES[profile]
-    if p.recipe_tokens:
+    if p.parameters("03_threshold_sweep").recipe_tokens:
         return ""
     recipes = read_table(profile, "recipes", root)
-    joint = recipes[(recipes["recipe"] == "joint") & (recipes["exit"] == p.n_layers - 1)]
+    joint = recipes[(recipes["recipe"] == "joint") & (recipes["exit"] == p.model.n_layers - 1)]
     return f", {_span(joint['last_vs_twin'], '+.1%')} against its twin trained without exits"
 
 

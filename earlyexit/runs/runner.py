@@ -114,7 +114,7 @@ def status(profile: str | None = None, root: str | Path | None = None) -> list[P
             plain = label == recorded["profile"]
             sets = () if plain else tuple(recorded["sets"])
             seeds = () if plain else tuple(recorded["seeds"])
-            wanted[label] = Settings(recorded["profile"], seeds=seeds, sets=sets)
+            wanted[label] = Settings(recorded["profile"], seeds, sets, data_dir=None)
     plans = []
     for label, settings in wanted.items():
         try:

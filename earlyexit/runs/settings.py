@@ -1,28 +1,32 @@
 """What a run is asked for, checked before anything starts.
 
 Papermill passes on whatever it is given: a misspelt parameter, a number that is a string. Here a
-value must fit the type of the profile field or notebook parameter it is meant for.
+value must fit the field of the profile or the parameter of the notebooks that it is meant for.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from earlyexit.runs import digests, profiles
+from earlyexit.runs.parameters import (
+    COMMON,
+    NOTEBOOKS,
+    Common,
+    as_dict,
+    declared,
+    names,
+    plain,
+    saved_otherwise,
+)
 
-# The parameters every notebook has; they have options of their own instead of ``--set``.
-COMMON = {
-    "profile": "str",
-    "seeds": "list",
-    "data_dir": "str",
-    "device": "str",
-    "overrides": "dict",
-}
+log = logging.getLogger(__name__)
 
 
 class UsageError(ValueError):
@@ -38,14 +42,15 @@ class Settings:
         seeds: instead of the profile's, if any.
         sets: ``key=value`` for profile fields and notebook parameters; they change the label, as
             other seeds do.
-        data_dir: folder with local text, if the corpus needs one.
+        data_dir: folder with local text, if the corpus needs one; None: there is one, but it is not
+            known, as where results of another day are looked at.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``.
     """
 
     profile: str = "cpu"
     seeds: tuple[int, ...] = ()
     sets: tuple[str, ...] = ()
-    data_dir: str = ""
+    data_dir: str | None = ""
     device: str = "auto"
 
     def command(self, *only: str) -> str:
@@ -77,111 +82,127 @@ class Resolved:
     parameters: dict[str, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class _Change:
+    """One ``--set`` of a notebook parameter: what a label calls it, whose it is, and its value."""
+
+    key: str
+    notebooks: tuple[str, ...]
+    name: str
+    value: Any
+
+
 def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
-    """Sort the settings into profile overrides and the parameters of each notebook.
+    """Sort the settings into the profile's overrides and the parameters of each notebook.
 
     Raises:
-        UsageError: unknown profile, key or data folder, a value of the wrong type, or a notebook
-            whose parameters cell is not as it should be.
+        UsageError: unknown profile, key or data folder, a value that its field or parameter cannot
+            have, or a notebook whose parameters cell is not as it should be.
     """
     if settings.data_dir and not Path(settings.data_dir).is_dir():
         raise UsageError(f"--data-dir: no folder {settings.data_dir}")
+    data_dir = "unknown" if settings.data_dir is None else settings.data_dir or None
     try:
-        declared = {path.stem: digests.notebook_parameters(path) for path in notebooks}
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    for name, parameters in declared.items():
-        _check_common(name, parameters)
-
-    types = _profile_types(settings.profile)
-    overrides: dict[str, Any] = {}
-    own: dict[str, dict[str, Any]] = {name: {} for name in declared}
-    for pair in settings.sets:
-        key, equals, text = pair.partition("=")
-        users = [name for name in declared if key in declared[name] and key not in COMMON]
-        if not equals:
-            raise UsageError(f"--set {pair}: expected key=value")
-        if key in COMMON:
-            raise UsageError(f"--set {key}: {_instead(key)}")
-        if key in types:
-            overrides[key] = parse_value(key, text, types[key])
-        elif not users:
-            raise UsageError(f"--set {key}: no such key; {_available(types, declared)}")
-        for name in users if key not in types else ():
-            own[name][key] = parse_value(key, text, declared[name][key][0])
-    try:
-        profile = profiles.get_profile(settings.profile, overrides)
-        changed = overrides | {k: v for values in own.values() for k, v in values.items()}
+        kinds = {path.stem: _declared(path) for path in notebooks}
+        overrides, changes = _sorted(settings.sets, kinds)
+        profile = profiles.get_profile(settings.profile, overrides, data_dir)
+        changed = {key: plain(profiles.value_of(profile, key)) for key in overrides}
+        common = {
+            "profile": settings.profile,
+            "seeds": settings.seeds,
+            "data_dir": str(Path(settings.data_dir).resolve()) if settings.data_dir else "",
+            "device": settings.device,
+            "overrides": dict(changed),
+        }
+        parameters = {}
+        for notebook, kind in kinds.items():
+            values = profile.notebooks.get(notebook, {}) if kind is NOTEBOOKS.get(notebook) else {}
+            asked = {c.name: c.value for c in changes if notebook in c.notebooks}
+            parameters[notebook] = as_dict(kind(**common | values | asked))
+        changed |= {c.key: parameters[c.notebooks[0]][c.name] for c in changes}
         label = profiles.label(settings.profile, changed, settings.seeds)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if Path(label).name != label:
         raise UsageError(f"no folder can be called {label!r}")
-
-    common = {
-        "profile": settings.profile,
-        "seeds": list(settings.seeds),
-        "data_dir": str(Path(settings.data_dir).resolve()) if settings.data_dir else "",
-        "device": settings.device,
-        "overrides": overrides,
-    }
-    parameters = {
-        name: {key: default for key, (_, default) in declared[name].items()} | common | own[name]
-        for name in declared
-    }
     asked = {key: getattr(settings, key) for key in ("profile", "seeds", "sets")}
     return Resolved(label, profile, settings.seeds or profile.seeds, asked, parameters)
 
 
-def parse_value(key: str, text: str, kind: str) -> Any:
-    """``text`` as a value of type ``kind``: bool, int, float, str, list, tuple or dict.
+def _declared(path: Path) -> type[Common]:
+    """The parameters of a notebook, whose cell must have the common ones.
+
+    A cell that was saved with other values looks as if ``run`` read it: the log says that it does not.
+    """
+    cell = digests.notebook_parameters(path)
+    for field in fields(Common):
+        kind = {"seeds": "list", "overrides": "dict"}.get(field.name, "str")
+        if cell.get(field.name, ("",))[0] != kind:
+            raise ValueError(f"{path.stem}: its parameters cell needs `{field.name}: {kind}`")
+    if saved := saved_otherwise(path):
+        pairs = [f"--set={name}={json.dumps(value)}" for name, value in saved.items()]
+        warning = "%s: run does not take the values saved in its parameters cell; give %s"
+        log.warning(warning, path.stem, shlex.join(pairs))
+    return declared(path)
+
+
+def _sorted(
+    sets: Sequence[str], kinds: dict[str, type[Common]]
+) -> tuple[dict[str, Any], list[_Change]]:
+    """Overrides of the profile, by shortest key, and changes of notebook parameters.
 
     Raises:
-        UsageError: it is not one; ``1.0`` is no int, ``1`` no bool, NaN no float.
+        ValueError: no ``key=value``, or a key that is unknown, ambiguous, or an option's.
     """
+    overrides, changes = {}, []
+    for pair in sets:
+        key, equals, text = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--set {pair}: expected key=value")
+        if key in COMMON or key in profiles.ELSEWHERE:
+            raise ValueError(f"--set {key}: {_instead(key)}")
+        notebook, _, name = key.rpartition(".")
+        users = [
+            user for user, kind in kinds.items()
+            if name in names(kind) and notebook in ("", user, user.partition("_")[0])
+        ]  # fmt: skip
+        known = [k for k in profiles.KEYS if key in (k, profiles.KEYS[k], k.partition(".")[2])]
+        if known and (users or not profiles.short_key(key)):
+            choice = known + [f"{user}.{name}" for user in users]
+            raise ValueError(f"--set {key}: name {' or '.join(choice)}")
+        if known:
+            overrides[profiles.short_key(key)] = read_value(text)
+        elif users:
+            shown = f"{users[0].partition('_')[0]}.{name}" if notebook else name
+            value = read_value(text, get_type_hints(kinds[users[0]])[name])
+            changes.append(_Change(shown, tuple(users), name, value))
+        else:
+            raise ValueError(f"--set {key}: no such key; {_available(kinds)}")
+    return overrides, changes
+
+
+def read_value(text: str, hint: Any = None) -> Any:
+    """``text`` as JSON, with True, False and None also as Python writes them; else the text itself.
+
+    Args:
+        hint: the type of what it is meant for; ``str`` takes every text as it is.
+    """
+    if hint is str:
+        return text
     try:
-        match kind:
-            case "str":
-                return text
-            case "bool":
-                return {"true": True, "false": False}[text.lower()]
-            case "int":
-                return int(text)
-            case "float":
-                if math.isfinite(number := float(text)):
-                    return number
-            case "list" | "tuple" | "dict":
-                value = json.loads(text)
-                if isinstance(value, dict if kind == "dict" else list):
-                    return value
-    except (ValueError, KeyError):
-        pass
-    hint = {"bool": " (true or false)", "list": " (JSON)", "tuple": " (JSON list)"}.get(kind, "")
-    raise UsageError(f"--set {key}={text}: expected {kind}{hint}")
-
-
-def _profile_types(name: str) -> dict[str, str]:
-    """Field → type of what ``--set`` may change in a profile."""
-    if name not in profiles.PROFILES:
-        raise UsageError(f"unknown profile {name!r}; choose one of {', '.join(profiles.PROFILES)}")
-    profile = profiles.PROFILES[name]
-    names = (field.name for field in fields(profile) if field.name not in ("name", "about"))
-    return {name: type(getattr(profile, name)).__name__ for name in names}
-
-
-def _check_common(name: str, parameters: dict[str, tuple[str, Any]]) -> None:
-    for key, kind in COMMON.items():
-        if parameters.get(key, ("",))[0] != kind:
-            raise UsageError(f"{name}: its parameters cell needs `{key}: {kind}`")
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        return text
 
 
 def _instead(key: str) -> str:
-    return {
-        "overrides": "name the profile's fields themselves: --set epochs=2.0",
-    }.get(key, f"use --{key.replace('_', '-')}")
+    if key == "overrides":
+        return "name the profile's fields themselves: --set epochs=2.0"
+    return f"use {profiles.ELSEWHERE.get(key) or '--' + key.replace('_', '-')}"
 
 
-def _available(types: dict[str, str], declared: dict[str, dict[str, tuple[str, Any]]]) -> str:
+def _available(kinds: dict[str, type[Common]]) -> str:
     """The keys that exist, as one line."""
-    own = sorted({key for parameters in declared.values() for key in parameters} - set(COMMON))
-    return f"profile fields: {', '.join(types)}; notebook parameters: {', '.join(own) or 'none'}"
+    names = sorted({name for kind in kinds.values() for name in names(kind)})
+    known = ", ".join(profiles.KEYS.values())
+    return f"profile fields: {known}; notebook parameters: {', '.join(names) or 'none'}"

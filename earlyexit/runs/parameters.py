@@ -1,0 +1,233 @@
+"""The parameters of every notebook: their names, types, bounds and defaults.
+
+Defaults are those of the profile ``cpu``; what other profiles change stands in the profiles. A
+notebook's parameters cell shows the defaults, and ``run`` takes them from here: a cell that somebody
+saved with other values changes nothing that is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from earlyexit.checked import Checked, Count, Limit, Positive, Probability, Share, Weight
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.runs import digests
+from earlyexit.training.config import RECIPES
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("names a seed twice")
+    return seeds
+
+
+def _criterion(name: str) -> str:
+    if name not in CRITERIA:
+        raise ValueError(f"must be one of {', '.join(CRITERIA)}")
+    return name
+
+
+def _recipe(name: str) -> str:
+    if name not in RECIPES:
+        raise ValueError(f"must be one of {', '.join(RECIPES)}")
+    return name
+
+
+_list = Field(strict=False)  # JSON and notebooks have lists where a frozen dataclass has a tuple
+_some = Field(strict=False, min_length=1)
+
+Seeds = Annotated[tuple[Limit, ...], _list, AfterValidator(_distinct)]
+Counts = Annotated[tuple[Count, ...], _some]
+Positives = Annotated[tuple[Positive, ...], _some]
+Shares = Annotated[tuple[Share, ...], _some]
+Criterion = Annotated[str, AfterValidator(_criterion)]
+Recipe = Annotated[str, AfterValidator(_recipe)]
+
+
+@dataclass(frozen=True)
+class Common(Checked):
+    """What every notebook takes; each has an option of its own instead of ``--set``.
+
+    Attributes:
+        profile: a name in :data:`earlyexit.runs.profiles.PROFILES`.
+        seeds: empty takes the profile's.
+        data_dir: folder with local text; empty takes the embedded text, or the hub.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        overrides: fields of the profile to replace, by key.
+    """
+
+    profile: str = "cpu"
+    seeds: Seeds = ()
+    data_dir: str = ""
+    device: str = "auto"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+COMMON = tuple(field.name for field in fields(Common))
+
+
+@dataclass(frozen=True)
+class Build(Common):
+    leak_tokens: Count = 120_000
+    leak_epochs: Positive = 3.0
+
+
+@dataclass(frozen=True)
+class Calibration(Common):
+    fit_tokens: Count = 12_000
+    epsilon: Positive = 0.05
+
+
+@dataclass(frozen=True)
+class ThresholdSweep(Common):
+    thresholds: Shares = (0.1, 0.2, 0.4, 0.7, 0.9)
+    epsilons: Positives = (0.01, 0.02, 0.05, 0.08)
+    epsilon: Positive = 0.05
+    recipes: Annotated[tuple[Recipe, ...], _some] = (
+        "joint", "frozen", "joint, one exit a step", "joint, weight 1.5"
+    )  # fmt: skip
+    recipe_tokens: Limit = 200_000
+    recipe_seeds: Count = 1
+    recipe_eval: Limit = 20_000
+    shallow_depths: Counts = (2,)
+    shallow_seeds: Count = 1
+    logits_tokens: Limit = 0
+
+
+@dataclass(frozen=True)
+class SpeedupBreakdown(Common):
+    batch_size: Count = 32
+    part_windows: Count = 8
+    epsilon: Positive = 0.05
+    repeats: Count = 5
+    quantiles: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _some] = (0.0, 0.3, 0.6)
+    thresholds: Shares = (0.1, 0.2, 0.4, 0.7, 0.9)
+    wide_windows: Count = 32
+    mean_depths: Annotated[tuple[Annotated[float, Field(ge=1, le=8)], ...], _some] = (
+        2.0, 3.0, 4.0, 5.0, 6.0
+    )  # fmt: skip
+    output_head_tokens: Limit = 200_000
+    head_tokens: Count = 20_000
+    prices: Literal["all", "few"] = "all"
+    panels: Annotated[tuple[Annotated[tuple[Count, Count], _list], ...], _some] = (
+        (4, 1), (4, 32), (8, 32)
+    )  # fmt: skip
+    batch_sizes: Counts = (1, 4, 16, 64, 256)
+
+
+@dataclass(frozen=True)
+class MemoryProfiling(Common):
+    batch_size: Count = 32
+    batch_sizes: Counts = (1, 4, 16, 64)
+    lengths: Counts = (128, 512, 2048, 8192)
+    resident_runs: Limit = 0
+    epsilon: Positive = 0.05
+
+
+@dataclass(frozen=True)
+class Guarantees(Common):
+    criterion: Criterion = "gate"
+    epsilons: Positives = (0.01, 0.025, 0.05, 0.072, 0.1)
+    epsilon: Positive = 0.05
+    delta: Probability = 0.05
+    n_candidates: Count = 16
+    trials: Count = 1000
+    real_trials: Count = 200
+
+
+@dataclass(frozen=True)
+class Combinations(Common):
+    combination_tokens: Limit = 50_000
+    combination_eval: Limit = 4_000
+    windows_per_step: Count = 8
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    ponder_weight: Weight = 0.02
+    epsilon: Positive = 0.05
+    exit_shares: Shares = (0.15, 0.35, 0.6, 0.85, 0.95)
+    sparse_sizes: Annotated[
+        tuple[Annotated[tuple[Count, Count, Count, Count], _list], ...], _some
+    ] = ((32, 128, 64, 16), (4, 512, 64, 64), (2, 1024, 64, 256))
+    timed_windows: Count = 16
+
+
+@dataclass(frozen=True)
+class Answer(Common):
+    epsilons: Positives = (0.01, 0.02, 0.05, 0.1)
+    epsilon: Positive = 0.05
+    criteria: Annotated[tuple[Criterion, ...], _some] = ("gate", "max_probability")
+    original_threshold: Share = 0.7
+    repeats: Count = 7
+    batch_size: Count = 32
+    shallow_depths: Annotated[tuple[Count, ...], _list] = ()
+    shallow_seeds: Count = 1
+    logits_tokens: Limit = 0
+    shown_words: Count = 420
+
+
+NOTEBOOKS: dict[str, type[Common]] = {
+    "01_build": Build,
+    "02_calibration": Calibration,
+    "03_threshold_sweep": ThresholdSweep,
+    "04_speedup_breakdown": SpeedupBreakdown,
+    "05_memory_profiling": MemoryProfiling,
+    "06_guarantees": Guarantees,
+    "07_combinations": Combinations,
+    "08_study": Answer,
+}
+KINDS = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "dict": dict}
+
+
+def names(kind: type[Common]) -> list[str]:
+    """The names of a notebook's parameters beside the common ones."""
+    return [field.name for field in fields(kind) if field.name not in COMMON]
+
+
+def declared(path: Path) -> type[Common]:
+    """The parameters of a notebook: those above, or those of its cell where it has others.
+
+    Raises:
+        ValueError: a parameters cell that is missing, or not made of annotated literals.
+    """
+    cell = digests.notebook_parameters(path)
+    kind = NOTEBOOKS.get(path.stem)
+    if kind and set(names(kind)) == set(cell) - set(COMMON):
+        return kind
+    added = [
+        (name, KINDS.get(kind, Any), field(default_factory=lambda value=value: value))
+        for name, (kind, value) in cell.items()
+        if name not in COMMON
+    ]
+    return make_dataclass(path.stem, added, bases=(Common,), frozen=True)
+
+
+def read_parameters(path: Path, namespace: Mapping[str, Any]) -> Common:
+    """The parameters of a notebook as its variables have them; what is not there has its default.
+
+    Raises:
+        ValueError: a value that has another type than its parameter, or lies outside its bounds.
+    """
+    kind = declared(path) if path.is_file() else NOTEBOOKS.get(path.stem, Common)
+    known = (field.name for field in fields(kind))
+    return kind(**{name: namespace[name] for name in known if name in namespace})
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON and a parameters cell have it: lists instead of tuples."""
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def as_dict(parameters: Common) -> dict[str, Any]:
+    """Name → value, as JSON has it."""
+    return {field.name: plain(getattr(parameters, field.name)) for field in fields(parameters)}
+
+
+def saved_otherwise(path: Path) -> dict[str, Any]:
+    """Name → value of the parameters whose value in the notebook's cell is not their default."""
+    kind = declared(path)
+    defaults, cell = as_dict(kind()), digests.notebook_parameters(path)
+    return {name: cell[name][1] for name in names(kind) if cell[name][1] != defaults[name]}
