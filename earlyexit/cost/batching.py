@@ -23,8 +23,6 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel, exit_state
 
 SMALLEST_POOL = 64  # windows that batches are drawn from, at least
-
-
 BATCHES = 2  # at least so many in a pool, or there would be nothing to group
 
 

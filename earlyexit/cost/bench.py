@@ -33,11 +33,7 @@ from earlyexit.nn.bk_core import BKCore
 from earlyexit.nn.config import ModelConfig
 
 LAYERS_ONLY = 2  # words: a vocabulary so small that time is that of the layers
-
-
 SMALL = ModelConfig(10_000, 64, 4, dropout_p=0.0, gate_hidden=0)
-
-
 LARGE = ModelConfig(10_000, 256, 8, dropout_p=0.0, gate_hidden=0)
 
 
@@ -110,7 +106,7 @@ class Bench:
         for config, depth in ((SMALL, 2.0), (LARGE, 4.0)):
             for head in ("linear", "adaptive"):
                 name = f"end to end, d={config.d_model}, {head} head"
-                sized = replace(config, output_head=head, tie_embeddings=head == "linear")
+                sized = replace(config, output_head=head, tie_embeddings=None)
                 out[name] = partial(self._random_end_to_end, sized, depth)
         return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,6 @@ from earlyexit.models.operations import operations
 from earlyexit.nn.config import ModelConfig
 
 VOCABULARIES = np.geomspace(100, 50_000, 14).astype(int)
-
-
 # Of what lies between one layer and all; with exactly one layer the run stops, which is another matter.
 SHARES_EXECUTED = np.linspace(0.05, 1, 9)
 
@@ -40,26 +39,23 @@ def break_even_map(
     """
     rows = []
     base = ModelConfig(1000, d_model, n_seq=length, dropout_p=0.0, gate_hidden=0)
-    for layers, batch in panels:
-        depths = 1 + (layers - 1) * SHARES_EXECUTED
-        patterns = [tuple(geometric_shares(layers, depth)) for depth in depths]
-        for vocabulary in VOCABULARIES:
-            config = replace(base, vocab_size=int(vocabulary), n_layers=layers)
-            for criterion in criteria:
-                for depth, shares in zip(depths, patterns, strict=True):
-                    load = Load(config, batch, length, criterion, shares)
-                    rows.append(
-                        {
-                            "criterion": criterion,
-                            "n_layers": layers,
-                            "batch": batch,
-                            "vocab_size": int(vocabulary),
-                            "head_ratio": head_ratio(operations(config)),
-                            "mean_depth": depth,
-                            "executed": depth / layers,
-                            "speedup_time": model.speedup(load),
-                        }
-                    )
+    for (layers, batch), vocabulary in product(panels, VOCABULARIES.tolist()):
+        config = replace(base, vocab_size=vocabulary, n_layers=layers)
+        ratio = head_ratio(operations(config))
+        for criterion, depth in product(criteria, 1 + (layers - 1) * SHARES_EXECUTED):
+            load = Load(config, batch, length, criterion, tuple(geometric_shares(layers, depth)))
+            rows.append(
+                {
+                    "criterion": criterion,
+                    "n_layers": layers,
+                    "batch": batch,
+                    "vocab_size": vocabulary,
+                    "head_ratio": ratio,
+                    "mean_depth": depth,
+                    "executed": depth / layers,
+                    "speedup_time": model.speedup(load),
+                }
+            )
     return pd.DataFrame(rows)
 
 

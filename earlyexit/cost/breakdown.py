@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -125,7 +126,7 @@ def execution_runs(
 
 @torch.no_grad()
 def run_times(
-    runs: dict[str, Callable[[], object]],
+    runs: dict[Hashable, Callable[[], object]],
     device: torch.device,
     repeats: int,
     quantile: float = 0.5,
@@ -143,14 +144,14 @@ def run_times(
         One row per run and part: run, part, milliseconds (quantile), total_ms (quantile, no clock
         running), sum_ms (of the parts), gap (sum_ms / total_ms − 1).
     """
-    parts: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    parts: dict[Hashable, list[dict[str, float]]] = {name: [] for name in runs}
 
-    def clocked(name: str) -> None:
+    def clocked(name: Hashable) -> None:
         with timed_parts(device) as clock:
             runs[name]()
         parts[name].append(clock.seconds)
 
-    clocks = {f"{name}, clock": lambda name=name: clocked(name) for name in runs}
+    clocks = {(name, "clock"): partial(clocked, name) for name in runs}
     seconds = interleaved_times(runs | clocks, device, repeats)
     rows = []
     for name in runs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -19,11 +20,7 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.nn.config import ModelConfig
 
 MIB = 2**20
-
-
 RETURNED, SCORED = "logits returned", "scored in chunks"
-
-
 NONE_EARLY = "compacted, none early"  # the control: what is saved here, exits do not save
 
 
@@ -31,16 +28,13 @@ def executions(
     model: EarlyExitModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
 ) -> dict[tuple[str, str], Callable[[], object]]:
     """(output, execution) → one forward pass; ``policy`` for ours, ``threshold`` for the original's."""
-    exits = {"use_early_exit": True, "policy": policy}
-    nobody = {
-        "use_early_exit": True,
-        "policy": ExitPolicy.static(model.n_layers - 1, model.n_layers),
-    }
+    exits = partial(model, x, use_early_exit=True)
+    nobody = ExitPolicy.static(model.n_layers - 1, model.n_layers)
     return {
         (RETURNED, "full depth"): lambda: model(x),
-        (RETURNED, "compacted"): lambda: model(x, **exits),
-        (RETURNED, NONE_EARLY): lambda: model(x, **nobody),
-        (RETURNED, "dense"): lambda: model(x, execution="dense", **exits),
+        (RETURNED, "compacted"): partial(exits, policy=policy),
+        (RETURNED, NONE_EARLY): partial(exits, policy=nobody),
+        (RETURNED, "dense"): partial(exits, policy=policy, execution="dense"),
         (RETURNED, "original's procedure"): lambda: original_early_exit(model, x, threshold),
         (SCORED, "full depth"): lambda: model.nll(x, y),
         (SCORED, "compacted"): lambda: model.nll(x, y, policy),
@@ -62,16 +56,9 @@ def peak_memory(
         run()  # warm-up: libraries keep workspaces of their own
         peak = peak_tensor_bytes(run, x.device) / MIB
         logits = x.numel() * model.vocab_size * 4 / MIB if output == RETURNED else 0.0
-        rows.append(
-            {
-                "output": output,
-                "execution": execution,
-                "logits_mib": logits,
-                "rest_mib": peak - logits,
-                "peak_mib": peak,
-            }
-        )
-    return pd.DataFrame(rows)
+        rows.append((output, execution, logits, peak - logits, peak))
+    columns = ["output", "execution", "logits_mib", "rest_mib", "peak_mib"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def peak_resident(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,6 @@ FITTED = (
     (256, 4, 10000, 8, 128, 2.5, "adaptive"),
 )
 
-
 CHECKED = (
     (64, 4, 10000, 16, 128, 2.0),
     (96, 6, 6000, 16, 128, 3.0, "adaptive"),
@@ -57,7 +56,6 @@ CHECKED = (
     (256, 6, 1000, 4, 128, 2.5),
     (128, 3, 8000, 2, 128, 2.0),
 )
-
 
 # Measured points of the break-even map, beside the others.
 MAPPED = (
@@ -70,12 +68,9 @@ MAPPED = (
     (64, 8, 4000, 32, 128, 6.0),
 )
 
-
 UNDISTURBED = 0.25  # quantile of the repeats: other processes can only add time
 
-
 OUTLIER, REWEIGHTINGS = 0.03, 10  # of a run's time: larger errors are other processes' doing
-
 
 FITTED_CRITERIA = ("gate", "max_probability")
 
@@ -86,9 +81,8 @@ def loads(grid: Sequence[tuple], criteria: Sequence[str] = FITTED_CRITERIA) -> l
     for d, layers, vocabulary, batch, length, depth, *head in grid:
         (head,) = head or ("linear",)
         config = ModelConfig(
-            vocabulary, d, layers, n_seq=length, dropout_p=0.0, gate_hidden=0,
-            output_head=head, tie_embeddings=head == "linear",
-        )  # fmt: skip
+            vocabulary, d, layers, n_seq=length, dropout_p=0.0, gate_hidden=0, output_head=head
+        )
         shares = tuple(geometric_shares(layers, depth))
         out.append(Load(config, batch, length))
         out += [Load(config, batch, length, criterion, shares) for criterion in criteria]
@@ -99,23 +93,23 @@ def measure(wanted: Sequence[Load], device: torch.device, repeats: int = 5) -> p
     """Time of every load, by part, with random weights and constructed exits, all taken in turn.
 
     Returns:
-        One row per load and part: load (its index in ``wanted``), part, milliseconds, total_ms.
+        :func:`run_times`, its runs named ``load``: the index in ``wanted``.
     """
-    made: dict[tuple, tuple] = {}  # one model and batch for all loads that differ in exits only
+
+    @cache
+    def made(config: ModelConfig, batch: int, length: int):
+        """One model and batch for all loads that differ in exits only."""
+        return random_model(config).to(device), random_tokens(config, batch, length).to(device)
+
     runs = {}
     for index, load in enumerate(tqdm(wanted, desc="prepare", leave=False)):
-        key = (load.config, load.batch, load.length)
-        if key not in made:
-            tokens = random_tokens(load.config, load.batch, load.length).to(device)
-            made[key] = random_model(load.config).to(device), tokens
-        (model, x), policy = made[key], None
+        (model, x), policy = made(load.config, load.batch, load.length), None
         if load.criterion != FULL_DEPTH:
             policy = policy_for_shares(model, x, load.shares, load.criterion)
-        runs[str(index)] = partial(model.nll, x, x, policy)
+        runs[index] = partial(model.nll, x, x, policy)
     with tqdm(total=4 * len(runs) * repeats, desc="time runs", leave=False) as bar:
         counted = {name: partial(_counted, run, bar) for name, run in runs.items()}
-        table = run_times(counted, device, repeats, UNDISTURBED)
-    return table.assign(load=table["run"].astype(int)).drop(columns="run")
+        return run_times(counted, device, repeats, UNDISTURBED).rename(columns={"run": "load"})
 
 
 def _counted(run: Callable[[], object], bar: tqdm) -> None:
@@ -219,18 +213,10 @@ def check(model: TimeModel, measured: pd.DataFrame, wanted: Sequence[Load]) -> p
         mean_depth, measured_ms, predicted_ms, error (relative).
     """
     totals = measured.groupby("load")["total_ms"].first()
-    rows = []
-    for index, load in enumerate(wanted):
-        predicted = model.milliseconds(load)
-        rows.append(
-            load.describe()
-            | {
-                "measured_ms": totals[index],
-                "predicted_ms": predicted,
-                "error": predicted / totals[index] - 1,
-            }
-        )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame([load.describe() for load in wanted])
+    table["measured_ms"] = [totals[index] for index in range(len(wanted))]
+    table["predicted_ms"] = [model.milliseconds(load) for load in wanted]
+    return table.assign(error=table["predicted_ms"] / table["measured_ms"] - 1)
 
 
 def calibrate(
@@ -255,11 +241,9 @@ def calibrate(
     table = check(model, rest, others)
     errors = table["error"].abs()
     summary = {"median_error": float(errors.median()), "largest_error": float(errors.max())}
-    both = [
-        check(model, times[~held_out], mine).assign(used="fitted"),
-        table.assign(used="checked"),
-    ]
-    return TimeModel(model.prices, summary), pd.concat(both, ignore_index=True)
+    seen = check(model, times[~held_out], mine).assign(used="fitted")
+    both = pd.concat([seen, table.assign(used="checked")], ignore_index=True)
+    return TimeModel(model.prices, summary), both
 
 
 def beyond(load: Load) -> list[str]:

@@ -36,7 +36,7 @@ def load_from(options: argparse.Namespace) -> Load:
     config = ModelConfig(
         options.vocab, options.d_model, options.n_layers, options.n_seq, options.num_experts,
         options.top_k, 0.0, bk_heads=options.bk_heads, gate_hidden=0,
-        output_head=options.output_head, tie_embeddings=options.output_head == "linear",
+        output_head=options.output_head,
     )  # fmt: skip
     try:
         shares = options.exit_shares

@@ -200,9 +200,7 @@ def test_a_check_of_the_most_probable_word_costs_the_clusters_that_it_opens(
         "word"
     )  # softmax of the scoring; its norm was the check's
     assert counted(lambda: model.nll(x, y, policy)) == pytest.approx(88 * truth, rel=1e-6)
-    scoring = model.operations().projection["word"]["unembedding"][
-        "flops"
-    ]  # a greedy prediction is the check's own word
+    scoring = part_flops(model)["unembedding"]  # a greedy prediction is the check's own word
     assert greedy == pytest.approx(88 * (truth - scoring), rel=1e-6)
 
 

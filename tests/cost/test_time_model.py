@@ -63,10 +63,8 @@ def test_every_token_is_projected_once_by_a_gate_and_once_a_check_by_its_logits(
     # The most probable word opens a third of 150 words and a fifth of 300; scoring is left to do.
     checked = work(Load(adaptive, 4, 16, "max_probability", shares))
     assert checked["projected check"]["logits"] == pytest.approx(64 * 1.5 * (52 + 50 + 60))
-    assert checked["head"] == pytest.approx(
-        work(Load(adaptive, 4, 16, "gate", shares))["head"]
-        | {"flops": checked["head"]["flops"], "bytes": checked["head"]["bytes"]}
-    )
+    scored = work(Load(adaptive, 4, 16, "gate", shares))["head"]
+    assert all(checked["head"][kind] == scored[kind] for kind in ("launches", "logits"))
 
 
 @pytest.mark.parametrize(
