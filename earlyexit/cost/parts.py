@@ -203,8 +203,9 @@ def policy_flops(
     The last share is for "no early exit". Of several scales tokens are taken to leave in whole blocks. A
     criterion is checked at the last layer too where tokens count as exited at it.
     """
-    stated, exits = model.operations(), isinstance(policy, str) and CRITERIA[policy]
-    at_last = bool(exits and (exits.streak or shares[stated.n_layers - 1] > 0))
+    stated, at_last = model.operations(), False
+    if isinstance(policy, str):
+        at_last = CRITERIA[policy].streak or shares[stated.n_layers - 1] > 0
     positions = stated.positions * _alive(shares)
     return run_flops(stated, positions, policy, at_last=at_last, stops=stops)
 
