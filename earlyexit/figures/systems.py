@@ -99,9 +99,8 @@ def claimed_measured(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         table: columns claim, claimed, then one column per measure (NaN: not reached).
     """
     ax, own = style.new_axes(ax, PAGE, 2.7)
-    values = table.set_index("claim").rename(
-        index=lambda name: textwrap.fill(name, 13, break_on_hyphens=False)
-    )
+    wrap = partial(textwrap.fill, width=13, break_on_hyphens=False)
+    values = table.set_index("claim").rename(index=wrap)
     colors = ["0.6"] + [f"C{k}" for k in range(values.shape[1] - 1)]
     options = {"fontsize": 5.5, "rotation": 90, "padding": 2}
     style.grouped_bars(ax, values, "{:.2f}", missing="–", bottom=1, colors=colors, **options)
