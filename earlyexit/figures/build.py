@@ -24,11 +24,7 @@ def training_curves(history: pd.DataFrame, *, ax: Sequence[Axes] | None = None) 
 
 
 def training_nll(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Training NLL against tokens, one curve per seed.
-
-    Args:
-        history: columns seed, tokens, train_nll.
-    """
+    """The first panel of :func:`training_curves`: one curve per seed."""
     ax, _ = style.new_axes(ax, COLUMN, 2.4)
     for seed, rows in history.groupby("seed"):
         ax.plot(rows["tokens"] / 1e6, rows["train_nll"], label=f"seed {seed}")
@@ -38,11 +34,7 @@ def training_nll(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def trained_exits(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Perplexity of every exit at the last evaluation, one curve per seed; the numbers are means.
-
-    Args:
-        history: columns seed, perplexity_0 … (NaN between evaluations).
-    """
+    """The second panel of :func:`training_curves`: one curve per seed; the numbers are means."""
     ax, _ = style.new_axes(ax, COLUMN, 2.4)
     columns = [c for c in history if c.startswith("perplexity_")]
     final = history.dropna(subset=columns).groupby("seed")[columns].last()

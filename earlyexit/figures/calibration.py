@@ -37,9 +37,7 @@ def reliability_diagram(
 ) -> Axes:
     """Accuracy over confidence at one exit, first seed; expected calibration error, mean of seeds.
 
-    Args:
-        table, errors: as :func:`reliability` takes.
-        layer: the exit.
+    The tables are those of :func:`reliability`.
     """
     ax, _ = style.new_axes(ax, COLUMN * 0.75, 2.5)
     ax.plot([0, 1], [0, 1], **REFERENCE)

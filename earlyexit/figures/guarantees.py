@@ -48,11 +48,7 @@ def violation_rates(
 
 
 def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes | None = None) -> Axes:
-    """Violation rate of each procedure over n, with exact binomial intervals; δ marked.
-
-    Args:
-        table: as :func:`violation_rates` takes, of one kind of unit.
-    """
+    """One panel of :func:`violation_rates`: the table is of one kind of unit."""
     ax, own = style.new_axes(ax, COLUMN * 1.5, 2.5)
     for k, (name, rows) in enumerate(table.groupby("procedure", sort=False)):
         style.interval_line(ax, rows, "n", "rate", label=name, **style.look(k))

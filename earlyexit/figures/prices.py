@@ -75,11 +75,7 @@ def break_even_map(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """Predicted and measured speedups of one criterion, number of layers and batch size.
-
-    Args:
-        grid, points: as :func:`break_even` takes.
-    """
+    """One panel of :func:`break_even`: one criterion, number of layers and batch size."""
     ax, own = style.new_axes(ax, COLUMN * 1.2, 2.6)
     here = pd.Series({"criterion": criterion, "n_layers": n_layers, "batch": batch})
     grid, points = (t[(t[here.index] == here).all(axis=1)] for t in (grid, points))

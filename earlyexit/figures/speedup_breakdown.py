@@ -67,11 +67,13 @@ def layer_equivalents(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def run_parts(table: pd.DataFrame, apart: str, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
-    """Where the time of whole runs goes: all runs but one above, that one below on its own scale.
+    """Where the time of whole runs goes, a panel for most and one below for the run ``apart``.
+
+    A line marks the total measured with no clock running.
 
     Args:
         table: columns run, part, milliseconds, total_ms.
-        apart: the run that is drawn below.
+        apart: the run that is drawn below, on a scale of its own.
     """
     below = table["run"] == apart
     rows = [[partial(time_by_part, table[~below])], [partial(time_by_part, table[below])]]
@@ -82,11 +84,7 @@ def run_parts(table: pd.DataFrame, apart: str, *, ax: Sequence[Axes] | None = No
 
 
 def time_by_part(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Where the time of whole runs goes, stacked; a line marks the total measured without a clock.
-
-    Args:
-        table: columns run, part, milliseconds, total_ms.
-    """
+    """Where the time of whole runs goes, stacked; the table is that of :func:`run_parts`."""
     runs, parts = (list(dict.fromkeys(table[column])) for column in ("run", "part"))
     ax, own = style.new_axes(ax, PAGE * 0.8, 0.7 + 0.5 * len(runs))
     grid = table.pivot_table(index="run", columns="part", values="milliseconds").loc[runs, parts]
@@ -109,11 +107,7 @@ def compaction(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.n
 
 
 def compaction_speedups(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Three speedups over the mean depth: by layers, by FLOPs, by the clock with intervals.
-
-    Args:
-        table: as :func:`compaction` takes.
-    """
+    """The first panel of :func:`compaction`: speedup by layers, by FLOPs and by the clock."""
     ax, _ = style.new_axes(ax, COLUMN, 2.4)
     rows = table.sort_values("depth")
     ax.plot(rows["depth"], rows["speedup_layers"], "--", color="0.35", label="layers")
@@ -127,11 +121,7 @@ def compaction_speedups(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def compaction_efficiency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Share of the speedup by FLOPs that the clock shows, over the mean depth.
-
-    Args:
-        table: columns depth, speedup_flops, speedup_time.
-    """
+    """The second panel of :func:`compaction`: the share of the FLOPs' speedup that the clock shows."""
     ax, _ = style.new_axes(ax, COLUMN, 2.4)
     rows = table.sort_values("depth")
     ratio = rows["speedup_time"] / rows["speedup_flops"]
@@ -157,11 +147,7 @@ def throughput(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.n
 
 
 def tokens_per_second(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Thousand tokens per second over the batch size, one line per execution and grouping.
-
-    Args:
-        table: columns batch, execution, grouping, tokens_per_second.
-    """
+    """The first panel of :func:`throughput`: one line per execution and grouping."""
     ax, own = style.new_axes(ax, COLUMN * 1.5, 2.5)
     _over_batch_sizes(ax, table, table["tokens_per_second"] / 1e3)
     ax.set(ylabel="thousand tokens per second")
@@ -170,11 +156,7 @@ def tokens_per_second(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def layers_run(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Layers until the slowest token of a batch has left, dense execution, over the batch size.
-
-    Args:
-        table: columns batch, execution, grouping, layers_run.
-    """
+    """The second panel of :func:`throughput`: dense execution, one line per grouping."""
     ax, own = style.new_axes(ax, COLUMN * 1.5, 2.5)
     dense = table[table["execution"] == "dense"]
     _over_batch_sizes(ax, dense, dense["layers_run"])
@@ -207,11 +189,7 @@ def propagation(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.
 
 
 def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes | None = None) -> Axes:
-    """What states left behind cost in perplexity, by "layers executed" or by "position".
-
-    Args:
-        table: as :func:`propagation` takes.
-    """
+    """One panel of :func:`propagation`: ``by`` is "layers executed" or "position"."""
     ax, own = style.new_axes(ax, COLUMN * 1.3, 2.2)
     rows = table[table["by"] == by]
     style.mean_line(ax, rows, "value", "cost", marker="o")
@@ -237,12 +215,7 @@ def output_heads(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np
 
 
 def output_head_times(table: pd.DataFrame, task: str, *, ax: Axes | None = None) -> Axes:
-    """Milliseconds per batch of each output head for one task, full depth and with exits.
-
-    Args:
-        table: as :func:`output_heads` takes.
-        task: "scoring" or "prediction".
-    """
+    """One panel of :func:`output_heads`: ``task`` is "scoring" or "prediction"."""
     ax, own = style.new_axes(ax, COLUMN * 1.2, 2.3)
     columns = {f"{task}_ms": "full depth", f"{task}_exits_ms": "with exits"}
     means = table.groupby("head", sort=False)[list(columns)].mean().rename(columns=columns)

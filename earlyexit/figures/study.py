@@ -47,12 +47,7 @@ def front(
 def loss_against(
     table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes | None = None
 ) -> Axes:
-    """Quality loss against one speedup: mean and range of every setting over the seeds; claims.
-
-    Args:
-        table, claims: as :func:`front` takes.
-        x: "speedup_layers", "speedup_flops" or "speedup_time".
-    """
+    """One panel of :func:`front`: ``x`` is a speedup; settings as mean and range over the seeds."""
     ax, own = style.new_axes(ax, COLUMN * 1.5, 2.9)
     fitted = [name for name in dict.fromkeys(table["criterion"]) if name not in COMPARED]
     for name, rows in table.groupby("criterion", sort=False):
@@ -107,11 +102,7 @@ def depth_by_position(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) 
 
 
 def over_position(table: pd.DataFrame, y: str, *, ax: Axes | None = None) -> Axes:
-    """``y``, "layers" or "nll", over the position in the window, mean and range over the seeds.
-
-    Args:
-        table: columns seed, position, ``y``.
-    """
+    """One panel of :func:`depth_by_position`: ``y`` is "layers" or "nll", mean and range."""
     ax, _ = style.new_axes(ax, COLUMN * 0.9, 2.1)
     style.mean_line(ax, table, "position", y)
     ax.set(xlabel="position in the window", ylabel=BY_POSITION[y])

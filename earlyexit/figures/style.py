@@ -116,22 +116,23 @@ def compose(
     for panel, draw in zip(panels.flat, chain(*rows), strict=True):
         draw(ax=panel)
     if own:
-        _outer_labels(panels, one_label, inner_y=not options.get("sharey"))
+        _label_once(panels, one_label)
     if key is not None:
         legend(panels, own, **key)
     return panels if len(rows) > 1 else panels[0]
 
 
-def _outer_labels(panels: np.ndarray, one_label: str, inner_y: bool) -> None:
-    first, corner = panels[0, 0].figure, panels[-1, 0]
-    if "x" in one_label:
-        first.supxlabel(corner.get_xlabel(), fontsize=8)
-    if "y" in one_label:
-        first.supylabel(corner.get_ylabel(), fontsize=8)
-    for ax in (panels if "x" in one_label else panels[:-1]).flat:
+def _label_once(panels: np.ndarray, one_label: str) -> None:
+    for row in panels:
+        for ax in row[1:]:
+            if ax.get_ylabel() == row[0].get_ylabel():
+                ax.set_ylabel("")
+    for ax in panels[:-1].flat:
         ax.set_xlabel("")
-    for ax in (panels if "y" in one_label else panels[:, panels.shape[1] if inner_y else 1 :]).flat:
-        ax.set_ylabel("")
+    for axis in one_label:
+        label = getattr(panels[-1, 0], f"get_{axis}label")()
+        getattr(panels[0, 0].figure, f"sup{axis}label")(label, fontsize=8)
+        plt.setp(panels.ravel().tolist(), f"{axis}label", "")
 
 
 def legend(

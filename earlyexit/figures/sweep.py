@@ -109,11 +109,7 @@ def exit_distributions(
 def exit_distribution(
     table: pd.DataFrame, criterion: str, threshold: float, *, ax: Axes | None = None
 ) -> Axes:
-    """Share of tokens per exit layer at one threshold of a criterion, the average marked.
-
-    Args:
-        table: as :func:`exit_distributions` takes.
-    """
+    """One panel of :func:`exit_distributions`: the tokens at one threshold."""
     ax, _ = style.new_axes(ax, COLUMN * 0.75, 2.1)
     rows = table[table["threshold"] == threshold].groupby("exit_layer").mean(numeric_only=True)
     none, average = int(table["exit_layer"].max()), rows["average"].iloc[0]
@@ -140,11 +136,7 @@ def threshold_sweep(sweeps: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -
 
 
 def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes | None = None) -> Axes:
-    """``y``, "layers" or "quality_loss", against the threshold of a criterion, a curve per seed.
-
-    Args:
-        sweeps: columns seed, criterion, threshold, ``y``.
-    """
+    """One panel of :func:`threshold_sweep`: ``y`` is "layers" or "quality_loss"."""
     ax, _ = style.new_axes(ax, COLUMN * 0.75, 2.2)
     rows = sweeps[(sweeps["criterion"] == criterion) & np.isfinite(sweeps["threshold"])]
     for _, one in rows.sort_values("threshold").groupby("seed"):
@@ -168,11 +160,7 @@ def exit_quality(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np
 
 
 def quality_per_exit(table: pd.DataFrame, y: str, *, ax: Axes | None = None) -> Axes:
-    """``y``, "perplexity", "agreement" or "kl", per exit, mean and range over the seeds.
-
-    Args:
-        table: columns seed, exit, ``y``.
-    """
+    """One panel of :func:`exit_quality`: ``y`` is "perplexity", "agreement" or "kl"."""
     ax, _ = style.new_axes(ax, COLUMN * 0.7, 2.1)
     style.mean_line(ax, table, "exit", y, marker="o")
     ax.set(xlabel="exit (layer index)", ylabel=QUALITY[y])

@@ -67,12 +67,7 @@ def combination_curves(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """Perplexity against the reference's over ``x``; one curve per system, full depth marked.
-
-    Args:
-        curves, alone, epsilon: as :func:`combinations` takes.
-        x: "speedup_layers" or "speedup_flops".
-    """
+    """One panel of :func:`combinations`: ``x`` is "speedup_layers" or "speedup_flops"."""
     ax, own = style.new_axes(ax, PAGE * 0.75, 3.1)
     colors = [f"C{k}" for k in range(7)] + ["0.5", "0.2"]
     names = dict.fromkeys([*curves["system"], *alone["system"]])
