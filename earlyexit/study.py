@@ -20,12 +20,13 @@ from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.devices import resolve_device
 from earlyexit.exits.criteria import CRITERIA
+from earlyexit.figures.style import use_style
 from earlyexit.models.checkpoints import checkpoint_about
 from earlyexit.models.operations import operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
-from earlyexit.runs.artifacts import Outputs, read_table, remedy, run_label, use_style
+from earlyexit.runs.artifacts import Outputs, read_table, remedy, run_label
 from earlyexit.runs.cache import NotTrained, Trained
 from earlyexit.runs.model_card import model_card
 from earlyexit.runs.parameters import as_dict, read_parameters

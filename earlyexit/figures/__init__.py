@@ -1,14 +1,66 @@
-"""Figures: each function takes tidy tables and draws one picture."""
+"""Figures: each function takes tidy tables and draws them, on given axes or in a new figure.
 
-from earlyexit.figures.answer import front, depth_by_class, depth_by_position, coloured_text, coloured_html
-from earlyexit.figures.build import training_curves, leak, cost_shares
-from earlyexit.figures.calibration import reliability
-from earlyexit.figures.combinations import sparse_limits, combinations, claimed_measured, act_conversion
-from earlyexit.figures.guarantees import target_achieved, violation_rates, bound_widths, price_of_certainty
-from earlyexit.figures.memory import memory
-from earlyexit.figures.prices import predicted_measured, break_even
-from earlyexit.figures.speedup import part_times, speedups, layer_equivalents, run_parts, compaction, throughput, propagation, output_heads
-from earlyexit.figures.style import label_of, lines, layer_colours
-from earlyexit.figures.sweep import pareto, exit_distributions, threshold_sweep, exit_quality, recipes, equal_cost
+``figures.pareto(curves, "speedup_layers", "speedup")`` makes a figure of its own;
+``figures.pareto(…, ax=ax)`` draws on the axes of a larger one. A picture of several panels takes
+as many axes, row by row, and each of its panels has a function as well. What is returned are the
+axes drawn on, ``ax.figure`` is the figure.
+"""
 
-__all__ = ['act_conversion', 'bound_widths', 'break_even', 'claimed_measured', 'coloured_html', 'coloured_text', 'combinations', 'compaction', 'cost_shares', 'depth_by_class', 'depth_by_position', 'equal_cost', 'exit_distributions', 'exit_quality', 'front', 'label_of', 'layer_colours', 'layer_equivalents', 'leak', 'lines', 'memory', 'output_heads', 'pareto', 'part_times', 'predicted_measured', 'price_of_certainty', 'propagation', 'recipes', 'reliability', 'run_parts', 'sparse_limits', 'speedups', 'target_achieved', 'threshold_sweep', 'throughput', 'training_curves', 'violation_rates']
+# ruff: noqa: F401 – the names are handed on.
+
+from earlyexit.figures.build import cost_shares, leak, trained_exits, training_curves, training_nll
+from earlyexit.figures.calibration import confidence_shares, reliability, reliability_diagram
+from earlyexit.figures.guarantees import (
+    bound_widths,
+    price_of_certainty,
+    target_achieved,
+    violation_rate,
+    violation_rates,
+)
+from earlyexit.figures.memory_profiling import memory
+from earlyexit.figures.prices import break_even, break_even_map, predicted_measured
+from earlyexit.figures.speedup_breakdown import (
+    compaction,
+    compaction_efficiency,
+    compaction_speedups,
+    layer_equivalents,
+    layers_run,
+    output_head_times,
+    output_heads,
+    part_times,
+    propagation,
+    propagation_by,
+    run_parts,
+    speedups,
+    throughput,
+    time_by_part,
+    tokens_per_second,
+)
+from earlyexit.figures.study import (
+    coloured_html,
+    coloured_text,
+    depth_by_class,
+    depth_by_position,
+    front,
+    loss_against,
+    over_position,
+)
+from earlyexit.figures.style import label_of, layer_colours, lines, setting_of, use_style
+from earlyexit.figures.sweep import (
+    equal_cost,
+    exit_distribution,
+    exit_distributions,
+    exit_quality,
+    over_threshold,
+    pareto,
+    quality_per_exit,
+    recipes,
+    threshold_sweep,
+)
+from earlyexit.figures.systems import (
+    act_conversion,
+    claimed_measured,
+    combination_curves,
+    combinations,
+    sparse_limits,
+)

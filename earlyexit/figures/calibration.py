@@ -1,44 +1,70 @@
-"""figures/calibration."""
+"""Figures of notebook 02: how confidence and accuracy agree, before and after scaling."""
 
 from __future__ import annotations
 
-from earlyexit.figures.style import MARKERS
-from earlyexit.figures.style import PAGE
-from earlyexit.figures.style import REFERENCE
-from earlyexit.figures.style import _exit_name
-from matplotlib.figure import Figure
-import matplotlib.pyplot as plt
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+
+from earlyexit.figures import style
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE
+
+ENOUGH = 5e-4  # share of the tokens below which a bin's accuracy is noise
 
 
-def reliability(table: pd.DataFrame, errors: pd.DataFrame) -> Figure:
-    """Confidence against accuracy, one panel per exit, before and after temperature scaling.
+def reliability(
+    table: pd.DataFrame, errors: pd.DataFrame, *, ax: Sequence[Axes] | None = None
+) -> np.ndarray:
+    """Confidence against accuracy above, and the tokens of each bin below, a column per exit.
 
     Args:
-        table: columns seed, exit, calibration ("before"/"after"), confidence, accuracy, share.
+        table: columns seed, exit, bin, calibration ("before"/"after"), confidence, accuracy, share.
         errors: columns seed, exit, calibration, ece.
+        ax: of the upper row, exit by exit, then of the lower row.
     """
     exits = sorted(table["exit"].unique())
-    fig, axes = plt.subplots(
-        2, len(exits), figsize=(PAGE, 2.9), sharex=True, sharey="row", height_ratios=[3, 1],
-        squeeze=False,
-    )  # fmt: skip
-    for top, low, layer in zip(*axes, exits, strict=True):
-        top.plot([0, 1], [0, 1], **REFERENCE)
-        notes = []
-        for k, when in enumerate(("before", "after")):
-            rows = table[(table["exit"] == layer) & (table["calibration"] == when)]
-            rows = rows[rows["seed"] == rows["seed"].min()]
-            enough = rows[rows["share"] >= 5e-4]
-            top.plot(enough["confidence"], enough["accuracy"], f"{MARKERS[k]}-", label=when)
-            low.step(rows["bin"], rows["share"], where="mid", color=f"C{k}", linewidth=0.9)
-            ece = errors[(errors["exit"] == layer) & (errors["calibration"] == when)]["ece"].mean()
-            notes.append(f"ECE {when} {100 * ece:.1f} %")
-        top.text(0.97, 0.04, "\n".join(notes), transform=top.transAxes, ha="right", fontsize=6.5)
-        top.set(title=_exit_name(layer, len(exits)), xlim=(0, 1), ylim=(0, 1))
-        low.set(yscale="log", ylim=(1e-4, 1))
-    axes[0, 0].set_ylabel("accuracy")
-    axes[0, 0].legend(loc="upper left")
-    axes[1, 0].set_ylabel("share of\ntokens")
-    fig.supxlabel("maximum probability", fontsize=8)
-    return fig
+    upper = [partial(reliability_diagram, table, errors, layer) for layer in exits]
+    lower = [partial(confidence_shares, table, layer) for layer in exits]
+    look = {"sharex": True, "sharey": "row", "height_ratios": [3, 1], "one_label": "x"}
+    return style.compose(ax, PAGE, 2.9, [upper, lower], key={"loc": None}, **look)
+
+
+def reliability_diagram(
+    table: pd.DataFrame, errors: pd.DataFrame, layer: int, *, ax: Axes | None = None
+) -> Axes:
+    """Accuracy over confidence at one exit, first seed; expected calibration error, mean of seeds.
+
+    The tables are those of :func:`reliability`.
+    """
+    ax, _ = style.new_axes(ax, COLUMN * 0.75, 2.5)
+    ax.plot([0, 1], [0, 1], **REFERENCE)
+    notes = []
+    for k, (when, rows) in enumerate(_before_and_after(table, layer)):
+        rows = rows[rows["share"] >= ENOUGH]
+        ax.plot(rows["confidence"], rows["accuracy"], label=when, **style.look(k))
+        same = (errors["exit"] == layer) & (errors["calibration"] == when)
+        notes.append(f"ECE {when} {100 * errors[same]['ece'].mean():.1f} %")
+    ax.text(0.97, 0.04, "\n".join(notes), transform=ax.transAxes, ha="right", fontsize=6.5)
+    last = " (last)" if layer == table["exit"].max() else ""
+    ax.set(title=f"exit {layer}{last}", xlim=(0, 1), ylim=(0, 1))
+    ax.set(xlabel="maximum probability", ylabel="accuracy")
+    ax.legend(loc="upper left")
+    return ax
+
+
+def confidence_shares(table: pd.DataFrame, layer: int, *, ax: Axes | None = None) -> Axes:
+    """Share of the tokens in each bin of confidence at one exit, first seed, on a log scale."""
+    ax, _ = style.new_axes(ax, COLUMN * 0.75, 1.5)
+    for k, (when, rows) in enumerate(_before_and_after(table, layer)):
+        ax.step(rows["bin"], rows["share"], where="mid", color=f"C{k}", linewidth=0.9, label=when)
+    ax.set(yscale="log", xlim=(0, 1), ylim=(1e-4, 1))
+    ax.set(xlabel="maximum probability", ylabel="share of\ntokens")
+    return ax
+
+
+def _before_and_after(table: pd.DataFrame, layer: int) -> list[tuple[str, pd.DataFrame]]:
+    rows = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
+    return [(when, rows[rows["calibration"] == when]) for when in ("before", "after")]

@@ -1,113 +1,103 @@
-"""figures/guarantees."""
+"""Figures of notebook 06: what certificates promise, keep and cost."""
 
 from __future__ import annotations
 
-from earlyexit.figures.style import COLUMN
-from earlyexit.figures.style import MARKERS
-from earlyexit.figures.style import PAGE
-from earlyexit.figures.style import REFERENCE
-from earlyexit.figures.style import _percent
-from earlyexit.figures.style import _plain_ticks
-from matplotlib.figure import Figure
-import matplotlib.pyplot as plt
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+
+from earlyexit.figures import style
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL
 
 
-def target_achieved(table: pd.DataFrame) -> Figure:
+def target_achieved(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Tolerated against achieved quality loss on the test split, with the diagonal.
 
     Args:
         table: columns policy ("fitted", "certified …"), epsilon, test_quality_loss.
     """
-    fig, ax = plt.subplots(figsize=(COLUMN * 1.35, 2.8))
-    for k, (name, rows) in enumerate(table.groupby("policy", sort=False)):
-        rows = rows.dropna(subset="test_quality_loss").sort_values("epsilon")
-        ax.plot(rows["epsilon"], rows["test_quality_loss"], f"{MARKERS[k]}-", label=name)
+    ax, own = style.new_axes(ax, COLUMN * 1.35, 2.8)
+    style.mean_lines(ax, table, "epsilon", "test_quality_loss", "policy")
     top = table["epsilon"].max() * 1.1
     ax.plot([0, top], [0, top], **REFERENCE)
-    ax.text(top, top, "target", ha="right", va="bottom", fontsize=7, color="0.35")
+    ax.text(top, top, "target", ha="right", va="bottom", fontsize=SMALL, color="0.35")
     ax.set(xlabel="tolerated quality loss ε", ylabel="quality loss on the test split")
-    _percent(ax.xaxis)
-    _percent(ax.yaxis)
-    fig.legend(loc="outside right upper")
-    return fig
+    style.percent(ax.xaxis)
+    style.percent(ax.yaxis)
+    style.legend(ax, own)
+    return ax
 
 
-def violation_rates(table: pd.DataFrame, delta: float) -> Figure:
-    """Violation rate over n with exact binomial intervals; δ marked.
+def violation_rates(
+    table: pd.DataFrame, delta: float, *, ax: Sequence[Axes] | None = None
+) -> np.ndarray:
+    """Violation rate over n with exact binomial intervals, one panel per kind of unit; δ marked.
 
     Args:
         table: columns units, procedure, n, rate, low, high.
     """
-    groups = list(table.groupby("units", sort=False))
-    fig, axes = plt.subplots(1, len(groups), figsize=(PAGE, 2.5), sharey=True, squeeze=False)
-    for ax, (units, part) in zip(axes[0], groups, strict=True):
-        for k, (name, rows) in enumerate(part.groupby("procedure", sort=False)):
-            error = [rows["rate"] - rows["low"], rows["high"] - rows["rate"]]
-            ax.errorbar(
-                rows["n"], rows["rate"], yerr=error, fmt=f"{MARKERS[k]}-", capsize=2, label=name
-            )
-        ax.axhline(delta, **REFERENCE)
-        ax.text(rows["n"].min(), delta, " δ", va="bottom", fontsize=8, color="0.35")
-        ax.set(xscale="log", xlabel="units n", title=units)
-        _plain_ticks(ax, sorted(part["n"].unique()))
-    axes[0, 0].set_ylabel("violation rate")
-    _percent(axes[0, 0].yaxis)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return fig
+    kinds = [rows for _, rows in table.groupby("units", sort=False)]
+    row, key = (
+        [partial(violation_rate, k, delta) for k in kinds],
+        {"loc": "lower center", "ncols": 2},
+    )
+    return style.compose(ax, PAGE, 2.5, [row], key=key, sharey=True)
 
 
-def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame) -> Figure:
+def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes | None = None) -> Axes:
+    """One panel of :func:`violation_rates`: the table is of one kind of unit."""
+    ax, own = style.new_axes(ax, COLUMN * 1.5, 2.5)
+    for k, (name, rows) in enumerate(table.groupby("procedure", sort=False)):
+        style.interval_line(ax, rows, "n", "rate", label=name, **style.look(k))
+    ax.axhline(delta, **REFERENCE)
+    ax.text(table["n"].min(), delta, " δ", va="bottom", fontsize=8, color="0.35")
+    ax.set(xscale="log", xlabel="units n", ylabel="violation rate", title=table["units"].iloc[0])
+    style.plain_ticks(ax.xaxis, sorted(table["n"].unique()))
+    style.percent(ax.yaxis)
+    style.legend(ax, own)
+    return ax
+
+
+def bound_widths(
+    table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: Axes | None = None
+) -> Axes:
     """Upper bound of each method over n, with the loss itself and what ε allows.
 
     Args:
-        table: columns method, n, mean, bound; least: columns n, level (no valid test can do better).
+        table: columns method, n, mean, bound.
+        level: log(1 + ε), in nats.
+        least: columns n, level; no valid test can do better.
     """
-    fig, ax = plt.subplots(figsize=(COLUMN * 1.6, 2.7))
-    for k, (name, rows) in enumerate(table.groupby("method", sort=False)):
-        rows = rows.groupby("n")["bound"].mean()
-        ax.plot(rows.index, rows, f"{MARKERS[k]}-", label=name)
-    ax.plot(
-        least["n"],
-        least["level"],
-        ":",
-        color="0.35",
-        label="least any valid test\ncould certify if no\nloss were negative",
-    )
+    ax, own = style.new_axes(ax, COLUMN * 1.6, 2.7)
+    style.mean_lines(ax, table, "n", "bound", "method")
+    label = "least any valid test\ncould certify if no\nloss were negative"
+    ax.plot(least["n"], least["level"], ":", color="0.35", label=label)
     ax.axhline(level, **REFERENCE)
-    ax.text(
-        table["n"].max(), level, "log(1 + ε)", ha="right", va="bottom", fontsize=7, color="0.35"
-    )
+    beside = {"ha": "right", "va": "bottom", "fontsize": SMALL, "color": "0.35"}
+    ax.text(table["n"].max(), level, "log(1 + ε)", **beside)
     ax.axhline(table["mean"].mean(), color="0.35", linewidth=0.8, label="mean loss")
-    ax.set(
-        xscale="log", xlabel="units n", ylabel="upper bound on the mean loss (nats)", ylim=(0, None)
-    )
-    _plain_ticks(ax, sorted(table["n"].unique()))
-    fig.legend(loc="outside right upper")
-    return fig
+    ax.set(xscale="log", xlabel="units n", ylabel="upper bound on the mean loss (nats)")
+    ax.set_ylim(0, None)
+    style.plain_ticks(ax.xaxis, sorted(table["n"].unique()))
+    style.legend(ax, own)
+    return ax
 
 
-def price_of_certainty(table: pd.DataFrame) -> Figure:
+def price_of_certainty(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Speedup in layers of fitted and certified policies, per ε.
 
     Args:
         table: columns policy, epsilon, test_speedup_layers (NaN: refused).
     """
-    fig, ax = plt.subplots(figsize=(PAGE * 0.75, 2.4))
-    names, levels = list(dict.fromkeys(table["policy"])), sorted(table["epsilon"].unique())
-    width = 0.8 / len(names)
-    for k, name in enumerate(names):
-        rows = table[table["policy"] == name].groupby("epsilon")["test_speedup_layers"].mean()
-        x = np.arange(len(levels)) + (k - (len(names) - 1) / 2) * width
-        values = rows.reindex(levels).to_numpy()
-        bars = ax.bar(x, np.nan_to_num(values), width, label=name)
-        labels = ["refused" if np.isnan(v) else f"{v:.2f}" for v in values]
-        ax.bar_label(bars, labels, fontsize=6, rotation=90, padding=2)
-    ax.set_xticks(range(len(levels)), [f"{100 * v:g} %" for v in levels])
+    ax, own = style.new_axes(ax, PAGE * 0.75, 2.4)
+    means = table.groupby(["epsilon", "policy"])["test_speedup_layers"].mean().unstack()
+    means = means[list(dict.fromkeys(table["policy"]))].rename(index=lambda e: f"{100 * e:g} %")
+    style.grouped_bars(ax, means, "{:.2f}", missing="refused", fontsize=6, rotation=90, padding=2)
     ax.axhline(1, **REFERENCE)
     ax.set(xlabel="tolerated quality loss ε", ylabel="speedup (layers), test split")
     ax.margins(y=0.25)
-    ax.grid(axis="x", visible=False)
-    fig.legend(loc="outside right upper")
-    return fig
+    style.legend(ax, own)
+    return ax

@@ -1,32 +1,42 @@
-"""Figures: each function takes tidy tables and returns the figure it drew.
+"""What every figure shares: sizes, colours, new axes, legends, and the kinds of bars and lines.
 
 Sizes are inches of a paper's column (3.4) or page (7.0); colours and fonts come from the project's
-style. Seeds, where there are several, are drawn as a mean with its range.
+style. Seeds, where there are several, are drawn as a mean with its range. A function that draws
+takes its axes as ``ax``, or None for a figure of its own, and returns the axes it drew on.
 """
 
 from __future__ import annotations
 
-from earlyexit.exits.criteria import CRITERIA
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
-from matplotlib.ticker import PercentFormatter
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import to_hex
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from earlyexit.exits.criteria import CRITERIA
 
 COLUMN, PAGE = 3.4, 7.0  # inches
-
-
+SMALL = 7  # points, of a number beside what it counts
 REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
-
-
+BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # of a number on a line
 MARKERS = "osD^vP*X"
+SETTINGS = ("threshold", "epsilon", "exit_layer", "depth", "price")
 
 
-FEW = 12  # thresholds, up to which a curve is drawn as points
+def use_style() -> None:
+    """Make the project's figure style the default of every figure drawn from now on."""
+    plt.style.use(Path(__file__).with_name("style.mplstyle"))
+
+
+# ------------------------------------------------------------------ names and colours
 
 
 def label_of(criterion: str) -> str:
@@ -34,41 +44,264 @@ def label_of(criterion: str) -> str:
     return CRITERIA[criterion].label if criterion in CRITERIA else criterion
 
 
-def _exit_name(layer: int, n_layers: int) -> str:
-    return f"exit {layer}" if layer < n_layers - 1 else f"exit {layer} (last)"
+def layers_text(n: int) -> str:
+    """A number of layers in words: "1 layer", "2 layers"."""
+    return f"{n} layer" if n == 1 else f"{n} layers"
 
 
-def _percent(axis, decimals: int | None = None) -> None:
-    axis.set_major_formatter(PercentFormatter(1, decimals=decimals))
+def setting_of(table: pd.DataFrame) -> pd.Series:
+    """What tells the policies of one criterion apart, per row.
 
-
-def lines(
-    table: pd.DataFrame, x: str, y: str, hue: str, x_label: str, y_label: str, log: bool = True
-) -> Figure:
-    """One line per value of ``hue``, mean and range over repeated rows, log–log by default."""
-    fig, ax = plt.subplots(figsize=(PAGE * 0.75, 2.6))
-    sns.lineplot(
-        table, x=x, y=y, hue=hue, style=hue, markers=True, dashes=False, errorbar=("pi", 100), ax=ax
-    )
-    if log:
-        ax.set(xscale="log", yscale="log")
-        _plain_ticks(ax, sorted(table[x].unique()))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set(xlabel=x_label, ylabel=y_label)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    return fig
-
-
-def _plain_ticks(ax: Axes, values: list) -> None:
-    ax.set_xticks(values, [f"{v:g}" for v in values], minor=False)
-    ax.set_xticks([], minor=True)
+    It is the first number among the columns threshold, epsilon, exit_layer, depth and price; a
+    table need not have all of them. NaN where a row has none.
+    """
+    return table.reindex(columns=SETTINGS).astype(float).bfill(axis=1).iloc[:, 0]
 
 
 def layer_colours(n_layers: int) -> list[str]:
     """One light colour per number of layers, dark text readable on each."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+    return [to_hex(colour) for colour in colormaps["YlGnBu"](np.linspace(0.05, 0.55, n_layers))]
 
-    scale = colormaps["YlGnBu"](np.linspace(0.05, 0.55, n_layers))
-    return [to_hex(colour) for colour in scale]
+
+def look(k: int) -> dict:
+    """Colour and marker of the k-th curve of a figure."""
+    return {"color": f"C{k}", "marker": MARKERS[k % len(MARKERS)]}
+
+
+# ------------------------------------------------------------------ axes and legends
+
+
+def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Axes, bool]:
+    """The axes to draw on, and whether they stand alone in a new figure of that size."""
+    if ax is not None:
+        return ax, False
+    return plt.subplots(figsize=(width, height), layout="constrained")[1], True
+
+
+def compose(
+    axes: Sequence[Axes] | np.ndarray | None,
+    width: float,
+    height: float,
+    rows: Sequence[Sequence[Callable[..., Axes]]],
+    *,
+    key: dict | None = None,
+    one_label: str = "",
+    **options,
+) -> np.ndarray:
+    """Draw a picture of several panels, on given axes or in a new figure of that size.
+
+    In a new figure, labels that panels of a row or column share are written once.
+
+    Args:
+        axes: one per panel, row by row, in any shape.
+        rows: of functions that draw one panel each, on the ``ax`` they are called with.
+        key: arguments of :func:`legend` for one legend in place of those of the panels.
+        one_label: of the axes "x", "y" or "xy", whose label stands once for the whole figure.
+        options: of ``plt.subplots``.
+
+    Returns:
+        Axes ``(columns,)``, or ``(rows, columns)`` where there are several rows.
+
+    Raises:
+        ValueError: there are more or fewer axes than panels.
+    """
+    shape, own = (len(rows), len(rows[0])), axes is None
+    if own:
+        options |= {"figsize": (width, height), "squeeze": False, "layout": "constrained"}
+        axes = plt.subplots(*shape, **options)[1]
+    panels = np.ravel(np.asarray(axes, dtype=object))
+    if panels.size != np.prod(shape):
+        raise ValueError(f"{panels.size} axes given: give {np.prod(shape)}, row by row")
+    panels = panels.reshape(shape)
+    for panel, draw in zip(panels.flat, chain(*rows), strict=True):
+        draw(ax=panel)
+    if own:
+        _label_once(panels, one_label)
+    if key is not None:
+        legend(panels, own, **key)
+    return panels if len(rows) > 1 else panels[0]
+
+
+def _label_once(panels: np.ndarray, one_label: str) -> None:
+    for row in panels:
+        for ax in row[1:]:
+            if ax.get_ylabel() == row[0].get_ylabel():
+                ax.set_ylabel("")
+    for ax in panels[:-1].flat:
+        ax.set_xlabel("")
+    for axis in one_label:
+        label = getattr(panels[-1, 0], f"get_{axis}label")()
+        getattr(panels[0, 0].figure, f"sup{axis}label")(label, fontsize=8)
+        plt.setp(panels.ravel().tolist(), f"{axis}label", "")
+
+
+def legend(
+    axes: Axes | np.ndarray, own: bool, loc: str | None = "right upper", ncols: int = 1, **options
+) -> None:
+    """One legend of what the first of ``axes`` shows, in place of those of the single panels.
+
+    Args:
+        own: the figure is new, and the legend goes outside all axes, at ``loc``, in ``ncols``
+            columns; otherwise, or without a ``loc``, it goes into the first of the axes.
+        options: of ``Axes.legend``.
+    """
+    axes = np.ravel(axes)
+    for old in filter(None, [ax.get_legend() for ax in axes]):
+        old.remove()
+    if "handles" not in options:
+        options["handles"], options["labels"] = axes[0].get_legend_handles_labels()
+    if own and loc:
+        axes[0].figure.legend(loc=f"outside {loc}", ncols=ncols, **options)
+    else:
+        axes[0].legend(**options)
+
+
+def percent(axis: Axis, decimals: int | None = None) -> None:
+    """Write an axis of shares in per cent."""
+    axis.set_major_formatter(PercentFormatter(1, decimals=decimals))
+
+
+def integers(axis: Axis) -> None:
+    """Put the ticks of an axis at whole numbers."""
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plain_ticks(axis: Axis, values: Sequence[float], text: str = "{:g}") -> None:
+    """Put the ticks of a logarithmic axis at those of ``values`` that it shows, as plain numbers."""
+    low, high = sorted(axis.get_view_interval())
+    shown = [v for v in values if low <= v <= high]
+    axis.set_ticks(shown, [text.format(v) for v in shown], minor=False)
+    axis.set_ticks([], minor=True)
+
+
+# ------------------------------------------------------------------ lines
+
+
+def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
+    """Lengths ``(2, n)`` of error bars that reach from ``low`` to ``high``, none below zero."""
+    return np.clip([value - low, high - value], 0, None)
+
+
+def interval_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> None:
+    """A curve of ``y`` over ``x`` with error bars from column low to column high."""
+    table = table.sort_values(x)
+    error = whiskers(table[y], table["low"], table["high"])
+    ax.errorbar(table[x], table[y], yerr=error, capsize=2, **style)
+
+
+def mean_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> None:
+    """Mean of ``y`` over rows with the same ``x``, and the range of these rows as a shade."""
+    band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.2, "linewidth": 0}}
+    style = {"markersize": 4.5, "markeredgewidth": 0} | style
+    sns.lineplot(table, x=x, y=y, ax=ax, legend=False, **band, **style)
+
+
+def mean_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
+    """A :func:`mean_line` for each value of ``hue``, in the order in which they come."""
+    for k, (name, rows) in enumerate(table.groupby(hue, sort=False)):
+        mean_line(ax, rows, x, y, label=name, **look(k))
+
+
+def lines(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    x_label: str,
+    y_label: str,
+    log: bool = True,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """One line per value of ``hue``, mean and range over repeated rows, log–log by default."""
+    ax, own = new_axes(ax, PAGE * 0.75, 2.6)
+    mean_lines(ax, table, x, y, hue)
+    if log:
+        ax.set(xscale="log", yscale="log")
+        plain_ticks(ax.xaxis, sorted(table[x].unique()))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel=x_label, ylabel=y_label)
+    legend(ax, own)
+    return ax
+
+
+# ------------------------------------------------------------------ bars
+
+
+def grouped_bars(
+    ax: Axes,
+    values: pd.DataFrame,
+    text: str,
+    *,
+    missing: str = "",
+    bottom: float = 0.0,
+    colors: Sequence[str] | None = None,
+    **text_style,
+) -> None:
+    """Upright bars: a group for each row of ``values``, a colour for each column.
+
+    Args:
+        text: format of the number at a bar, such as ``"{:.2f}"``.
+        missing: text in place of a bar where there is no value (NaN).
+        bottom: value at which bars begin.
+        text_style: of ``Axes.bar_label``.
+    """
+    at, width = np.arange(len(values)), 0.8 / values.shape[1]
+    for k, (name, column) in enumerate(values.items()):
+        x = at + (k - (values.shape[1] - 1) / 2) * width
+        heights = column.fillna(bottom) - bottom
+        color = colors[k] if colors else f"C{k}"
+        bars = ax.bar(x, heights, width, bottom=bottom, label=name, color=color)
+        texts = [missing if np.isnan(v) else text.format(v) for v in column]
+        ax.bar_label(bars, texts, **({"fontsize": SMALL, "padding": 1} | text_style))
+    ax.set_xticks(at, values.index)
+    ax.grid(axis="x", visible=False)
+
+
+def stacked_bars(
+    ax: Axes,
+    values: pd.DataFrame,
+    text: str,
+    *,
+    colors: Sequence | None = None,
+    totals: pd.Series | None = None,
+    height: float = 0.8,
+) -> None:
+    """Lying bars: one for each row of ``values``, from the top, with a piece for each column.
+
+    Args:
+        text: format of the total written behind a bar, such as ``" {:.0f} MiB"``.
+        totals: the totals, where they are not the sums of the pieces.
+    """
+    at, ends = np.arange(len(values)), np.zeros(len(values))
+    for k, (name, column) in enumerate(values.fillna(0).items()):
+        color = colors[k] if colors else f"C{k}"
+        ax.barh(at, column, height, left=ends, color=color, label=name)
+        ends = ends + column.to_numpy()
+    totals = ends if totals is None else totals.to_numpy()
+    for y, (end, total) in enumerate(zip(ends, totals, strict=True)):
+        ax.text(max(end, total), y, text.format(total), va="center", fontsize=SMALL)
+    ax.set_yticks(at, values.index)
+    ax.set(xlim=(0, 1.15 * max(*ends, *totals)), ylim=(len(values) - 0.4, -0.6))
+    ax.grid(axis="y", visible=False)
+
+
+def part_bars(ax: Axes, table: pd.DataFrame, text: Callable[[float], str]) -> None:
+    """Lying bars on a logarithmic scale: what each part takes when a block takes 1.
+
+    Args:
+        table: columns part, group ("block", "check" or "head"), share_of_block; from the top.
+        text: writes the number behind a bar.
+    """
+    kinds = {"block": ("C0", "block"), "check": ("C2", "exit check"), "head": ("C1", "head")}
+    for group, rows in table.groupby("group", sort=False):
+        color, label = kinds[group]
+        bars = ax.barh(rows["part"], rows["share_of_block"], color=color, label=label)
+        texts = [text(share) for share in rows["share_of_block"]]
+        ax.bar_label(bars, texts, fontsize=SMALL, padding=3, bbox=BACKGROUND)
+    ax.invert_yaxis()
+    ax.axvline(1, **REFERENCE)
+    ax.set(xscale="log")
+    ax.margins(x=0.25)
+    ax.grid(axis="y", visible=False)

@@ -21,7 +21,7 @@ import pandas as pd
 
 from earlyexit.atomic import atomic_path
 from earlyexit.runs import digests, profiles, provenance
-from earlyexit.runs.paths import PACKAGE, Project, project
+from earlyexit.runs.paths import Project, project
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,13 +60,6 @@ def run_label(
 ) -> str:
     """The label a notebook writes under: the runner's, or under JupyterLab the profile's."""
     return os.environ.get(LABEL) or profiles.label(profile, overrides, seeds)
-
-
-def use_style() -> None:
-    """Make the project's figure style the default of every figure drawn from now on."""
-    import matplotlib.pyplot as plt
-
-    plt.style.use(PACKAGE / "style.mplstyle")
 
 
 class Outputs:

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from tiny_project import write_project
 
+from earlyexit.figures import use_style
 from earlyexit.runs import artifacts
 from earlyexit.runs.artifacts import MissingResult, Outputs, read_table
 
@@ -126,7 +127,7 @@ def test_disk_full_leaves_the_old_file_and_nothing_else(out, root, monkeypatch, 
 
 
 def test_a_figure_is_vector_truetype_and_stable(out, root):
-    artifacts.use_style()
+    use_style()
     written = []
     for _ in range(2):
         fig, ax = plt.subplots()

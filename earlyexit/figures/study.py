@@ -1,0 +1,179 @@
+"""Figures of notebook 08: the three speedups against the loss, and which words leave early."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from earlyexit.figures import style
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL
+
+SPEEDUPS = {
+    "speedup_layers": "speedup (layers)",
+    "speedup_flops": "speedup (FLOPs)",
+    "speedup_time": "speedup (wall-clock)",
+}
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8)
+COMPARED = {  # with the fitted policies: how each is drawn
+    "static": {"color": "black", "marker": "s", "linestyle": "none"},
+    "shallow twin": {"color": "black", "marker": "^", "linestyle": "none"},
+    "original's threshold": {"color": "C3", "marker": "X", "linestyle": "none"},
+    "oracle (kl)": {"color": "black", "marker": "d", "linestyle": ":"},
+}
+BY_POSITION = {"layers": "mean layers executed", "nll": "NLL at full depth (nats)"}
+
+
+def front(
+    table: pd.DataFrame, claims: pd.DataFrame, *, ax: Sequence[Axes] | None = None
+) -> np.ndarray:
+    """Quality loss against layers, FLOPs and time, policies run for real: three panels.
+
+    Args:
+        table: columns seed, criterion, quality_loss, speedup_layers, speedup_flops, speedup_time,
+            and those that tell settings apart; see :func:`~earlyexit.figures.style.setting_of`.
+        claims: columns speedup, quality_loss of the original; it does not say which speedup.
+    """
+    row = [partial(loss_against, table, claims, x) for x in SPEEDUPS]
+    key = {"loc": "lower center", "ncols": 4}
+    return style.compose(ax, PAGE, 2.9, [row], key=key, sharey=True)
+
+
+def loss_against(
+    table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes | None = None
+) -> Axes:
+    """One panel of :func:`front`: ``x`` is a speedup; settings as mean and range over the seeds."""
+    ax, own = style.new_axes(ax, COLUMN * 1.5, 2.9)
+    fitted = [name for name in dict.fromkeys(table["criterion"]) if name not in COMPARED]
+    for name, rows in table.groupby("criterion", sort=False):
+        settings = rows.groupby(style.setting_of(rows))[[x, "quality_loss"]]
+        mean, low, high = settings.mean(), settings.min(), settings.max()
+        error = {
+            f"{axis}err": style.whiskers(mean[column], low[column], high[column])
+            for axis, column in (("x", x), ("y", "quality_loss"))
+        }
+        options = COMPARED[name] if name in COMPARED else style.look(fitted.index(name))
+        options = options | {"markersize": 4, "linewidth": 1, "label": style.label_of(name)}
+        ax.errorbar(mean[x], mean["quality_loss"], **error, **options)
+    claimed = {"color": "C3", "markerfacecolor": "none", "label": "original, claimed"}
+    ax.plot(claims["speedup"], claims["quality_loss"], "P", **claimed)
+    ax.axhline(0, **REFERENCE)
+    ax.axvline(1, **REFERENCE)
+    ax.set(xlabel=SPEEDUPS[x], xscale="log", ylabel="quality loss, test split")
+    style.plain_ticks(ax.xaxis, TICKS)
+    style.percent(ax.yaxis)
+    style.legend(ax, own)
+    return ax
+
+
+def depth_by_class(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Mean layers executed by class of the predicted word, with the class's share of the tokens.
+
+    Args:
+        table: columns seed, word_class, share, layers.
+    """
+    ax, _ = style.new_axes(ax, COLUMN * 1.3, 2.4)
+    classes = table.groupby("word_class")
+    rows = classes["layers"].agg(["mean", "min", "max"]).assign(share=classes["share"].mean())
+    rows = rows.sort_values("mean")
+    error = style.whiskers(rows["mean"], rows["min"], rows["max"])
+    bars = ax.barh(rows.index, rows["mean"], xerr=error, capsize=2)
+    texts = [f"{100 * share:.1f} % of tokens" for share in rows["share"]]
+    ax.bar_label(bars, texts, fontsize=SMALL, padding=3)
+    ax.set(xlabel="mean layers executed")
+    ax.margins(x=0.35)
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def depth_by_position(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+    """Mean layers executed and NLL over the position in the window: two panels.
+
+    Args:
+        table: columns seed, position, layers, nll.
+    """
+    row = [partial(over_position, table, y) for y in BY_POSITION]
+    return style.compose(ax, PAGE * 0.8, 2.1, [row])
+
+
+def over_position(table: pd.DataFrame, y: str, *, ax: Axes | None = None) -> Axes:
+    """One panel of :func:`depth_by_position`: ``y`` is "layers" or "nll", mean and range."""
+    ax, _ = style.new_axes(ax, COLUMN * 0.9, 2.1)
+    style.mean_line(ax, table, "position", y)
+    ax.set(xlabel="position in the window", ylabel=BY_POSITION[y])
+    return ax
+
+
+def coloured_text(
+    words: list[str],
+    layers: np.ndarray,
+    n_layers: int,
+    width: int = 122,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Words on the colour of the layers their prediction took, as running text.
+
+    Args:
+        words: in order.
+        layers: layers executed ``(T,)``, 1 … n_layers.
+        width: characters per line: 122 fill a page, 59 a column.
+    """
+    colours, shown = style.layer_colours(n_layers), ["¶" if w == "<eos>" else w for w in words]
+    places = list(_running_text(shown, width))
+    bottom = places[-1][0] + 2 if places else 1
+    ax, own = style.new_axes(ax, PAGE, 0.19 * (bottom + 1))
+    ax.set(xlim=(0, width), ylim=(bottom, -1))
+    ax.axis("off")
+    options = {"family": "monospace", "fontsize": 6.6, "va": "center", "ha": "center"}
+    for (line, column), word, depth in zip(places, shown, layers.tolist(), strict=True):
+        box = {"facecolor": colours[depth - 1], "linewidth": 0}
+        ax.add_patch(Rectangle((column - 0.2, line - 0.42), len(word) + 0.4, 0.84, **box))
+        ax.text(column + len(word) / 2, line, word, **options)
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    labels = [style.layers_text(k + 1) for k in range(n_layers)]
+    style.legend(ax, own, "lower center", ncols=n_layers, handles=handles, labels=labels)
+    return ax
+
+
+def _running_text(words: list[str], width: int) -> Iterator[tuple[int, int]]:
+    """Line and column at which each word begins, in lines of ``width`` characters."""
+    line = column = 0
+    for word in words:
+        if column + len(word) > width:
+            line, column = line + 1, 0
+        yield line, column
+        column += len(word) + 1
+
+
+def coloured_html(words: list[str], layers: np.ndarray, n_layers: int, title: str) -> str:
+    """A page with each word on the colour of the layers its prediction took.
+
+    Args:
+        words: in order; ``<eos>`` ends a line.
+        layers: layers executed ``(T,)``, 1 … n_layers.
+    """
+    colours = style.layer_colours(n_layers)
+    body = []
+    for word, depth in zip(words, layers.tolist(), strict=True):
+        text = "¶" if word == "<eos>" else html.escape(word)
+        mark = f'<span style="background:{colours[depth - 1]}" title="{style.layers_text(depth)}">'
+        body.append(f"{mark}{text}</span>")
+        if word == "<eos>":
+            body.append("<br>")
+    key = " ".join(
+        f'<span style="background:{colour}">{k + 1}</span>' for k, colour in enumerate(colours)
+    )
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        "<style>body{font:16px/1.7 serif;max-width:44em;margin:2em auto}"
+        "span{padding:1px 3px;border-radius:3px}</style>"
+        f"<h1>{html.escape(title)}</h1><p>Layers executed before a word was predicted: {key}</p><p>"
+        + " ".join(body)
+        + "</p>\n"
+    )
