@@ -1,8 +1,14 @@
 """Digests that change when a result could change, and only then.
 
-Code is compared by its syntax tree without docstrings: a comment, a blank line or a better sentence
-costs nobody an hour of training. Every function that covers several parts returns them one by one,
-so that a stale result can name the part.
+Code is compared definition by definition. From the names that a notebook or a training uses, the
+*closure* follows every name to the top-level function, class or assignment that it stands for, and
+from there on, inside the package. Each definition counts by its syntax tree, without what changes no
+result: comments, layout, docstrings, and the message of an error or warning. So editing one figure
+makes stale what draws it, and a better message in the reader of texts retrains nothing.
+
+What the closure cannot see: a method is looked for in the class that an annotation names, so a
+function must annotate the objects whose methods it calls; and a file of the package counts where a
+string names it (``"style.mplstyle"``).
 """
 
 from __future__ import annotations
@@ -11,7 +17,9 @@ import ast
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import symtable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +27,9 @@ from typing import Any
 from earlyexit.runs.paths import PACKAGE
 
 PARAMETERS = "parameters"  # tag of the cell with a notebook's defaults
+DIGITS = 16  # hexadecimal digits kept of a definition's digest
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def of_bytes(data: bytes) -> str:
@@ -56,47 +67,43 @@ def of_object(value: Any) -> str:
     return of_bytes(canonical.encode())
 
 
-def of_source(*sources: str) -> str:
-    """Digest of Python code without docstrings, comments and layout.
-
-    Raises:
-        SyntaxError: the code does not parse.
-    """
-    trees = [_without_docstrings(_parse(source)) for source in sources]
-    return of_bytes("\n\0".join(ast.unparse(tree) for tree in trees).encode())
-
-
-def of_modules(*names: str, without: Iterable[str] = (), package: Path = PACKAGE) -> dict[str, str]:
-    """Digests of modules and of all they import from the package, by file (``earlyexit/trace.py``).
+def of_code(*roots: str | Callable, package: Path = PACKAGE) -> dict[str, str]:
+    """Digests of definitions and of all that they use, by ``earlyexit/<file>.py:<name>``.
 
     Args:
-        names: dotted names inside the package, such as ``"earlyexit.calibration.trace"``.
-        without: modules that are imported on the way but that the work in question never runs.
+        roots: functions or classes, or their dotted names, such as
+            ``"earlyexit.training.train.train"``.
 
     Raises:
-        FileNotFoundError: no such module.
+        LookupError: the package has no definition of that name.
     """
-    for name in (*names, *without):
-        if _file_of(name, package) is None:
-            raise FileNotFoundError(f"no module {name} in {package.name}/")
-    return _digest_files(names, package, without)
+    names = [r if isinstance(r, str) else f"{r.__module__}.{r.__qualname__}" for r in roots]
+    source = _Source(package)
+    found = []
+    for name in names:
+        module, _, last = name.rpartition(".")
+        if not (targets := list(source.named(module, last))):
+            raise LookupError(f"no definition {name} in {package.name}/")
+        found += targets
+    return source.closure(found)
 
 
 def of_notebook(path: Path, package: Path = PACKAGE) -> dict[str, str]:
-    """Digests of a notebook's code cells and of every package file they lead to.
+    """Digests of a notebook's code cells and of every definition of the package they use.
 
     The tagged cell of parameters is left out: its values count (see ``notebook_parameters``).
 
     Raises:
         SyntaxError: a cell does not parse.
     """
-    sources = [
-        source
+    cells = [
+        _parse(source).body
         for source, tags in _code_cells(path)
         if PARAMETERS not in tags and "injected-parameters" not in tags
     ]
-    names = {name for source in sources for name in _imports(_parse(source), "", package)}
-    return {"code cells": of_source(*sources)} | _digest_files(names, package)
+    tree = _meaning(ast.Module([node for cell in cells for node in cell], []))
+    source, notebook = _Source(package), _Module(path.stem, "", {}, {}, [])
+    return {"code cells": _digest(tree)} | source.closure(source.used_by(tree, notebook))
 
 
 def notebook_parameters(path: Path) -> dict[str, tuple[str, Any]]:
@@ -155,87 +162,210 @@ def _parse(source: str) -> ast.Module:
         return ast.parse(TransformerManager().transform_cell(source))
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        documented = isinstance(
-            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        )
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return tree
+class _Meaning(ast.NodeTransformer):
+    """Takes out of a syntax tree what changes no result."""
+
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        return self.generic_visit(node)
+
+    visit_AsyncFunctionDef = visit_ClassDef = visit_Module = visit_FunctionDef
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):
+            node.exc = ast.Call(node.exc.func, [], [])
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if ast.unparse(node.func) in ("warnings.warn", "warn"):
+            return ast.Call(node.func, [], [])
+        return self.generic_visit(node)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        node.msg = None
+        return self.generic_visit(node)
 
 
-def _digest_files(
-    names: Iterable[str], package: Path, without: Iterable[str] = ()
-) -> dict[str, str]:
-    """Digests of the modules ``names`` and, transitively, of the package files they use."""
-    found: dict[str, str] = {}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        path = _file_of(name, package)
-        key = f"{package.name}/{path.relative_to(package).as_posix()}" if path else None
-        if key is None or key in found or name in without:
-            continue
-        inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        found[key], imported, styles = _read_module(path.read_text("utf-8"), inside, package)
-        waiting += imported
-        found |= {f"{package.name}/{style}": of_file(package / style) for style in styles}
-    return dict(sorted(found.items()))
+def _meaning(tree: ast.Module) -> ast.Module:
+    return ast.fix_missing_locations(_Meaning().visit(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """One file of the package.
+
+    Attributes:
+        name: dotted.
+        inside: the package that its relative imports start from.
+        bindings: imported name → (module, name in it), with an empty name for the module itself.
+        definitions: name → the statements that define it.
+        always: what runs when the module is imported, beside imports and definitions.
+    """
+
+    name: str
+    inside: str
+    bindings: dict[str, tuple[str, str]]
+    definitions: dict[str, list[ast.stmt]]
+    always: list[ast.stmt]
 
 
 @lru_cache(maxsize=512)
-def _read_module(source: str, inside: str, package: Path) -> tuple[str, list[str], list[str]]:
-    """Digest of a module's code, the package's modules it imports, and the styles it names."""
-    tree = ast.parse(source)
-    strings = set(_strings(tree))
-    styles = [p.name for p in package.glob("*.mplstyle") if p.name in strings]
-    return of_source(source), list(_imports(tree, inside, package)), styles
+def _read_module(name: str, is_package: bool, source: str) -> _Module:
+    tree = _meaning(ast.parse(source))
+    definitions, always = defaultdict(list), []
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom) or _is_for_type_checkers(node):
+            continue
+        names = list(_defined(node))
+        for target in names:
+            definitions[target].append(node)
+        if not names or not isinstance(node, Definition | ast.Assign | ast.AnnAssign):
+            always.append(node)
+    inside = name if is_package else name.rpartition(".")[0]
+    return _Module(name, inside, _bindings(tree, inside), dict(definitions), always)
 
 
-def _strings(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
+def _is_for_type_checkers(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
-def _imports(tree: ast.AST, inside: str, package: Path) -> Iterator[str]:
-    """Names of the package's modules imported anywhere in ``tree``, code of package ``inside``."""
+def _defined(node: ast.stmt) -> Iterator[str]:
+    """The names that a top-level statement defines, in the blocks of a compound one too."""
+    if isinstance(node, Definition):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if all(isinstance(t, ast.Name | ast.Tuple | ast.List) for t in targets):
+            for target in targets:
+                yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
+    else:
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, ast.stmt):
+                yield from _defined(inner)
+
+
+def _bindings(tree: ast.AST, inside: str) -> dict[str, tuple[str, str]]:
+    """What each imported name stands for; ``inside`` is the package of relative imports."""
+    found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] == package.name)
+            for alias in node.names:
+                module = alias.name if alias.asname else alias.name.split(".")[0]
+                found[alias.asname or module] = (module, "")
         elif isinstance(node, ast.ImportFrom):
-            base = _absolute(node, inside)
-            if base.split(".")[0] == package.name:
-                yield from (_origin(base, alias.name, package) for alias in node.names)
+            parts = inside.split(".")
+            parents = parts[: len(parts) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {a.asname or a.name: (module, a.name) for a in node.names}
+    return found
 
 
-def _absolute(node: ast.ImportFrom, inside: str) -> str:
-    """The module an ``import from`` names, relative dots resolved."""
-    parents = inside.split(".")[: len(inside.split(".")) - node.level + 1] if node.level else []
-    return ".".join([*parents, *([node.module] if node.module else [])])
+class _Source:
+    """The package's definitions, and what each of them uses.
 
-
-def _origin(base: str, name: str, package: Path) -> str:
-    """The module that ``from base import name`` reads.
-
-    A name that a package's ``__init__`` merely hands on is followed to where it is defined, so that
-    importing one class from the package does not depend on all of the package.
+    A *target* is (module, name) of a definition. Instead of a name, ``""`` stands for the statements
+    that run whenever the module is imported, and ``"*"`` for all that the module holds.
     """
-    if _file_of(f"{base}.{name}", package):
-        return f"{base}.{name}"
-    path = _file_of(base, package)
-    if path is not None and path.name == "__init__.py" and name != "*":
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and _absolute(node, base) != base:
-                for alias in node.names:
-                    if name == (alias.asname or alias.name):
-                        return _origin(_absolute(node, base), alias.name, package)
-    return base
+
+    def __init__(self, package: Path) -> None:
+        self.package = package
+        files = (p for p in package.rglob("*") if p.suffix not in (".py", ".pyc") and p.is_file())
+        self.data = {p.name: p for p in files}
+
+    def closure(self, targets: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """Digests of the targets and of all that they use, by ``<file>:<name>``."""
+        found: dict[str, str] = {}
+        seen, waiting = set(), list(targets)
+        while waiting:
+            if (target := waiting.pop()) in seen:
+                continue
+            seen.add(target)
+            module, name = self.module(target[0]), target[1]
+            if name == "*":
+                waiting += ((module.name, inner) for inner in ("", *module.definitions))
+                waiting += (t for b in module.bindings.values() for t in self.named(*b))
+            elif tree := ast.Module(module.definitions.get(name, module.always), []):
+                waiting += [(module.name, ""), *self.used_by(tree, module)]
+                if tree.body:
+                    file = self.relative(self.path(module.name))
+                    found[f"{file}:{name}".rstrip(":")] = _digest(tree)
+                for file in map(self.data.get, _file_names(tree)):
+                    found |= {self.relative(file): of_file(file)[:DIGITS]} if file else {}
+        return dict(sorted(found.items()))
+
+    def used_by(self, tree: ast.Module, module: _Module) -> Iterator[tuple[str, str]]:
+        """The targets that code of a module names."""
+        names = set(_names(symtable.symtable(ast.unparse(tree), "", "exec")))
+        bindings = module.bindings | _bindings(tree, module.inside)
+        for root, *attributes in _chains(tree):
+            if root in names and root in module.definitions:
+                yield module.name, root
+            elif root in names and root in bindings:
+                yield from self.named(*bindings[root], *attributes)
+
+    def named(self, module: str, *names: str) -> Iterator[tuple[str, str]]:
+        """The target that ``module.name.name…`` leads to, if it lies in the package.
+
+        What a module merely imported is followed to where it is defined.
+        """
+        if (found := self.module(module)) is None:
+            return
+        name, rest = next(filter(None, names), "*"), [n for n in names if n][1:]
+        imported = found.bindings.get(name, (module, name))
+        if name == "*" or name in found.definitions:
+            yield module, name
+        elif imported not in ((module, name), (f"{module}.{name}", "")):
+            yield from self.named(*imported, *rest)
+        elif self.path(f"{module}.{name}"):
+            yield from self.named(f"{module}.{name}", *rest)
+
+    def module(self, name: str) -> _Module | None:
+        """The parsed file of a dotted name; None outside the package."""
+        if (path := self.path(name)) is None:
+            return None
+        return _read_module(name, path.name == "__init__.py", path.read_text("utf-8"))
+
+    def path(self, name: str) -> Path | None:
+        """The file of a dotted module name inside the package, if there is one."""
+        if name.split(".")[0] != self.package.name:
+            return None
+        path = self.package.parent.joinpath(*name.split("."))
+        candidates = (path.with_name(path.name + ".py"), path / "__init__.py")
+        return next((p for p in candidates if p.is_file()), None)
+
+    def relative(self, path: Path) -> str:
+        return path.relative_to(self.package.parent).as_posix()
 
 
-def _file_of(name: str, package: Path) -> Path | None:
-    """The file of a dotted module name inside the package, if there is one."""
-    path = package.parent.joinpath(*name.split("."))
-    candidates = (path.with_name(path.name + ".py"), path / "__init__.py")
-    return next((p for p in candidates if p.is_file()), None)
+def _digest(tree: ast.Module) -> str:
+    return of_bytes(ast.unparse(tree).encode())[:DIGITS]
+
+
+def _names(table: symtable.SymbolTable) -> Iterator[str]:
+    """The names that code looks up outside of its functions, or imports inside of them."""
+    inner = table.get_type() == "function"
+    for symbol in table.get_symbols():
+        if symbol.is_global() or (symbol.is_imported() if inner else symbol.is_referenced()):
+            yield symbol.get_name()
+    for child in table.get_children():
+        yield from _names(child)
+
+
+def _chains(node: ast.AST) -> Iterator[list[str]]:
+    """Every name in a tree, with the attributes taken of it: ``a.b.c`` is [a, b, c]."""
+    chain, inner = [], node
+    while isinstance(inner, ast.Attribute):
+        chain, inner = [inner.attr, *chain], inner.value
+    if isinstance(inner, ast.Name):
+        yield [inner.id, *chain]
+        return
+    for child in ast.iter_child_nodes(inner):
+        yield from _chains(child)
+
+
+def _file_names(tree: ast.AST) -> Iterator[str]:
+    """The last parts of a tree's strings, read as paths."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value.rpartition("/")[2]
