@@ -18,11 +18,10 @@ import dataclasses
 import hashlib
 import json
 import symtable
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from earlyexit.runs.paths import PACKAGE
 
@@ -67,25 +66,32 @@ def of_object(value: Any) -> str:
     return of_bytes(canonical.encode())
 
 
-def of_code(*roots: str | Callable, package: Path = PACKAGE) -> dict[str, str]:
+def of_code(
+    *roots: str | Callable, contract: str | type = "", package: Path = PACKAGE
+) -> dict[str, str]:
     """Digests of definitions and of all that they use, by ``earlyexit/<file>.py:<name>``.
 
     Args:
         roots: functions or classes, or their dotted names, such as
             ``"earlyexit.training.train.train"``.
+        contract: the class through which the roots know the objects that they are given. A base class
+            that stands directly on it and overrides nothing of it only adds what the roots do not
+            use, and does not count: a model is trained without what runs it with exits.
 
     Raises:
         LookupError: the package has no definition of that name.
     """
-    names = [r if isinstance(r, str) else f"{r.__module__}.{r.__qualname__}" for r in roots]
     source = _Source(package)
-    found = []
-    for name in names:
+
+    def find(root: str | Callable) -> tuple[str, str]:
+        name = root if isinstance(root, str) else f"{root.__module__}.{root.__qualname__}"
         module, _, last = name.rpartition(".")
         if not (targets := list(source.named(module, last))):
             raise LookupError(f"no definition {name} in {package.name}/")
-        found += targets
-    return source.closure(found)
+        return targets[0]
+
+    source.contract = find(contract) if contract else None
+    return source.closure([find(root) for root in roots])
 
 
 def of_notebook(path: Path, package: Path = PACKAGE) -> dict[str, str]:
@@ -101,9 +107,10 @@ def of_notebook(path: Path, package: Path = PACKAGE) -> dict[str, str]:
         for source, tags in _code_cells(path)
         if PARAMETERS not in tags and "injected-parameters" not in tags
     ]
-    tree = _meaning(ast.Module([node for cell in cells for node in cell], []))
-    source, notebook = _Source(package), _Module(path.stem, "", {}, {}, [])
-    return {"code cells": _digest(tree)} | source.closure(source.used_by(tree, notebook))
+    code = ast.unparse(_meaning(ast.Module([node for cell in cells for node in cell], [])))
+    source, notebook = _Source(package), _Module(path.stem, "", {}, {})
+    digest = of_bytes(code.encode())[:DIGITS]
+    return {"code cells": digest} | source.closure(source.used_by(code, notebook))
 
 
 def notebook_parameters(path: Path) -> dict[str, tuple[str, Any]]:
@@ -191,43 +198,37 @@ def _meaning(tree: ast.Module) -> ast.Module:
     return ast.fix_missing_locations(_Meaning().visit(tree))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Module:
+class _Module(NamedTuple):
     """One file of the package.
 
     Attributes:
-        name: dotted.
-        inside: the package that its relative imports start from.
+        name: dotted; inside: the package that its relative imports start from.
         bindings: imported name → (module, name in it), with an empty name for the module itself.
-        definitions: name → the statements that define it.
-        always: what runs when the module is imported, beside imports and definitions.
+        definitions: name → the code that defines it; ``""``: the code that runs on every import.
     """
 
     name: str
     inside: str
     bindings: dict[str, tuple[str, str]]
-    definitions: dict[str, list[ast.stmt]]
-    always: list[ast.stmt]
+    definitions: dict[str, str]
 
 
 @lru_cache(maxsize=512)
 def _read_module(name: str, is_package: bool, source: str) -> _Module:
     tree = _meaning(ast.parse(source))
-    definitions, always = defaultdict(list), []
+    code: dict[str, list[str]] = {"": []}
     for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom) or _is_for_type_checkers(node):
+        constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for_checkers = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if constant or for_checkers or isinstance(node, ast.Import | ast.ImportFrom):
             continue
         names = list(_defined(node))
-        for target in names:
-            definitions[target].append(node)
-        if not names or not isinstance(node, Definition | ast.Assign | ast.AnnAssign):
-            always.append(node)
+        plain = names and isinstance(node, Definition | ast.Assign | ast.AnnAssign)
+        for target in names if plain else [*names, ""]:
+            code.setdefault(target, []).append(ast.unparse(node))
     inside = name if is_package else name.rpartition(".")[0]
-    return _Module(name, inside, _bindings(tree, inside), dict(definitions), always)
-
-
-def _is_for_type_checkers(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+    definitions = {target: "\n".join(parts) for target, parts in code.items()}
+    return _Module(name, inside, _bindings(tree, inside), definitions)
 
 
 def _defined(node: ast.stmt) -> Iterator[str]:
@@ -261,17 +262,69 @@ def _bindings(tree: ast.AST, inside: str) -> dict[str, tuple[str, str]]:
     return found
 
 
+class _Uses(NamedTuple):
+    """What a piece of code names.
+
+    Attributes:
+        chains: names that are not its own, with the attributes taken of them: ``a.b.c`` is [a, b, c].
+        bindings: as of a module, of the imports inside of it.
+        files: the last parts of its strings, read as paths.
+    """
+
+    chains: list[list[str]]
+    bindings: dict[str, tuple[str, str]]
+    files: set[str]
+
+
+@lru_cache(maxsize=4096)
+def _uses(code: str, inside: str) -> _Uses:
+    tree = ast.parse(code)
+    names = set(_names(symtable.symtable(code, "", "exec")))
+    bindings = _bindings(tree, inside)
+    chains = [chain for chain in _chains(tree) if chain[0] in names]
+    chains += [[name] for name in bindings if name == "*"]
+    strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
+    files = {s.rpartition("/")[2] for s in strings if isinstance(s, str)}
+    return _Uses(chains, bindings, files)
+
+
+def _names(table: symtable.SymbolTable) -> Iterator[str]:
+    """The names that code looks up outside of its functions, or imports inside of them."""
+    for symbol in table.get_symbols():
+        if table.get_type() != "function":
+            outside = symbol.is_referenced()
+        else:
+            outside = symbol.is_global() or symbol.is_imported()
+        if outside:
+            yield symbol.get_name()
+    for child in table.get_children():
+        yield from _names(child)
+
+
+def _chains(node: ast.AST) -> Iterator[list[str]]:
+    chain, inner = [], node
+    while isinstance(inner, ast.Attribute):
+        chain, inner = [inner.attr, *chain], inner.value
+    if isinstance(inner, ast.Name):
+        yield [inner.id, *chain]
+        return
+    for child in ast.iter_child_nodes(inner):
+        yield from _chains(child)
+
+
 class _Source:
     """The package's definitions, and what each of them uses.
 
-    A *target* is (module, name) of a definition. Instead of a name, ``""`` stands for the statements
-    that run whenever the module is imported, and ``"*"`` for all that the module holds.
+    A *target* is (module, name) of a definition. Instead of a name, ``""`` stands for the code that
+    runs whenever the module is imported, and ``"*"`` for all that the module holds.
     """
 
     def __init__(self, package: Path) -> None:
         self.package = package
+        self.contract: tuple[str, str] | None = None  # see of_code
         files = (p for p in package.rglob("*") if p.suffix not in (".py", ".pyc") and p.is_file())
         self.data = {p.name: p for p in files}
+        self.path, self.module = cache(self._path), cache(self._module)
 
     def closure(self, targets: Iterable[tuple[str, str]]) -> dict[str, str]:
         """Digests of the targets and of all that they use, by ``<file>:<name>``."""
@@ -283,25 +336,29 @@ class _Source:
             seen.add(target)
             module, name = self.module(target[0]), target[1]
             if name == "*":
-                waiting += ((module.name, inner) for inner in ("", *module.definitions))
+                waiting += ((module.name, inner) for inner in module.definitions)
                 waiting += (t for b in module.bindings.values() for t in self.named(*b))
-            elif tree := ast.Module(module.definitions.get(name, module.always), []):
-                waiting += [(module.name, ""), *self.used_by(tree, module)]
-                if tree.body:
-                    file = self.relative(self.path(module.name))
-                    found[f"{file}:{name}".rstrip(":")] = _digest(tree)
-                for file in map(self.data.get, _file_names(tree)):
-                    found |= {self.relative(file): of_file(file)[:DIGITS]} if file else {}
+                continue
+            waiting += [(module.name, ""), *self.used_by(module.definitions[name], module)]
+            if code := module.definitions[name]:
+                key = f"{self._relative(self.path(module.name))}:{name}".rstrip(":")
+                found[key] = of_bytes(code.encode())[:DIGITS]
+            for file in self.data.keys() & _uses(code, module.inside).files:
+                found[self._relative(self.data[file])] = of_file(self.data[file])[:DIGITS]
         return dict(sorted(found.items()))
 
-    def used_by(self, tree: ast.Module, module: _Module) -> Iterator[tuple[str, str]]:
+    def used_by(self, code: str, module: _Module) -> Iterator[tuple[str, str]]:
         """The targets that code of a module names."""
-        names = set(_names(symtable.symtable(ast.unparse(tree), "", "exec")))
-        bindings = module.bindings | _bindings(tree, module.inside)
-        for root, *attributes in _chains(tree):
-            if root in names and root in module.definitions:
+        for target in self._named_in(code, module):
+            yield from self._bases(target) if self._only_adds(target) else [target]
+
+    def _named_in(self, code: str, module: _Module) -> Iterator[tuple[str, str]]:
+        uses = _uses(code, module.inside)
+        bindings = module.bindings | uses.bindings
+        for root, *attributes in uses.chains:
+            if root in module.definitions:
                 yield module.name, root
-            elif root in names and root in bindings:
+            elif root in bindings:
                 yield from self.named(*bindings[root], *attributes)
 
     def named(self, module: str, *names: str) -> Iterator[tuple[str, str]]:
@@ -311,7 +368,7 @@ class _Source:
         """
         if (found := self.module(module)) is None:
             return
-        name, rest = next(filter(None, names), "*"), [n for n in names if n][1:]
+        name, *rest = [n for n in names if n] or ["*"]
         imported = found.bindings.get(name, (module, name))
         if name == "*" or name in found.definitions:
             yield module, name
@@ -320,13 +377,32 @@ class _Source:
         elif self.path(f"{module}.{name}"):
             yield from self.named(f"{module}.{name}", *rest)
 
-    def module(self, name: str) -> _Module | None:
+    def _only_adds(self, target: tuple[str, str]) -> bool:
+        """Whether this class stands directly on the contract and overrides nothing of it."""
+        if self.contract is None or list(self._bases(target)) != [self.contract]:
+            return False
+        own, contract = (
+            {name for inner in self._node(t).body for name in _defined(inner)}
+            for t in (target, self.contract)
+        )
+        return not own & contract
+
+    def _bases(self, target: tuple[str, str]) -> Iterator[tuple[str, str]]:
+        """The base classes of a definition that lie in the package."""
+        bases = map(ast.unparse, getattr(self._node(target), "bases", []))
+        yield from self._named_in("\n".join(bases), self.module(target[0]))
+
+    def _node(self, target: tuple[str, str]) -> ast.stmt | None:
+        code = self.module(target[0]).definitions.get(target[1], "")
+        return next(iter(ast.parse(code).body), None)
+
+    def _module(self, name: str) -> _Module | None:
         """The parsed file of a dotted name; None outside the package."""
         if (path := self.path(name)) is None:
             return None
         return _read_module(name, path.name == "__init__.py", path.read_text("utf-8"))
 
-    def path(self, name: str) -> Path | None:
+    def _path(self, name: str) -> Path | None:
         """The file of a dotted module name inside the package, if there is one."""
         if name.split(".")[0] != self.package.name:
             return None
@@ -334,38 +410,5 @@ class _Source:
         candidates = (path.with_name(path.name + ".py"), path / "__init__.py")
         return next((p for p in candidates if p.is_file()), None)
 
-    def relative(self, path: Path) -> str:
+    def _relative(self, path: Path) -> str:
         return path.relative_to(self.package.parent).as_posix()
-
-
-def _digest(tree: ast.Module) -> str:
-    return of_bytes(ast.unparse(tree).encode())[:DIGITS]
-
-
-def _names(table: symtable.SymbolTable) -> Iterator[str]:
-    """The names that code looks up outside of its functions, or imports inside of them."""
-    inner = table.get_type() == "function"
-    for symbol in table.get_symbols():
-        if symbol.is_global() or (symbol.is_imported() if inner else symbol.is_referenced()):
-            yield symbol.get_name()
-    for child in table.get_children():
-        yield from _names(child)
-
-
-def _chains(node: ast.AST) -> Iterator[list[str]]:
-    """Every name in a tree, with the attributes taken of it: ``a.b.c`` is [a, b, c]."""
-    chain, inner = [], node
-    while isinstance(inner, ast.Attribute):
-        chain, inner = [inner.attr, *chain], inner.value
-    if isinstance(inner, ast.Name):
-        yield [inner.id, *chain]
-        return
-    for child in ast.iter_child_nodes(inner):
-        yield from _chains(child)
-
-
-def _file_names(tree: ast.AST) -> Iterator[str]:
-    """The last parts of a tree's strings, read as paths."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value.rpartition("/")[2]
