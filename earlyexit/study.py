@@ -28,10 +28,10 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
 from earlyexit.runs.artifacts import Outputs, read_table, remedy, run_label
 from earlyexit.runs.cache import NotTrained, Trained
-from earlyexit.runs.model_card import model_card
 from earlyexit.runs.parameters import as_dict, read_parameters
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import get_profile
+from earlyexit.runs.publish import model_card
 from earlyexit.training.config import RECIPES, TrainingConfig
 
 LARGEST_PUBLISHED = 8_000_000  # bytes of one model's weights among the results

@@ -1,18 +1,20 @@
-"""Tables and figures with a birth certificate.
+"""Tables and figures, and the record of the run that wrote them.
 
-A table is ``results/<label>/<name>.csv`` and ``.tex``, a figure ``figures/<label>/<name>.pdf`` and
-``.png``. Beside each stands ``<name>.meta.json``, written last, with the hashes of those files and
-where they come from. What has no matching certificate was never finished and is not read.
+A notebook writes into a folder of its own, which git ignores: a table is ``results/<name>.csv`` and
+``.tex`` there, a figure ``figures/<name>.pdf`` and ``.png``, and after each of them the record is
+written anew. ``python -m earlyexit run`` gives it the folder and, when the notebook has succeeded,
+publishes what lies there; a notebook opened by hand has ``build/by-hand/<label>/``. What does not
+match a record was never finished and is not read.
 """
 
 from __future__ import annotations
 
 import ast
-import json
 import os
 import shlex
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +22,24 @@ import numpy as np
 import pandas as pd
 
 from earlyexit.atomic import atomic_path
+from earlyexit.models.checkpoints import save_model
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.runs import digests, profiles, provenance
 from earlyexit.runs.paths import Project, project
+from earlyexit.runs.provenance import File, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from earlyexit.models.resnet_bk import EarlyExitLanguageModel
-
-
-COLUMN, DOUBLE = 3.4, 7.0  # inches: the width of a paper's column, and of its page
-
-
 PNG_DPI = 200
-
 
 # What the runner tells the notebooks it executes.
 RUN_ID = "EARLYEXIT_RUN_ID"
-
-
 LABEL = "EARLYEXIT_LABEL"
-
-
 COMMAND = "EARLYEXIT_COMMAND"
+FOLDER = "EARLYEXIT_FOLDER"
 
+_BY_HAND = f"by-hand-{uuid.uuid4().hex[:12]}"  # one run: a kernel's life
 
 _TEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
@@ -66,10 +62,14 @@ class Outputs:
     """Writes the tables and figures of one notebook.
 
     Args:
-        label: folder below ``results/`` and ``figures/``; see ``run_label``.
+        label: folder of the results; see ``run_label``.
         notebook: name without suffix, such as ``"03_threshold_sweep"``.
-        parameters: what the notebook was run with.
+        parameters: all that the notebook was run with.
         root: top of the project, by default this one.
+
+    Attributes:
+        folder: where it writes, below ``results/`` and ``figures/``.
+        record: of what was written so far.
     """
 
     def __init__(
@@ -80,18 +80,18 @@ class Outputs:
         root: str | Path | None = None,
     ) -> None:
         self.project = project(root)
-        self.label, self.notebook = label, notebook
-        source = self.project.notebooks / f"{notebook}.ipynb"
-        self.origin = {
-            "label": label,
-            "notebook": notebook,
-            "command": os.environ.get(COMMAND, "interactive"),
-            "run_id": os.environ.get(RUN_ID) or f"interactive-{uuid.uuid4().hex[:12]}",
-            "parameters": provenance.without_paths(parameters),
+        self.folder = Path(os.environ.get(FOLDER) or self.project.by_hand(label))
+        self.record = Record(
+            notebook,
+            label,
+            run_id=os.environ.get(RUN_ID, _BY_HAND),
+            command=os.environ.get(COMMAND, "by hand"),
+            parameters=provenance.without_paths(parameters),
             **provenance.git_state(self.project.root),
-            "code": digests.of_object(digests.of_notebook(source)) if source.is_file() else None,
-            "versions": provenance.versions(),
-        }
+            versions=provenance.versions(),
+            hardware=provenance.hardware(),
+            time=provenance.now(),
+        )
 
     def table(
         self, df: pd.DataFrame, name: str, caption: str, text_hash: str | None = None
@@ -104,32 +104,36 @@ class Outputs:
                 something could not be measured.
         """
         self._check_table(df, name)
-        self._check_owner(self.project.results, name)
-        folder = self.project.results / self.label
-        csv, tex = folder / f"{name}.csv", folder / f"{name}.tex"
-        with atomic_path(csv) as temporary:
-            df.to_csv(temporary, index=False, lineterminator="\n")
-        with atomic_path(tex) as temporary:
-            temporary.write_text(_latex(df, name, caption), encoding="utf-8")
-        self._certify("table", name, caption, text_hash, [csv, tex])
+        latex = _latex(df, name, caption)
+        writers = {
+            f"results/{name}.csv": lambda path: df.to_csv(path, index=False, lineterminator="\n"),
+            f"results/{name}.tex": lambda path: path.write_text(latex, encoding="utf-8"),
+        }
+        self._write("table", name, caption, text_hash, writers)
         return df
 
-    def figure(self, fig: Figure, name: str, caption: str, text_hash: str | None = None) -> Figure:
+    def figure(self, drawn: Any, name: str, caption: str, text_hash: str | None = None) -> Figure:
         """Write a figure as PDF (TrueType fonts) and PNG, and return it, to be shown.
+
+        Args:
+            drawn: a figure, or the axes or an array of axes that lie in one.
 
         Raises:
             ValueError: another notebook writes a figure of that name.
         """
         import matplotlib as mpl
 
-        self._check_owner(self.project.figures, name)
-        folder = self.project.figures / self.label
-        pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
-        with mpl.rc_context({"pdf.fonttype": 42}), atomic_path(pdf) as temporary:
-            fig.savefig(temporary, format="pdf", metadata={"CreationDate": None})
-        with atomic_path(png) as temporary:
-            fig.savefig(temporary, format="png", dpi=PNG_DPI)
-        self._certify("figure", name, caption, text_hash, [pdf, png])
+        fig = np.ravel(np.asarray(drawn, dtype=object))[0].get_figure(root=True)
+
+        def pdf(path: Path) -> None:
+            with mpl.rc_context({"pdf.fonttype": 42}):
+                fig.savefig(path, format="pdf", metadata={"CreationDate": None})
+
+        writers = {
+            f"figures/{name}.pdf": pdf,
+            f"figures/{name}.png": lambda path: fig.savefig(path, format="png", dpi=PNG_DPI),
+        }
+        self._write("figure", name, caption, text_hash, writers)
         return fig
 
     def document(
@@ -143,13 +147,12 @@ class Outputs:
         Raises:
             ValueError: another notebook writes a result of that name.
         """
-        kind = self.project.figures if suffix == "html" else self.project.results
-        self._check_owner(kind, name)
-        path = kind / self.label / f"{name}.{suffix}"
-        with atomic_path(path) as temporary:
-            temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        self._certify("document", name, caption, text_hash, [path])
-        return path
+        file = f"{'figures' if suffix == 'html' else 'results'}/{name}.{suffix}"
+
+        def write(path: Path) -> None:
+            path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+        return self._write("document", name, caption, text_hash, {file: write})
 
     def weights(
         self, model: EarlyExitLanguageModel, name: str, caption: str, about: dict, text_hash: str
@@ -159,20 +162,55 @@ class Outputs:
         Raises:
             ValueError: another notebook writes a result of that name.
         """
-        from earlyexit.models.checkpoints import save_model
+        file = f"results/{name}.safetensors"
+        writers = {file: lambda path: save_model(model, path, about)}
+        return self._write("weights", name, caption, text_hash, writers)
 
-        self._check_owner(self.project.results, name)
-        path = self.project.results / self.label / f"{name}.safetensors"
-        save_model(model, path, about)
-        self._certify("weights", name, caption, text_hash, [path])
-        return path
+    def _write(
+        self,
+        kind: str,
+        name: str,
+        caption: str,
+        text_hash: str | None,
+        writers: dict[str, Callable[[Path], Any]],
+    ) -> Path:
+        """Write the files of one result, each through its function, then the record; the first path."""
+        self._check_owner(next(iter(writers)).split("/")[0], name)
+        written = {}
+        for file, write in writers.items():
+            with atomic_path(self.folder / file) as temporary:
+                write(temporary)
+            digest = digests.of_file(self.folder / file)
+            written[file] = File(kind, name, caption, digest, text_hash)
+        self.record = replace(
+            self.record,
+            files=self._files_so_far() | written,
+            hardware=provenance.hardware(),  # by now a GPU is known, if one is used
+            time=provenance.now(),
+        )
+        self.record.write(self.folder)
+        return self.folder / next(iter(writers))
 
-    def _check_owner(self, kind: Path, name: str) -> None:
+    def _files_so_far(self) -> dict[str, File]:
+        """What this run has written; what an earlier run by hand left is removed."""
+        before = provenance.read_record(self.folder, self.record.notebook)
+        if before is None:
+            return {}
+        if (before.run_id, before.parameters) == (self.record.run_id, self.record.parameters):
+            return before.files
+        for file in before.files:
+            (self.folder / file).unlink(missing_ok=True)
+        return {}
+
+    def _check_owner(self, top: str, name: str) -> None:
         """Two notebooks that overwrite each other's results would never both be fresh."""
-        certificate = kind / self.label / f"{name}.meta.json"
-        owner = read_json(certificate)["notebook"] if certificate.is_file() else self.notebook
-        if owner != self.notebook and (self.project.notebooks / f"{owner}.ipynb").is_file():
-            raise ValueError(f"{self.project.relative(certificate)}: {owner} writes that name")
+        folders = {self.folder, self.project.published(self.record.label)}
+        for other in (record for folder in folders for record in provenance.read_records(folder)):
+            owns = any(f.name == name and p.split("/")[0] == top for p, f in other.files.items())
+            exists = (self.project.notebooks / f"{other.notebook}.ipynb").is_file()
+            if owns and exists and other.notebook != self.record.notebook:
+                where = f"{top}/{self.record.label}/{name}"
+                raise ValueError(f"{where}: {other.notebook} writes that name")
 
     @staticmethod
     def _check_table(df: pd.DataFrame, name: str) -> None:
@@ -188,71 +226,46 @@ class Outputs:
             if np.isinf(df[column].to_numpy(dtype=float, na_value=np.nan)).any():
                 raise ValueError(f"table {name}: infinite value in column `{column}`")
 
-    def _certify(
-        self, kind: str, name: str, caption: str, text_hash: str | None, files: list[Path]
-    ) -> None:
-        certificate = {
-            "kind": kind,
-            "name": name,
-            "caption": caption,
-            "files": {path.name: digests.of_file(path) for path in files},
-            "text_hash": text_hash,
-            **self.origin,
-            "hardware": provenance.hardware(),
-            "time": provenance.now(),
-        }
-        write_json(files[0].with_name(f"{name}.meta.json"), certificate)
-
 
 def read_table(label: str, name: str, root: str | Path | None = None) -> pd.DataFrame:
-    """A table whose bytes are those its notebook wrote.
+    """A table that a notebook wrote; by hand rather one that was written by hand, if there is one.
+
+    Raises:
+        MissingResult: see :func:`result_path`.
+    """
+    return pd.read_csv(result_path(label, f"{name}.csv", root))
+
+
+def result_path(label: str, file: str, root: str | Path | None = None) -> Path:
+    """Where a file of ``results/`` is whose bytes are those that its notebook wrote.
+
+    A notebook that ``run`` executes finds what is published; everybody else first what was written
+    by hand.
 
     Raises:
         MissingResult: not made yet, half-written or changed by hand; names the notebook to run.
     """
     place = project(root)
-    path = place.results / label / f"{name}.csv"
-    what = place.relative(path)
-    certificate = path.with_name(f"{name}.meta.json")
-    if not (certificate.is_file() and path.is_file()):
-        raise MissingResult(f"{what} is missing: {remedy(label, _producer(place, name))}")
-    meta = read_json(certificate)
-    if not is_whole(certificate, meta):
-        raise MissingResult(
-            f"{what} does not match its certificate (interrupted, or changed by hand): "
-            f"{remedy(label, meta['notebook'])}"
-        )
-    return pd.read_csv(path)
+    by_hand = place.by_hand(label)
+    found = {} if FOLDER in os.environ else {by_hand: (by_hand, f"results/{file}")}
+    found[place.published(label)] = (place.root, f"results/{label}/{file}")
+    owner = None
+    for folder, (base, name) in found.items():
+        owner = owner_of(name, folder)
+        if owner and not replace(owner, files={name: owner.files[name]}).unmatched(base):
+            return base / name
+    if owner is None or not (place.published(label) / file).is_file():
+        maker = owner.notebook if owner else _producer(place, file.partition(".")[0])
+        raise MissingResult(f"results/{label}/{file} is missing: {remedy(label, maker)}")
+    raise MissingResult(
+        f"results/{label}/{file} does not match its record (interrupted, or changed by hand): "
+        f"{remedy(label, owner.notebook)}"
+    )
 
 
-def certificates(label: str, root: str | Path | None = None) -> Iterator[tuple[Path, dict]]:
-    """Path and content of every ``.meta.json`` under a label."""
-    place = project(root)
-    for folder in (place.results / label, place.figures / label):
-        for path in sorted(folder.glob("*.meta.json")):
-            yield path, read_json(path)
-
-
-def is_whole(certificate: Path, meta: dict[str, Any]) -> bool:
-    """Whether every file a certificate describes is there, byte by byte."""
-    files = zip(described(certificate, meta), meta["files"].values(), strict=True)
-    return all(path.is_file() and digests.of_file(path) == digest for path, digest in files)
-
-
-def described(certificate: Path, meta: dict[str, Any]) -> list[Path]:
-    """The files a certificate describes."""
-    return [certificate.with_name(file) for file in meta["files"]]
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write readable JSON atomically."""
-    with atomic_path(path) as temporary:
-        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def owner_of(file: str, folder: Path) -> Record | None:
+    """The record in a folder that lists a file."""
+    return next((r for r in provenance.read_records(folder) if file in r.files), None)
 
 
 def _latex(df: pd.DataFrame, name: str, caption: str) -> str:

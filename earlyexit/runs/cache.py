@@ -1,7 +1,7 @@
-"""Costly stages, computed once: trained models and exit traces.
+"""Costly steps, computed once: trained models and exit traces.
 
-Each is kept under a digest of its configuration, its text and the code it really uses, so that neither
-a comment nor a new figure costs an hour. Deleting the cache costs time only.
+Each is kept under a digest of its configuration, its text and the definitions that it uses, so that
+neither a comment nor a new figure costs an hour. Deleting the cache costs time only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as remember
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,6 +19,7 @@ from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
+from earlyexit.exits.protocol import ExitModel
 from earlyexit.models import checkpoints
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
@@ -27,24 +29,18 @@ from earlyexit.training.gates import train_gates
 from earlyexit.training.resume import TrainingState
 from earlyexit.training.train import train
 
-# Training never runs with exits: what decides and executes them may change without retraining.
-NOT_IN_TRAINING = (
-    "earlyexit.exits.criteria",
-    "earlyexit.exits.execution",
-    "earlyexit.training.gates",
-)
-
-
 GATE_STEPS = 600  # as many as train_gates takes by default
 
 
-NOT_IN_VARIANTS = (*NOT_IN_TRAINING, "earlyexit.calibration.trace", "earlyexit.exits.generation")
-
-
 @remember
-def _code(*names: str, without: tuple[str, ...]) -> dict[str, str]:
+def _code(*roots: Callable) -> dict[str, str]:
     """Digests of the code that this process has loaded: read once, it cannot change."""
-    return digests.of_modules(*names, without=without)
+    return digests.of_code(*roots, contract=ExitModel)
+
+
+def _kept(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
+    """Where the result of a step is kept."""
+    return folder / f"{digests.of_object(key)[:16]}{suffix}"
 
 
 class NotTrained(FileNotFoundError):
@@ -88,7 +84,7 @@ def trained_model(
 
     Args:
         max_tokens: see :func:`earlyexit.training.train.train`.
-        kind: class of the model; its module must define or import all that its training runs.
+        kind: class of the model.
         backbone: the model whose exits are trained when ``training.freeze_backbone``.
         may_train: otherwise a model that is not in the cache raises.
 
@@ -101,13 +97,10 @@ def trained_model(
         "max_tokens": max_tokens,
         "text": corpus.data_hash,
         "backbone": backbone.model_hash if backbone else "",
-        "code": _code("earlyexit.training.train", without=NOT_IN_TRAINING),
+        "kind": kind.__qualname__,
+        "code": _code(train, kind),
     }
-    if kind is not EarlyExitLanguageModel:
-        key["kind"] = kind.__name__
-        key["code"] = key["code"] | _code(kind.__module__, without=NOT_IN_VARIANTS)
-    digest = digests.of_object(key)[:16]
-    path = cache / "models" / f"{digest}.safetensors"
+    path = _kept(cache / "models", ".safetensors", key)
     if path.exists():
         try:
             return load_trained(path, model_config, device, kind)
@@ -121,7 +114,7 @@ def trained_model(
         model = checkpoints.load_model(cache / "models" / f"{backbone.model_hash}.safetensors")
     else:
         model = kind.from_config(model_config)
-    state = cache / "training" / digest
+    state = cache / "training" / path.stem
     history = train(model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens)
     about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
     checkpoints.save_model(model, path, about)
@@ -147,17 +140,14 @@ def converted_model(
     """
     if not training.freeze_backbone:
         raise ValueError("a converted model keeps its backbone: training.freeze_backbone")
-    kind = type(trained.model)
-    modules = ("earlyexit.training.train", kind.__module__)
     key = {
         "model": trained.model_hash,
-        "convert": convert.__name__,
         "training": training,
         "max_tokens": max_tokens,
         "text": corpus.data_hash,
-        "code": _code(*modules, without=NOT_IN_VARIANTS),
+        "code": _code(train, convert),
     }
-    path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
+    path = _kept(cache / "models", ".safetensors", key)
     model = convert(trained.model)
     if not path.exists():
         history = train(model, corpus, training, device, max_tokens=max_tokens)
@@ -190,9 +180,9 @@ def gated_model(
         "model": trained.model_hash,
         "gates": [hidden, max_tokens, seed, *([steps] if steps != GATE_STEPS else [])],
         "text": corpus.data_hash,
-        "code": _code("earlyexit.training.gates", without=("earlyexit.exits.execution",)),
+        "code": _code(train_gates),
     }
-    path = cache / "models" / f"{digests.of_object(key)[:16]}.safetensors"
+    path = _kept(cache / "models", ".safetensors", key)
     kind = type(trained.model)
     if path.exists():
         return load_trained(path, config, device, kind)
@@ -239,11 +229,9 @@ def exit_trace(
         "split": split.name,
         "tokens": split.n_tokens,
         "temperatures": list(temperatures or ()),
-        "code": digests.of_modules(
-            "earlyexit.calibration.trace", without=("earlyexit.exits.execution",)
-        ),
+        "code": _code(collect_trace, ExitTrace),
     }
-    path = cache / "traces" / f"{digests.of_object(key)[:16]}.parquet"
+    path = _kept(cache / "traces", ".parquet", key)
     if path.exists():
         return ExitTrace.load(path)
     trace = collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures)

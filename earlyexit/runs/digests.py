@@ -1,8 +1,14 @@
 """Digests that change when a result could change, and only then.
 
-Code is compared by its syntax tree without docstrings: a comment, a blank line or a better sentence
-costs nobody an hour of training. Every function that covers several parts returns them one by one,
-so that a stale result can name the part.
+Code is compared definition by definition. From the names that a notebook or a training uses, the
+*closure* follows every name to the top-level function, class or assignment that it stands for, and
+from there on, inside the package. Each definition counts by its syntax tree, without what changes no
+result: comments, layout, docstrings, and the message of an error or warning. So editing one figure
+makes stale what draws it, and a better message in the reader of texts retrains nothing.
+
+What the closure cannot see: a method is looked for in the class that an annotation names, so a
+function must annotate the objects whose methods it calls; and a file of the package counts where a
+string names it (``"style.mplstyle"``).
 """
 
 from __future__ import annotations
@@ -11,14 +17,18 @@ import ast
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+import symtable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from earlyexit.runs.paths import PACKAGE
 
 PARAMETERS = "parameters"  # tag of the cell with a notebook's defaults
+DIGITS = 16  # hexadecimal digits kept of a definition's digest
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def of_bytes(data: bytes) -> str:
@@ -56,47 +66,51 @@ def of_object(value: Any) -> str:
     return of_bytes(canonical.encode())
 
 
-def of_source(*sources: str) -> str:
-    """Digest of Python code without docstrings, comments and layout.
-
-    Raises:
-        SyntaxError: the code does not parse.
-    """
-    trees = [_without_docstrings(_parse(source)) for source in sources]
-    return of_bytes("\n\0".join(ast.unparse(tree) for tree in trees).encode())
-
-
-def of_modules(*names: str, without: Iterable[str] = (), package: Path = PACKAGE) -> dict[str, str]:
-    """Digests of modules and of all they import from the package, by file (``earlyexit/trace.py``).
+def of_code(
+    *roots: str | Callable, contract: str | type = "", package: Path = PACKAGE
+) -> dict[str, str]:
+    """Digests of definitions and of all that they use, by ``earlyexit/<file>.py:<name>``.
 
     Args:
-        names: dotted names inside the package, such as ``"earlyexit.calibration.trace"``.
-        without: modules that are imported on the way but that the work in question never runs.
+        roots: functions or classes, or their dotted names, such as
+            ``"earlyexit.training.train.train"``.
+        contract: the class through which the roots know the objects that they are given. A base class
+            that stands directly on it and overrides nothing of it only adds what the roots do not
+            use, and does not count: a model is trained without what runs it with exits.
 
     Raises:
-        FileNotFoundError: no such module.
+        LookupError: the package has no definition of that name.
     """
-    for name in (*names, *without):
-        if _file_of(name, package) is None:
-            raise FileNotFoundError(f"no module {name} in {package.name}/")
-    return _digest_files(names, package, without)
+    source = _Source(package)
+
+    def find(root: str | Callable) -> tuple[str, str]:
+        name = root if isinstance(root, str) else f"{root.__module__}.{root.__qualname__}"
+        module, _, last = name.rpartition(".")
+        if not (targets := list(source.named(module, last))):
+            raise LookupError(f"no definition {name} in {package.name}/")
+        return targets[0]
+
+    source.contract = find(contract) if contract else None
+    return source.closure([find(root) for root in roots])
 
 
 def of_notebook(path: Path, package: Path = PACKAGE) -> dict[str, str]:
-    """Digests of a notebook's code cells and of every package file they lead to.
+    """Digests of a notebook's code cells and of every definition of the package they use.
 
     The tagged cell of parameters is left out: its values count (see ``notebook_parameters``).
 
     Raises:
         SyntaxError: a cell does not parse.
     """
-    sources = [
-        source
+    cells = [
+        _parse(source).body
         for source, tags in _code_cells(path)
         if PARAMETERS not in tags and "injected-parameters" not in tags
     ]
-    names = {name for source in sources for name in _imports(_parse(source), "", package)}
-    return {"code cells": of_source(*sources)} | _digest_files(names, package)
+    code = ast.unparse(_meaning(ast.Module([node for cell in cells for node in cell], [])))
+    source, notebook = _Source(package), _Module(path.stem, "", {}, {})
+    digest = of_bytes(code.encode())[:DIGITS]
+    return {"code cells": digest} | source.closure(source.used_by(code, notebook))
 
 
 def notebook_parameters(path: Path) -> dict[str, tuple[str, Any]]:
@@ -155,87 +169,246 @@ def _parse(source: str) -> ast.Module:
         return ast.parse(TransformerManager().transform_cell(source))
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        documented = isinstance(
-            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        )
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return tree
+class _Meaning(ast.NodeTransformer):
+    """Takes out of a syntax tree what changes no result."""
+
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        return self.generic_visit(node)
+
+    visit_AsyncFunctionDef = visit_ClassDef = visit_Module = visit_FunctionDef
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):
+            node.exc = ast.Call(node.exc.func, [], [])
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if ast.unparse(node.func) in ("warnings.warn", "warn"):
+            return ast.Call(node.func, [], [])
+        return self.generic_visit(node)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        node.msg = None
+        return self.generic_visit(node)
 
 
-def _digest_files(
-    names: Iterable[str], package: Path, without: Iterable[str] = ()
-) -> dict[str, str]:
-    """Digests of the modules ``names`` and, transitively, of the package files they use."""
-    found: dict[str, str] = {}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        path = _file_of(name, package)
-        key = f"{package.name}/{path.relative_to(package).as_posix()}" if path else None
-        if key is None or key in found or name in without:
-            continue
-        inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        found[key], imported, styles = _read_module(path.read_text("utf-8"), inside, package)
-        waiting += imported
-        found |= {f"{package.name}/{style}": of_file(package / style) for style in styles}
-    return dict(sorted(found.items()))
+def _meaning(tree: ast.Module) -> ast.Module:
+    return ast.fix_missing_locations(_Meaning().visit(tree))
+
+
+class _Module(NamedTuple):
+    """One file of the package.
+
+    Attributes:
+        name: dotted; inside: the package that its relative imports start from.
+        bindings: imported name → (module, name in it), with an empty name for the module itself.
+        definitions: name → the code that defines it; ``""``: the code that runs on every import.
+    """
+
+    name: str
+    inside: str
+    bindings: dict[str, tuple[str, str]]
+    definitions: dict[str, str]
 
 
 @lru_cache(maxsize=512)
-def _read_module(source: str, inside: str, package: Path) -> tuple[str, list[str], list[str]]:
-    """Digest of a module's code, the package's modules it imports, and the styles it names."""
-    tree = ast.parse(source)
-    strings = set(_strings(tree))
-    styles = [p.name for p in package.glob("*.mplstyle") if p.name in strings]
-    return of_source(source), list(_imports(tree, inside, package)), styles
+def _read_module(name: str, is_package: bool, source: str) -> _Module:
+    tree = _meaning(ast.parse(source))
+    code: dict[str, list[str]] = {"": []}
+    for node in tree.body:
+        constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for_checkers = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if constant or for_checkers or isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names = list(_defined(node))
+        plain = names and isinstance(node, Definition | ast.Assign | ast.AnnAssign)
+        for target in names if plain else [*names, ""]:
+            code.setdefault(target, []).append(ast.unparse(node))
+    inside = name if is_package else name.rpartition(".")[0]
+    definitions = {target: "\n".join(parts) for target, parts in code.items()}
+    return _Module(name, inside, _bindings(tree, inside), definitions)
 
 
-def _strings(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
+def _defined(node: ast.stmt) -> Iterator[str]:
+    """The names that a top-level statement defines, in the blocks of a compound one too."""
+    if isinstance(node, Definition):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if all(isinstance(t, ast.Name | ast.Tuple | ast.List) for t in targets):
+            for target in targets:
+                yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
+    else:
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, ast.stmt):
+                yield from _defined(inner)
 
 
-def _imports(tree: ast.AST, inside: str, package: Path) -> Iterator[str]:
-    """Names of the package's modules imported anywhere in ``tree``, code of package ``inside``."""
+def _bindings(tree: ast.AST, inside: str) -> dict[str, tuple[str, str]]:
+    """What each imported name stands for; ``inside`` is the package of relative imports."""
+    found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] == package.name)
+            for alias in node.names:
+                module = alias.name if alias.asname else alias.name.split(".")[0]
+                found[alias.asname or module] = (module, "")
         elif isinstance(node, ast.ImportFrom):
-            base = _absolute(node, inside)
-            if base.split(".")[0] == package.name:
-                yield from (_origin(base, alias.name, package) for alias in node.names)
+            parts = inside.split(".")
+            parents = parts[: len(parts) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {a.asname or a.name: (module, a.name) for a in node.names}
+    return found
 
 
-def _absolute(node: ast.ImportFrom, inside: str) -> str:
-    """The module an ``import from`` names, relative dots resolved."""
-    parents = inside.split(".")[: len(inside.split(".")) - node.level + 1] if node.level else []
-    return ".".join([*parents, *([node.module] if node.module else [])])
+class _Uses(NamedTuple):
+    """What a piece of code names.
 
-
-def _origin(base: str, name: str, package: Path) -> str:
-    """The module that ``from base import name`` reads.
-
-    A name that a package's ``__init__`` merely hands on is followed to where it is defined, so that
-    importing one class from the package does not depend on all of the package.
+    Attributes:
+        chains: names that are not its own, with the attributes taken of them: ``a.b.c`` is [a, b, c].
+        bindings: as of a module, of the imports inside of it.
+        files: the last parts of its strings, read as paths.
     """
-    if _file_of(f"{base}.{name}", package):
-        return f"{base}.{name}"
-    path = _file_of(base, package)
-    if path is not None and path.name == "__init__.py" and name != "*":
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and _absolute(node, base) != base:
-                for alias in node.names:
-                    if name == (alias.asname or alias.name):
-                        return _origin(_absolute(node, base), alias.name, package)
-    return base
+
+    chains: list[list[str]]
+    bindings: dict[str, tuple[str, str]]
+    files: set[str]
 
 
-def _file_of(name: str, package: Path) -> Path | None:
-    """The file of a dotted module name inside the package, if there is one."""
-    path = package.parent.joinpath(*name.split("."))
-    candidates = (path.with_name(path.name + ".py"), path / "__init__.py")
-    return next((p for p in candidates if p.is_file()), None)
+@lru_cache(maxsize=4096)
+def _uses(code: str, inside: str) -> _Uses:
+    tree = ast.parse(code)
+    names = set(_names(symtable.symtable(code, "", "exec")))
+    bindings = _bindings(tree, inside)
+    chains = [chain for chain in _chains(tree) if chain[0] in names]
+    chains += [[name] for name in bindings if name == "*"]
+    strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
+    files = {s.rpartition("/")[2] for s in strings if isinstance(s, str)}
+    return _Uses(chains, bindings, files)
+
+
+def _names(table: symtable.SymbolTable) -> Iterator[str]:
+    """The names that code looks up outside of its functions, or imports inside of them."""
+    for symbol in table.get_symbols():
+        if table.get_type() != "function":
+            outside = symbol.is_referenced()
+        else:
+            outside = symbol.is_global() or symbol.is_imported()
+        if outside:
+            yield symbol.get_name()
+    for child in table.get_children():
+        yield from _names(child)
+
+
+def _chains(node: ast.AST) -> Iterator[list[str]]:
+    chain, inner = [], node
+    while isinstance(inner, ast.Attribute):
+        chain, inner = [inner.attr, *chain], inner.value
+    if isinstance(inner, ast.Name):
+        yield [inner.id, *chain]
+        return
+    for child in ast.iter_child_nodes(inner):
+        yield from _chains(child)
+
+
+class _Source:
+    """The package's definitions, and what each of them uses.
+
+    A *target* is (module, name) of a definition. Instead of a name, ``""`` stands for the code that
+    runs whenever the module is imported, and ``"*"`` for all that the module holds.
+    """
+
+    def __init__(self, package: Path) -> None:
+        self.package = package
+        self.contract: tuple[str, str] | None = None  # see of_code
+        files = (p for p in package.rglob("*") if p.suffix not in (".py", ".pyc") and p.is_file())
+        self.data = {p.name: p for p in files}
+        self.path, self.module = cache(self._path), cache(self._module)
+
+    def closure(self, targets: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """Digests of the targets and of all that they use, by ``<file>:<name>``."""
+        found: dict[str, str] = {}
+        seen, waiting = set(), list(targets)
+        while waiting:
+            if (target := waiting.pop()) in seen:
+                continue
+            seen.add(target)
+            module, name = self.module(target[0]), target[1]
+            if name == "*":
+                waiting += ((module.name, inner) for inner in module.definitions)
+                waiting += (t for b in module.bindings.values() for t in self.named(*b))
+                continue
+            waiting += [(module.name, ""), *self.used_by(module.definitions[name], module)]
+            if code := module.definitions[name]:
+                key = f"{self._relative(self.path(module.name))}:{name}".rstrip(":")
+                found[key] = of_bytes(code.encode())[:DIGITS]
+            for file in self.data.keys() & _uses(code, module.inside).files:
+                found[self._relative(self.data[file])] = of_file(self.data[file])[:DIGITS]
+        return dict(sorted(found.items()))
+
+    def used_by(self, code: str, module: _Module) -> Iterator[tuple[str, str]]:
+        """The targets that code of a module names."""
+        for target in self._named_in(code, module):
+            yield from self._bases(target) if self._only_adds(target) else [target]
+
+    def _named_in(self, code: str, module: _Module) -> Iterator[tuple[str, str]]:
+        uses = _uses(code, module.inside)
+        bindings = module.bindings | uses.bindings
+        for root, *attributes in uses.chains:
+            if root in module.definitions:
+                yield module.name, root
+            elif root in bindings:
+                yield from self.named(*bindings[root], *attributes)
+
+    def named(self, module: str, *names: str) -> Iterator[tuple[str, str]]:
+        """The target that ``module.name.name…`` leads to, if it lies in the package.
+
+        What a module merely imported is followed to where it is defined.
+        """
+        if (found := self.module(module)) is None:
+            return
+        name, *rest = [n for n in names if n] or ["*"]
+        imported = found.bindings.get(name, (module, name))
+        if name == "*" or name in found.definitions:
+            yield module, name
+        elif imported not in ((module, name), (f"{module}.{name}", "")):
+            yield from self.named(*imported, *rest)
+        elif self.path(f"{module}.{name}"):
+            yield from self.named(f"{module}.{name}", *rest)
+
+    def _only_adds(self, target: tuple[str, str]) -> bool:
+        """Whether this class stands directly on the contract and overrides nothing of it."""
+        if self.contract is None or list(self._bases(target)) != [self.contract]:
+            return False
+        own, contract = (
+            {name for inner in self._node(t).body for name in _defined(inner)}
+            for t in (target, self.contract)
+        )
+        return not own & contract
+
+    def _bases(self, target: tuple[str, str]) -> Iterator[tuple[str, str]]:
+        """The base classes of a definition that lie in the package."""
+        bases = map(ast.unparse, getattr(self._node(target), "bases", []))
+        yield from self._named_in("\n".join(bases), self.module(target[0]))
+
+    def _node(self, target: tuple[str, str]) -> ast.stmt | None:
+        code = self.module(target[0]).definitions.get(target[1], "")
+        return next(iter(ast.parse(code).body), None)
+
+    def _module(self, name: str) -> _Module | None:
+        """The parsed file of a dotted name; None outside the package."""
+        if (path := self.path(name)) is None:
+            return None
+        return _read_module(name, path.name == "__init__.py", path.read_text("utf-8"))
+
+    def _path(self, name: str) -> Path | None:
+        """The file of a dotted module name inside the package, if there is one."""
+        if name.split(".")[0] != self.package.name:
+            return None
+        path = self.package.parent.joinpath(*name.split("."))
+        candidates = (path.with_name(path.name + ".py"), path / "__init__.py")
+        return next((p for p in candidates if p.is_file()), None)
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.package.parent).as_posix()

@@ -1,12 +1,14 @@
-"""Making the results of one notebook: execute it, keep what it wrote, sign the receipt."""
+"""Making the results of one notebook: execute it, then publish what it wrote."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillException, PapermillExecutionError
 from traitlets import default
 
-from earlyexit.runs import artifacts, digests, estimates, provenance
-from earlyexit.runs import freshness as receipts
+from earlyexit.atomic import atomic_path
+from earlyexit.runs import artifacts, freshness, provenance
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, Project
+from earlyexit.runs.provenance import Fingerprint, Record
 from earlyexit.runs.settings import Resolved
 
 # Each update of a bar is kept in the executed copy: one every few seconds is enough.
@@ -39,15 +42,15 @@ class OwnKernel(AsyncKernelManager):
         return "auto" if zmq.has("curve") else "disabled"
 
 
-def make(
-    place: Project,
+def execute(
+    project: Project,
     path: Path,
     resolved: Resolved,
     command: str,
-    fingerprint: dict[str, Any],
+    fingerprint: Fingerprint,
     title: str,
 ) -> None:
-    """Run a notebook; what an earlier run wrote and this one did not is removed.
+    """Run a notebook and publish what it wrote.
 
     Args:
         command: what is recorded as having asked for it.
@@ -59,46 +62,65 @@ def make(
             as ``build/<label>/<notebook>.failed.ipynb``.
     """
     label, name, run_id = resolved.label, path.stem, uuid.uuid4().hex[:16]
-    copy = receipts.executed_path(place, label, name)
+    copy = project.executed(label, name)
     failed = copy.with_name(f"{name}.failed.ipynb")
     temporary = copy.with_name(f".{name}.tmp.ipynb")
+    folder = copy.with_name(f"{name}.out")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     variables = {
-        HOME_VARIABLE: str(place.root),
+        HOME_VARIABLE: str(project.root),
         artifacts.RUN_ID: run_id,
         artifacts.LABEL: label,
         artifacts.COMMAND: command,
+        artifacts.FOLDER: str(folder),
     }
-    started = time.monotonic()
+    started, git_state = time.monotonic(), provenance.git_state(project.root)
     try:
         with _environment(variables):
             _execute(path, temporary, resolved.parameters[name], title)
-        written = _written(place, label, name, run_id)
+        written = provenance.read_record(folder, name)
+        if written is None or not written.files:
+            raise RunError(f"{name} ended without writing any table or figure")
+        if wrong := written.unmatched(folder):
+            raise RunError(f"{name}: {'; '.join(wrong)}")
     except RunError as error:
         os.replace(temporary, failed)
-        raise RunError(f"{error}; see {place.relative(failed)}") from error
+        raise RunError(f"{error}; see {project.relative(failed)}") from error
     else:
         os.replace(temporary, copy)
         failed.unlink(missing_ok=True)
     finally:
         temporary.unlink(missing_ok=True)
 
-    outputs = [p for meta in written for p in (meta, *artifacts.described(meta, written[meta]))]
-    receipt = {
-        "notebook": name,
-        "label": label,
-        "run_id": run_id,
-        "command": command,
-        "settings": resolved.asked,
-        "fingerprint": fingerprint,
-        "outputs": {place.relative(p): digests.of_file(p) for p in outputs},
-        "seconds": round(time.monotonic() - started, 1),
-        "work": estimates.training_work(resolved.profile, len(resolved.seeds)),
-        **provenance.git_state(place.root),
-        "versions": provenance.versions(),
-        "hardware": next(iter(written.values()))["hardware"],  # the kernel's: it knows the GPU
-        "time": provenance.now(),
-    }
-    artifacts.write_json(receipts.receipt_path(place, label, name), receipt)
+    record = replace(
+        written,
+        parameters=provenance.without_paths(resolved.parameters[name]),
+        settings=resolved.asked,
+        fingerprint=fingerprint,
+        seconds=round(time.monotonic() - started, 1),
+        work=freshness.training_work(resolved.profile, len(resolved.seeds)),
+        **git_state,
+    )
+    publish(project, record, folder)
+    shutil.rmtree(folder)
+
+
+def publish(project: Project, record: Record, folder: Path) -> None:
+    """Put the files of a run among the results and figures of its label, and the record last.
+
+    What an earlier run of the notebook wrote and this one did not is removed. Killed before the record
+    is there, the earlier record no longer matches, and the notebook runs again.
+    """
+    before = freshness.published(project, record.label, record.notebook)
+    files = {}
+    for name, file in record.files.items():
+        top, _, rest = name.partition("/")
+        files[f"{top}/{record.label}/{rest}"] = file
+        with atomic_path(project.root / top / record.label / rest) as temporary:
+            shutil.copyfile(folder / name, temporary)
+    for name in (before.files if before else {}).keys() - files.keys():
+        (project.root / name).unlink(missing_ok=True)
+    replace(record, files=files).write(project.published(record.label))
 
 
 def _execute(path: Path, copy: Path, parameters: dict[str, Any], title: str) -> None:
@@ -124,26 +146,6 @@ def _execute(path: Path, copy: Path, parameters: dict[str, Any], title: str) -> 
         raise RunError(message) from error
     except (PapermillException, RuntimeError) as error:  # DeadKernelError is a RuntimeError
         raise RunError(f"{path.stem} failed: {error}") from error
-
-
-def _written(place: Project, label: str, name: str, run_id: str) -> dict[Path, dict[str, Any]]:
-    """The certificates of this run; those of earlier runs of the notebook are removed.
-
-    Raises:
-        RunError: the run wrote nothing, or something that does not match its certificate.
-    """
-    own = {p: m for p, m in artifacts.certificates(label, place.root) if m["notebook"] == name}
-    written = {p: m for p, m in own.items() if m["run_id"] == run_id}
-    if not written:
-        raise RunError(f"{name} ended without writing any table or figure")
-    for certificate, meta in written.items():
-        if not artifacts.is_whole(certificate, meta):
-            raise RunError(f"{place.relative(certificate)} does not match the files it describes")
-    for certificate in own.keys() - written.keys():
-        certificate.unlink()  # first: what has no certificate is not read
-        for file in artifacts.described(certificate, own[certificate]):
-            file.unlink(missing_ok=True)
-    return written
 
 
 @contextmanager

@@ -1,22 +1,30 @@
-"""Receipts: what a finished notebook was made from and what it made.
+"""Which notebooks must run again, and how long that will take.
 
-``results/<label>/<notebook>.run.json`` is written when a run has succeeded, after everything else.
-A notebook is fresh when its receipt still matches: same parameters, same code, same inputs, and
-every output still there, byte by byte.
+A notebook is fresh when its record still matches: same parameters, same code, same inputs, and every
+file still there, byte by byte. It does not matter where it ran: what is published is fresh in a clone.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from earlyexit.runs import digests, profiles
-from earlyexit.runs.artifacts import read_json
 from earlyexit.runs.paths import Project
+from earlyexit.runs.profiles import Profile
+from earlyexit.runs.provenance import FORMAT, Fingerprint, Record, read_record, read_records
 from earlyexit.runs.settings import Resolved, UsageError
 
 TEXT = "text in data_dir"
+
+# What these make are the parameters, which count by their values: a new profile changes no result of
+# the others.
+BY_VALUE = ("earlyexit/runs/profiles.py:", "earlyexit/runs/parameters.py:")
+
+# Tokens of the training splits, roughly; a folder's text is counted when it is read, not before.
+TRAIN_TOKENS = {"sotu": 1_800_000, "wikitext-2": 2_088_628, "wikitext-103": 103_227_021}
 
 
 class RunError(RuntimeError):
@@ -53,85 +61,65 @@ def needs(path: Path, notebooks: list[Path]) -> list[str]:
     return names
 
 
-def receipt_path(project: Project, label: str, notebook: str) -> Path:
-    return project.results / label / f"{notebook}.run.json"
+def published(project: Project, label: str, notebook: str) -> Record | None:
+    """The record of a notebook's published run; None if it never finished under this label."""
+    return read_record(project.published(label), notebook)
 
 
-def executed_path(project: Project, label: str, notebook: str) -> Path:
-    return project.build / label / f"{notebook}.ipynb"
-
-
-def read_receipt(project: Project, label: str, notebook: str) -> dict[str, Any] | None:
-    """The receipt of a notebook, or None if it never finished under this label."""
-    path = receipt_path(project, label, notebook)
-    return read_json(path) if path.is_file() else None
-
-
-def all_receipts(project: Project) -> list[dict[str, Any]]:
-    """Every receipt of every label."""
-    return [read_json(path) for path in sorted(project.results.glob("*/*.run.json"))]
+def all_published(project: Project) -> list[Record]:
+    """Every published record of every label."""
+    return [r for folder in sorted(project.results.glob("*/")) for r in read_records(folder)]
 
 
 def fingerprint(
     project: Project, path: Path, resolved: Resolved, upstream: list[str]
-) -> dict[str, Any]:
-    """All that the results of a notebook depend on, part by part.
+) -> Fingerprint:
+    """All that the results of a notebook depend on now.
 
-    ``data_dir`` counts by the text it holds, not by its name. The profile counts by its values: a
-    new profile changes ``profiles.py`` but no result of the others.
+    ``data_dir`` counts by the text it holds, not by its name.
 
     Raises:
         UsageError: a cell of the notebook does not parse.
     """
     values = resolved.parameters[path.stem]
-    inputs = {name: _tables(read_receipt(project, resolved.label, name)) for name in upstream}
+    inputs = {name: _tables(published(project, resolved.label, name)) for name in upstream}
     if values["data_dir"]:
         inputs[TEXT] = digests.of_files(Path(values["data_dir"]))
     own = {k: v for k, v in values.items() if k not in ("overrides", "data_dir")}
     sizes = profiles.values(resolved.profile) | {"seeds": list(resolved.seeds)}
-    parameters = own | sizes
-    parameters = json.loads(json.dumps(parameters))  # as a receipt will give them back
+    parameters = json.loads(json.dumps(own | sizes))  # as a record will give them back
     try:
         code = digests.of_notebook(path)
     except SyntaxError as error:
         raise UsageError(f"{path.name}: {error}") from None
-    code.pop("earlyexit/profiles.py", None)
-    return {"parameters": parameters, "code": code, "inputs": inputs}
+    code = {name: digest for name, digest in code.items() if not name.startswith(BY_VALUE)}
+    return Fingerprint(parameters, code, inputs)
 
 
-def reasons(
-    project: Project, label: str, notebook: str, current: dict[str, Any], receipt: dict | None
-) -> list[str]:
-    """Why a notebook must run, in words; empty if its results are fresh."""
-    if receipt is None:
+def reasons(project: Project, record: Record | None, current: Fingerprint) -> list[str]:
+    """Why a notebook must run, in words; empty if its results are fresh.
+
+    Of a record that an earlier version made only the files are looked at: its code is not here to be
+    compared.
+    """
+    if record is None:
         return ["never run"]
-    found = differences(receipt["fingerprint"], current)
-    for name, digest in receipt["outputs"].items():
-        path = project.root / name
-        if not path.is_file():
-            found.append(f"{name} missing")
-        elif digests.of_file(path) != digest:
-            found.append(f"{name} changed since its run")
-    # A clone has the published results but has run nothing: its first run makes its own.
-    executed = executed_path(project, label, notebook)
-    if not executed.is_file():
-        found.append(f"not run here: no {project.relative(executed)}")
-    return found
+    comparable = record.format == FORMAT and record.fingerprint
+    found = differences(record.fingerprint, current) if comparable else []
+    return found + record.unmatched(project.root)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     """What differs between two fingerprints, part by part.
 
     Local text is compared when it is given again; without it there is nothing to compare.
     """
-    inputs = {
-        key: old["inputs"][key] for key in old["inputs"] if key != TEXT or key in new["inputs"]
-    }
+    inputs = {key: value for key, value in old.inputs.items() if key != TEXT or key in new.inputs}
     found = []
-    for key, before, after in _changes(old["parameters"], new["parameters"]):
+    for key, before, after in _changes(old.parameters, new.parameters):
         found.append(f"parameter {key}: {before} -> {after}")
-    found += [f"{key} changed" for key, *_ in _changes(old["code"], new["code"])]
-    found += [f"input {key} changed" for key, *_ in _changes(inputs, new["inputs"])]
+    found += [f"{key} changed" for key, *_ in _changes(old.code, new.code)]
+    found += [f"input {key} changed" for key, *_ in _changes(inputs, new.inputs)]
     return found
 
 
@@ -140,9 +128,53 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, A
     return [(key, before, after) for key, before, after in pairs if before != after]
 
 
-def _tables(receipt: dict[str, Any] | None) -> str | None:
+def _tables(record: Record | None) -> str | None:
     """Digest of the tables a notebook wrote: what another one can read of it."""
-    if receipt is None:
+    if record is None:
         return None
-    outputs = receipt["outputs"].items()
-    return digests.of_object({name: digest for name, digest in outputs if name.endswith(".csv")})
+    files = record.files.items()
+    return digests.of_object({name: f.sha256 for name, f in files if name.endswith(".csv")})
+
+
+def training_work(profile: Profile, seeds: int) -> float | None:
+    """FLOPs of training: 6 × tokens × epochs × seeds × active parameters; None if not known.
+
+    Per token, a layer of width D with top-k experts of hidden width 2 D multiplies by 4 k D²
+    weights; the vocabulary head counts twice, once for the random exit trained in each step.
+    """
+    tokens = TRAIN_TOKENS.get(profile.corpus.name)
+    if limit := profile.max_train_tokens:
+        tokens = min(tokens or limit, limit)
+    if tokens is None:
+        return None
+    model = profile.model
+    layers = model.n_layers * 4 * model.top_k * model.d_model**2
+    heads = 2 * model.vocab_size * model.d_model
+    return 6.0 * tokens * profile.training.epochs * seeds * (layers + heads)
+
+
+def minutes(
+    notebook: str, label: str, work: float | None, records: Iterable[Record]
+) -> tuple[float | None, str]:
+    """Expected minutes of a notebook and what they rest on.
+
+    Args:
+        notebook: its name.
+        label: of the run that is asked for.
+        work: its training work.
+        records: of earlier runs, under any label.
+
+    Returns:
+        The last time under the same label if the work was the same, else the time of another run
+        scaled by training work (``"rough"``), else ``(None, "unknown")``.
+    """
+    known = [r for r in records if r.notebook == notebook and r.seconds is not None]
+    for record in known:
+        if record.label == label and record.work == work:
+            return record.seconds / 60, "last run"
+    scaled = [r for r in known if r.work and work]
+    if not scaled:
+        return None, "unknown"
+    # The largest run is the one that start-up times distort least.
+    nearest = max(scaled, key=lambda r: r.work)
+    return nearest.seconds / 60 * work / nearest.work, "rough"

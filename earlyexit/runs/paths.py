@@ -1,8 +1,8 @@
 """Where things lie. Nothing else in the project builds a path from the working directory.
 
-``notebooks/`` is the source; ``results/`` and ``figures/`` are written by notebooks and committed;
-``.cache/`` (trained models, traces) and ``build/`` (executed notebooks) are ignored by git and may
-be deleted at any time.
+``notebooks/`` is the source; ``results/`` and ``figures/`` are what ``run`` has published, and
+committed; ``.cache/`` (trained models, traces) and ``build/`` (executed notebooks, and what notebooks
+opened by hand write) are ignored by git and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -43,12 +43,24 @@ class Project:
     def build(self) -> Path:
         return self.root / "build"
 
+    def published(self, label: str) -> Path:
+        """Where the records and tables of a label are."""
+        return self.results / label
+
+    def by_hand(self, label: str) -> Path:
+        """What notebooks write that are opened by hand, with ``results`` and ``figures`` in it."""
+        return self.build / "by-hand" / label
+
+    def executed(self, label: str, notebook: str) -> Path:
+        """The executed copy of a notebook."""
+        return self.build / label / f"{notebook}.ipynb"
+
     @property
     def readme(self) -> Path:
         return self.root / "README.md"
 
     def relative(self, path: Path) -> str:
-        """``path`` as it is written in receipts: from the root, with forward slashes."""
+        """``path`` as it is written in records: from the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()
 
 

@@ -1,19 +1,33 @@
-"""What a number's birth certificate says about where it was made.
+"""Records: what a run of a notebook wrote, and where its numbers come from.
 
-No user, host or folder name is recorded: certificates are committed and published.
+A run has one record, ``<notebook>.run.json``, written after all that it lists. No user, host or folder
+name is in it: records are committed and published.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import platform
 import subprocess
 import sys
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
+
+from earlyexit.atomic import atomic_path
+from earlyexit.runs import digests
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2  # of the records that are written now; 1: made by an earlier version, and converted
+SUFFIX = ".run.json"
 
 LIBRARIES = (
     "torch", "numpy", "numba", "pandas", "matplotlib", "datasets", "tokenizers", "papermill",
@@ -21,6 +35,100 @@ LIBRARIES = (
 
 
 MADE = (":!results", ":!figures", ":!README.md")  # a run writes these: they do not make it dirty
+
+
+@dataclass(frozen=True)
+class File:
+    """What a record says of one file: its bytes, and the hash of the text behind its numbers."""
+
+    kind: Literal["table", "figure", "document", "weights"]
+    name: str
+    caption: str
+    sha256: str
+    text_hash: str | None
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All that the results of a notebook depend on, part by part."""
+
+    parameters: dict[str, Any]
+    code: dict[str, str]
+    inputs: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a notebook.
+
+    Attributes:
+        files: path → what it is. Published, a path starts at the top of the project
+            (``results/cpu/front.csv``), before that at the run's own folder (``results/front.csv``).
+        parameters: all that the notebook was given.
+        dirty: whether the sources differed from ``commit``.
+        settings: profile, seeds and sets as ``run`` was asked for them; empty when run by hand.
+        fingerprint: None when run by hand.
+        seconds: of the run; ``work``: FLOPs of its training, where they are known.
+        note: what else a reader should know.
+    """
+
+    notebook: str
+    label: str
+    run_id: str
+    command: str
+    parameters: dict[str, Any]
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str | None]
+    hardware: dict[str, Any]
+    time: str
+    files: dict[str, File] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    fingerprint: Fingerprint | None = None
+    seconds: float | None = None
+    work: float | None = None
+    note: str = ""
+    format: Literal[1, 2] = FORMAT
+
+    def unmatched(self, base: Path) -> list[str]:
+        """The files below ``base`` that are not as the record says, each with what is wrong."""
+        found = []
+        for name, file in self.files.items():
+            if not (base / name).is_file():
+                found.append(f"{name} missing")
+            elif digests.of_file(base / name) != file.sha256:
+                found.append(f"{name} changed since its run")
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write ``<notebook>.run.json`` into a folder."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
+        with atomic_path(folder / f"{self.notebook}{SUFFIX}") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path, notebook: str) -> Record | None:
+    """A notebook's record in a folder; None if there is none, or one that cannot be read."""
+    path = folder / f"{notebook}{SUFFIX}"
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(Record).validate_json(path.read_bytes())
+    except ValidationError as error:
+        _warn(path, f"{error.error_count()} errors, the first: {error.errors()[0]['msg']}")
+        return None
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records in a folder that can be read."""
+    names = [path.name.removesuffix(SUFFIX) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+    return [record for name in names if (record := read_record(folder, name))]
+
+
+@cache
+def _warn(path: Path, why: str) -> None:
+    """Said once of each file."""
+    log.warning("%s/%s is no record (%s): as if never run", path.parent.name, path.name, why)
 
 
 def git_state(root: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Runs the notebooks in order, each only if something it depends on has changed.
 
-A notebook is executed into a temporary copy, which takes its place in ``build/`` on success; its
-receipt is written last. Killed at any moment, the next run finds either the receipt or work to do.
+A notebook is executed in ``build/``; what it wrote is published when it has succeeded, and its record
+last. Killed at any moment, the next run finds either a record that matches its files or work to do.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from earlyexit.runs import estimates
-from earlyexit.runs import freshness as receipts
+from earlyexit.runs import freshness
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import Project, project
+from earlyexit.runs.provenance import FORMAT, Fingerprint, Record
 from earlyexit.runs.settings import Resolved, Settings, UsageError, resolve
 
 log = logging.getLogger(__name__)
@@ -55,15 +54,16 @@ def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None
     """
     place = project(root)
     chosen, resolved, upstream = _prepare(place, settings, only)
-    known = receipts.all_receipts(place)
-    work = estimates.training_work(resolved.profile, len(resolved.seeds))
+    known = freshness.all_published(place)
+    work = freshness.training_work(resolved.profile, len(resolved.seeds))
     steps: list[Step] = []
     for path in chosen:
-        why, _ = _check(place, path, resolved, upstream[path.stem])
+        why, _, record = _check(place, path, resolved, upstream[path.stem])
         again = [s.notebook for s in steps if s.reasons and s.notebook in upstream[path.stem]]
         why = why or [f"input {name} will be made again" for name in again]
-        expected = estimates.minutes(path.stem, resolved.label, work, known)
-        steps.append(Step(path.stem, upstream[path.stem], why, *expected))
+        time, basis = freshness.minutes(path.stem, resolved.label, work, known)
+        basis += _of_an_earlier_version(record)
+        steps.append(Step(path.stem, upstream[path.stem], why, time, basis))
     return Plan(resolved.label, settings.command(*only), steps)
 
 
@@ -81,19 +81,19 @@ def run(
     """
     place = project(root)
     chosen, resolved, upstream = _prepare(place, settings, only)
-    from earlyexit.runs.execute import make
+    from earlyexit.runs.execute import execute
 
     _warn_of_stale_inputs(place, chosen, resolved, upstream)
     done = []
     with _only_writer(place, resolved.label):
         for position, path in enumerate(chosen, start=1):
-            why, current = _check(place, path, resolved, upstream[path.stem])
+            why, current, record = _check(place, path, resolved, upstream[path.stem])
             if not why and not force:
-                log.info("%s is fresh", path.stem)
+                log.info("%s is fresh%s", path.stem, _of_an_earlier_version(record))
                 continue
             log.info("%s: %s", path.stem, "; ".join(why) or "forced")
             title = f"[{position}/{len(chosen)}] {path.stem}"
-            make(place, path, resolved, settings.command(path.stem), current, title)
+            execute(place, path, resolved, settings.command(path.stem), current, title)
             done.append(path.stem)
     _refresh_readme(place, resolved.label)
     return done
@@ -106,7 +106,7 @@ def status(profile: str | None = None, root: str | Path | None = None) -> list[P
         UsageError: unknown profile.
     """
     place = project(root)
-    asked = {r["label"]: r["settings"] for r in receipts.all_receipts(place)}
+    asked = {r.label: r.settings for r in freshness.all_published(place) if r.settings}
     # Under its own name a profile is compared with its defaults, as `run` would.
     wanted = {name: Settings(name) for name in ([profile] if profile else [])}
     for label, recorded in asked.items():
@@ -130,9 +130,9 @@ def _prepare(
     place: Project, settings: Settings, only: tuple[str, ...]
 ) -> tuple[list[Path], Resolved, dict[str, list[str]]]:
     """The chosen notebooks, their typed parameters, and what every notebook needs."""
-    notebooks = receipts.discover(place)
+    notebooks = freshness.discover(place)
     chosen = sorted({_find(name, notebooks) for name in only}) or notebooks
-    upstream = {path.stem: receipts.needs(path, notebooks) for path in notebooks}
+    upstream = {path.stem: freshness.needs(path, notebooks) for path in notebooks}
     # A key that only an upstream notebook knows names the label whose tables are read.
     relevant = {path.stem for path in chosen}
     for path in reversed(notebooks):
@@ -140,7 +140,7 @@ def _prepare(
     resolved = resolve(settings, [path for path in notebooks if path.stem in relevant])
     for path in chosen:
         for other in upstream[path.stem]:
-            ready = receipts.read_receipt(place, resolved.label, other)
+            ready = freshness.published(place, resolved.label, other)
             if place.notebooks / f"{other}.ipynb" not in chosen and ready is None:
                 raise UsageError(
                     f"{path.stem} needs {other}, which has no results under {resolved.label}: "
@@ -159,11 +159,16 @@ def _find(name: str, notebooks: list[Path]) -> Path:
 
 def _check(
     place: Project, path: Path, resolved: Resolved, upstream: list[str]
-) -> tuple[list[str], dict[str, Any]]:
-    """Why a notebook must run, and its fingerprint now."""
-    current = receipts.fingerprint(place, path, resolved, upstream)
-    receipt = receipts.read_receipt(place, resolved.label, path.stem)
-    return receipts.reasons(place, resolved.label, path.stem, current, receipt), current
+) -> tuple[list[str], Fingerprint, Record | None]:
+    """Why a notebook must run, its fingerprint now, and its record."""
+    current = freshness.fingerprint(place, path, resolved, upstream)
+    record = freshness.published(place, resolved.label, path.stem)
+    return freshness.reasons(place, record, current), current, record
+
+
+def _of_an_earlier_version(record: Record | None) -> str:
+    made_before = record is not None and record.format < FORMAT
+    return ", made by an earlier version (--force makes it anew)" if made_before else ""
 
 
 @contextmanager
@@ -191,7 +196,7 @@ def _warn_of_stale_inputs(
     """With ``--only``, the tables of a notebook that is left out are used as they are."""
     used = {other for path in chosen for other in upstream[path.stem]}
     for name in sorted(used - {path.stem for path in chosen}):
-        why, _ = _check(place, place.notebooks / f"{name}.ipynb", resolved, upstream[name])
+        why, *_ = _check(place, place.notebooks / f"{name}.ipynb", resolved, upstream[name])
         if why:
             log.warning("%s is stale (%s); its tables are used as they are", name, "; ".join(why))
 

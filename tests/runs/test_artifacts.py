@@ -1,4 +1,4 @@
-"""A table or figure is whole and certified, or it is not read."""
+"""A table or figure is whole and recorded, or it is not read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -20,6 +21,8 @@ from earlyexit.runs import artifacts
 from earlyexit.runs.artifacts import MissingResult, Outputs, read_table
 
 mpl.use("Agg")
+
+HAND = "build/by-hand/smoke"
 
 
 @pytest.fixture
@@ -40,21 +43,47 @@ TABLE = pd.DataFrame(
 def test_a_table_comes_back_bit_for_bit(out, root):
     out.table(TABLE, "sweep", "Loss of 5 % & more", text_hash="abc")
     pd.testing.assert_frame_equal(read_table("smoke", "sweep", root), TABLE, check_exact=True)
-    tex = (root / "results/smoke/sweep.tex").read_text()
+    tex = (root / HAND / "results/sweep.tex").read_text()
     for part in (r"\toprule", r"signal\_name", r"a \& b", "0.3 ", r"Loss of 5 \% \& more", "--"):
         assert part in tex
     assert not list(root.rglob("*.tmp"))
 
 
-def test_the_certificate_says_where_a_number_comes_from(out, root):
+def test_by_hand_nothing_is_written_among_what_is_published(out, root):
+    out.table(TABLE, "sweep", "Loss")
+    out.document("<p>", "page", "A page", suffix="html")
+    assert not (root / "results").exists() and not (root / "figures").exists()
+    assert {p.name for p in (root / HAND).rglob("*.*")} == {
+        "01_build.run.json", "sweep.csv", "sweep.tex", "page.html",
+    }  # fmt: skip
+
+
+def test_the_record_says_where_a_number_comes_from(out, root):
     out.table(TABLE, "sweep", "Loss", text_hash="abc")
-    meta = json.loads((root / "results/smoke/sweep.meta.json").read_text())
-    assert meta["parameters"] == {"data_dir": "text", "k": 2}  # no folder of this machine
-    assert meta["text_hash"] == "abc"
-    assert set(meta["versions"]) >= {"python", "torch", "numpy", "pandas", "papermill"}
-    assert set(meta["hardware"]) >= {"cpu", "cores", "ram_gib", "gpu", "platform"}
-    assert {"commit", "dirty", "command", "notebook", "code", "time", "run_id"} <= set(meta)
-    assert meta["commit"] is None  # the folder is no repository
+    text = (root / HAND / "01_build.run.json").read_text()
+    record = json.loads(text)
+    assert record["parameters"] == {"data_dir": "text", "k": 2}  # no folder of this machine
+    assert set(record["files"]) == {"results/sweep.csv", "results/sweep.tex"}
+    file = record["files"]["results/sweep.csv"]
+    assert (file["kind"], file["name"], file["caption"]) == ("table", "sweep", "Loss")
+    assert file["text_hash"] == "abc"
+    assert set(record["versions"]) >= {"python", "torch", "numpy", "pandas", "papermill"}
+    assert set(record["hardware"]) >= {"cpu", "cores", "ram_gib", "gpu", "platform"}
+    assert record["format"] == 2 and record["command"] == "by hand"
+    assert record["commit"] is None  # the folder is no repository
+    assert str(Path.home()) not in text and str(root) not in text
+
+
+def test_one_record_lists_all_files_of_a_run_and_those_of_no_other(out, root):
+    out.table(TABLE, "sweep", "Loss")
+    again = Outputs("smoke", "01_build", out.record.parameters, root)  # its first cell, run again
+    again.table(TABLE, "front", "Front")
+    names = {file.name for file in again.record.files.values()}
+    assert names == {"sweep", "front"}
+    other = Outputs("smoke", "01_build", {"k": 3}, root)
+    other.table(TABLE, "front", "Front")
+    assert {file.name for file in other.record.files.values()} == {"front"}
+    assert not (root / HAND / "results/sweep.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -70,13 +99,14 @@ def test_the_certificate_says_where_a_number_comes_from(out, root):
 def test_a_table_that_cannot_be_trusted_is_refused(out, root, table, complaint):
     with pytest.raises(ValueError, match=complaint):
         out.table(table, "sweep", "Loss")
-    assert not (root / "results").exists()
+    assert not (root / "build").exists()
 
 
 def test_two_notebooks_cannot_share_a_name(out, root):
     out.table(TABLE, "sweep", "Loss")
-    with pytest.raises(ValueError, match="01_build writes that name"):
+    with pytest.raises(ValueError, match=r"results/smoke/sweep: 01_build writes that name"):
         Outputs("smoke", "02_plot", {}, root).table(TABLE, "sweep", "Loss")
+    Outputs("smoke", "02_plot", {}, root).document("x", "sweep", "A page", suffix="html")
 
 
 def test_a_missing_table_names_its_notebook(root):
@@ -85,28 +115,56 @@ def test_a_missing_table_names_its_notebook(root):
         read_table("cpu~epochs=2.0", "numbers", root)
 
 
-@pytest.mark.parametrize("damage", ["edit", "no certificate", "no file"])
+def write_published(out, root, table=TABLE):
+    """The table, as ``run`` publishes it: with paths from the top of the project."""
+    out.table(table, "sweep", "Loss")
+    files = {}
+    for name, file in out.record.files.items():
+        top, _, rest = name.partition("/")
+        target = root / top / "smoke" / rest
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (out.folder / name).rename(target)
+        files[f"{top}/smoke/{rest}"] = file
+    (out.folder / "01_build.run.json").unlink()
+    replace(out.record, files=files).write(root / "results/smoke")
+
+
+def test_by_hand_what_was_written_by_hand_is_read_and_published_results_otherwise(
+    out, root, monkeypatch
+):
+    write_published(out, root)
+    assert read_table("smoke", "sweep", root).loss[0] == TABLE.loss[0]
+    Outputs("smoke", "01_build", {}, root).table(TABLE.assign(loss=7.0), "sweep", "Loss")
+    assert read_table("smoke", "sweep", root).loss[0] == 7.0
+    monkeypatch.setenv(artifacts.FOLDER, str(root / "build/smoke/02_plot.out"))
+    assert read_table("smoke", "sweep", root).loss[0] == TABLE.loss[0]
+
+
+@pytest.mark.parametrize("damage", ["edit", "no record", "no file", "truncated", "foreign"])
 def test_a_damaged_table_is_not_read(out, root, damage):
-    out.table(TABLE, "sweep", "Loss")
-    csv = root / "results/smoke/sweep.csv"
+    write_published(out, root)
+    csv, record = root / "results/smoke/sweep.csv", root / "results/smoke/01_build.run.json"
     match damage:
         case "edit":
             csv.write_text(csv.read_text().replace("0,", "7,"))
-        case "no certificate":
-            csv.with_name("sweep.meta.json").unlink()
+        case "no record":
+            record.unlink()
         case "no file":
             csv.unlink()
+        case "truncated":
+            record.write_bytes(record.read_bytes()[:300])
+        case "foreign":
+            record.write_text('{"outputs": {}}')
     with pytest.raises(MissingResult, match="run `python -m earlyexit run --profile smoke"):
         read_table("smoke", "sweep", root)
 
 
 @pytest.mark.parametrize(
-    ("nth", "name"), [(0, "sweep.csv"), (1, "sweep.tex"), (2, "sweep.meta.json")]
+    ("nth", "name"), [(0, "results/sweep.csv"), (1, "results/sweep.tex"), (2, "01_build.run.json")]
 )
 def test_disk_full_leaves_the_old_file_and_nothing_else(out, root, monkeypatch, nth, name):
     out.table(TABLE, "sweep", "Loss")
-    folder = root / "results/smoke"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in (root / HAND).rglob("*.*")}
     calls = iter(range(3))
 
     def fsync(descriptor):  # where data reach the disk, and a full one is noticed
@@ -116,13 +174,13 @@ def test_disk_full_leaves_the_old_file_and_nothing_else(out, root, monkeypatch, 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
         out.table(TABLE.assign(loss=1.0), "sweep", "Another")
-    assert {path.name for path in folder.iterdir()} == set(before)
-    assert (folder / name).read_bytes() == before[name]
+    assert set((root / HAND).rglob("*.*")) == set(before)
+    assert (root / HAND / name).read_bytes() == before[root / HAND / name]
     # Either all is as it was, or what is mixed is refused.
     if nth == 0:
         pd.testing.assert_frame_equal(read_table("smoke", "sweep", root), TABLE)
     else:
-        with pytest.raises(MissingResult, match="does not match its certificate"):
+        with pytest.raises(MissingResult, match="is missing"):
             read_table("smoke", "sweep", root)
 
 
@@ -135,15 +193,21 @@ def test_a_figure_is_vector_truetype_and_stable(out, root):
         ax.set_xlabel("depth")
         out.figure(fig, "line", "A line")
         plt.close(fig)
-        written.append(
-            [(root / f"figures/smoke/line.{kind}").read_bytes() for kind in ("pdf", "png")]
-        )
+        written.append([(root / HAND / f"figures/line.{k}").read_bytes() for k in ("pdf", "png")])
     assert written[0] == written[1]
     pdf, png = written[0]
     assert b"/FontFile2" in pdf
     assert b"/Type3" not in pdf
     assert png.startswith(b"\x89PNG")
-    assert next(artifacts.certificates("smoke", root))[1]["kind"] == "figure"
+    assert {file.kind for file in out.record.files.values()} == {"figure"}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_figure_may_be_given_by_its_axes(out, root, rows):
+    fig, axes = plt.subplots(rows, 2)
+    assert out.figure(axes, "line", "Axes") is fig
+    assert out.figure(axes.flat[0], "line", "One of them") is fig
+    plt.close(fig)
 
 
 def test_the_label_is_the_runners_or_the_profiles(monkeypatch):
@@ -152,13 +216,6 @@ def test_the_label_is_the_runners_or_the_profiles(monkeypatch):
     assert artifacts.run_label("cpu", {"epochs": 2.0}, [3, 4]) == "cpu~epochs=2.0~seeds=3,4"
     monkeypatch.setenv(artifacts.LABEL, "cpu~rows=3")
     assert artifacts.run_label("cpu") == "cpu~rows=3"
-
-
-def test_no_artifact_names_a_folder_of_this_machine(out, root):
-    out.table(TABLE, "sweep", "Loss")
-    text = (root / "results/smoke/sweep.meta.json").read_text()
-    assert str(Path.home()) not in text
-    assert str(root) not in text
 
 
 def test_a_remedy_asks_for_what_the_label_says():

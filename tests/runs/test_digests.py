@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 
 import nbformat
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_project import BUILD, write_notebook
 
 from earlyexit.runs import digests
+from earlyexit.runs.paths import PACKAGE, project
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -21,17 +23,19 @@ VALUES = st.recursive(
 
 @pytest.fixture
 def package(tmp_path):
-    """``pack``: a imports b in a function, b imports c; sub re-exports d; lone is on its own."""
+    """``pack``: a imports b in a function, b uses c; sub hands on d and e; style is a file."""
     files = {
         "__init__.py": "from pack.a import A\nfrom .lone import Lone as Alone\n",
         "a.py": "class A:\n    def f(self):\n        from pack.b import B\n        return B\n",
-        "b.py": "import pack.c\nB = 1\n",
-        "c.py": "C = 1\n",
+        "b.py": "import pack.c\nB = pack.c.C + 1\nother = pack.c.other\n",
+        "c.py": "import warnings\n\nC, also = 1, 2\nother = 3\n",
         "lone.py": "Lone = 1\n",
-        "sub/__init__.py": "from .d import D\nfrom .e import E\n",
-        "sub/d.py": "from ..c import C\nD = C\n",
-        "sub/e.py": "E = 1\n",
-    }
+        "loud.py": "import os\nos.environ['X'] = '1'\n\ndef quiet(os):\n    return os.path\n",
+        "sub/__init__.py": "from .d import D\nfrom .e import E\nfrom .e import f as d\n",
+        "sub/d.py": "from ..c import C\nfrom ..lone import Lone as lone\n\ndef D():\n    return C\n",
+        "sub/e.py": "E = 'look.style'\nf = 2\n",
+        "look.style": "red",
+    }  # fmt: skip
     for name, source in files.items():
         path = tmp_path / "pack" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,51 +44,194 @@ def package(tmp_path):
 
 
 def used(package, cell):
-    """The package's files behind a notebook of one cell."""
+    """The package's definitions behind a notebook of one cell."""
     path = write_notebook(package.parent, "01_x", [cell])
-    return {name.removeprefix("pack/") for name in digests.of_notebook(path, package)} - {
-        "code cells"
-    }
+    found = {name.removeprefix("pack/") for name in digests.of_notebook(path, package)}
+    return {name.replace(".py", "") for name in found - {"code cells"}}
 
 
 @pytest.mark.parametrize(
-    ("cell", "files"),
+    ("cell", "definitions"),
     [
-        ("from pack import A", {"a.py", "b.py", "c.py"}),
-        ("from pack import Alone", {"lone.py"}),
-        ("from pack import b", {"b.py", "c.py"}),
-        ("import pack.c as c", {"c.py"}),
-        ("def f():\n    from pack.sub import D", {"sub/d.py", "c.py"}),
-        ("from pack.sub.e import E", {"sub/e.py"}),
-        ("import pack", {"__init__.py", "a.py", "b.py", "c.py", "lone.py"}),
-        ("from pack import *", {"__init__.py", "a.py", "b.py", "c.py", "lone.py"}),
-        ("%matplotlib inline\nimport numpy\nfrom pack.lone import Lone", {"lone.py"}),
-        ("import packaging", set()),
+        ("from pack import A\nA()", {"a:A", "b:B", "c:C"}),
+        ("from pack import A", set()),  # imported, not used
+        ("from pack import Alone\nprint(Alone)", {"lone:Lone"}),
+        ("from pack import b\nb.B", {"b:B", "c:C"}),
+        ("from pack import c\nprint(c)", {"c:C", "c:also", "c:other"}),
+        ("import pack.c as c\nc.C", {"c:C"}),
+        ("import pack.c\nx = [pack.c.other for _ in 'ab']", {"c:other"}),
+        ("def f():\n    from pack.sub import D\n    return D", {"sub/d:D", "c:C"}),
+        ("from pack import sub\nsub.D", {"sub/d:D", "c:C"}),
+        ("from pack import sub\nsub.d", {"sub/e:f"}),  # a name of the package hides its module
+        ("from pack.sub.e import E\nE", {"sub/e:E", "look.style"}),
+        ("from pack.loud import quiet\nquiet()", {"loud:quiet", "loud"}),
+        ("from pack import loud\ndef f(loud):\n    return loud.quiet", set()),
+        ("import pack\nprint(pack)", {"a:A", "b:B", "c:C", "lone:Lone"}),
+        ("from pack import *", {"a:A", "b:B", "c:C", "lone:Lone"}),
+        ("%matplotlib inline\nimport numpy\nfrom pack.lone import Lone\nLone", {"lone:Lone"}),
+        ("import packaging\npackaging", set()),
     ],
 )
-def test_a_notebook_depends_on_what_it_imports(package, cell, files):
-    assert used(package, cell) == files
+def test_a_notebook_depends_on_the_definitions_that_it_uses(package, cell, definitions):
+    assert used(package, cell) == definitions
 
 
-def test_a_module_digest_names_the_file_that_changed(package):
-    before = digests.of_modules("pack.a", package=package)
-    (package / "c.py").write_text('"""Now with a docstring."""\n\nC = 1  # why\n')
-    (package / "lone.py").write_text("Lone = 2\n")
-    assert digests.of_modules("pack.a", package=package) == before
-    (package / "c.py").write_text("C = 2\n")
-    after = digests.of_modules("pack.a", package=package)
-    assert {name for name in before if before[name] != after[name]} == {"pack/c.py"}
-    with pytest.raises(FileNotFoundError, match=r"pack\.gone"):
-        digests.of_modules("pack.gone", package=package)
+def changed_by(package, file, old, new, *roots):
+    """The keys of the closure of ``roots`` that one edit changes."""
+    before, path = digests.of_code(*roots, package=package), package / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    after = digests.of_code(*roots, package=package)
+    path.write_text(text)
+    return {name for name in before | after if before.get(name) != after.get(name)}
 
 
-def test_source_digest_ignores_words_and_layout_only():
+def test_a_change_is_named_by_file_and_definition(package):
+    def change(file, old, new):
+        return changed_by(package, file, old, new, "pack.a.A")
+
+    assert change("c.py", "C, also", '"""Now with a docstring."""\nC, also') == set()
+    assert change("c.py", "other = 3", "other = 4") == set()
+    assert change("lone.py", "1", "2") == set()
+    assert change("c.py", "1, 2", "1, 3") == {"pack/c.py:C"}
+    assert change("b.py", "+ 1", "+ 2") == {"pack/b.py:B"}
+    with pytest.raises(LookupError, match=r"no definition pack\.a\.gone"):
+        digests.of_code("pack.a.gone", package=package)
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ("def f(x):\n    'Adds.'\n\n    # one\n    return (x +\n            1)\n", True),
+        ("def f(x):\n    return x + 2\n", False),
+        ("def f(x: int):\n    return x + 1\n", False),
+    ],
+)
+def test_words_and_layout_change_no_digest(package, other, same):
     plain = "def f(x):\n    return x + 1\n"
-    told = 'def f(x):\n    """Adds."""\n\n    # one\n    return (x +\n            1)\n'
-    assert digests.of_source(plain) == digests.of_source(told)
-    assert digests.of_source(plain) != digests.of_source(plain.replace("1", "2"))
-    # a string that is used is no docstring
-    assert digests.of_source('x = "a"') != digests.of_source('x = "b"')
+    (package / "a.py").write_text(plain)
+    assert (changed_by(package, "a.py", plain, other, "pack.a.f") == set()) == same
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("'no'", "f'no {x}, {other()}'", True),
+        ("'odd'", "'very odd', stacklevel=2", True),
+        ("'even'", "f'{x} is even'", True),
+        ("ValueError", "KeyError", False),
+        ("x > 2", "x > 3", False),
+        ("'a'", "'b'", False),  # a string that is used
+    ],
+)
+def test_a_message_changes_no_result(package, old, new, same):
+    source = """\
+import warnings
+
+def other():
+    return 1
+
+def f(x):
+    if x > 2:
+        raise ValueError('no')
+    assert x % 2, 'even'
+    warnings.warn('odd')
+    return 'a'
+"""
+    (package / "a.py").write_text(source)
+    assert (changed_by(package, "a.py", old, new, "pack.a.f") == set()) == same
+
+
+def test_a_base_that_only_adds_to_the_contract_does_not_count(package):
+    (package / "a.py").write_text(
+        "def extra():\n    return 1\n\n"
+        "class Contract:\n    def layer(self): ...\n\n"
+        "class Adds(Contract):\n    def run(self):\n        return extra()\n\n"
+        "class Overrides(Contract):\n    def layer(self): ...\n\n"
+        "class Model(Adds, Overrides):\n    pass\n\n"
+        "class Deeper(Model):\n    pass\n"
+    )
+    whole = set(digests.of_code("pack.a.Deeper", package=package))
+    known = set(digests.of_code("pack.a.Deeper", contract="pack.a.Contract", package=package))
+    assert whole - known == {"pack/a.py:Adds", "pack/a.py:extra"}
+
+
+# ------------------------------------------------------------------ the package itself
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the package and its notebooks, to be edited."""
+    root = tmp_path_factory.mktemp("copy")
+    shutil.copytree(PACKAGE, root / "earlyexit", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(project().notebooks, root / "notebooks")
+    return root / "earlyexit"
+
+
+TRAINING = ("earlyexit.training.train.train", "earlyexit.models.EarlyExitLanguageModel")
+
+
+def training_code(package):
+    return digests.of_code(
+        *TRAINING, contract="earlyexit.exits.protocol.ExitModel", package=package
+    )
+
+
+def stale(copy, file, old, new):
+    """What one edit of the package changes: notebook → keys, and "training" → keys."""
+
+    def now():
+        books = sorted((copy.parent / "notebooks").glob("*.ipynb"))
+        found = {path.stem: digests.of_notebook(path, copy) for path in books}
+        return found | {"training": training_code(copy)}
+
+    before, path = now(), copy / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    after = now()
+    path.write_text(text)
+    changes = {
+        key: {name for name in before[key] | after[key] if before[key].get(name) != after[key].get(name)}
+        for key in before
+    }  # fmt: skip
+    return {key: names for key, names in changes.items() if names}
+
+
+def test_editing_a_figure_makes_exactly_its_notebook_stale(copy):
+    found = stale(copy, "figures/build.py", "def leak(", "def leak(unheard_of=None, *, ")
+    assert found == {"01_build": {"earlyexit/figures/build.py:leak"}}
+
+
+def test_a_message_of_the_text_reader_retrains_nothing(copy):
+    assert stale(copy, "corpus/documents.py", "raise ValueError(", "raise ValueError('!', ") == {}
+
+
+def test_a_training_depends_on_neither_the_text_reader_nor_running_with_exits():
+    files = {name.partition(":")[0].removeprefix("earlyexit/") for name in training_code(PACKAGE)}
+    assert {
+        "models/resnet_bk.py",
+        "training/losses.py",
+        "nn/bk_core.py",
+        "corpus/windows.py",
+    } <= files
+    assert not {"corpus/load.py", "exits/execution.py", "exits/policy.py", "exits/api.py"} & files
+    assert not [
+        file for file in files if file.startswith(("calibration", "runs", "figures", "cost"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("training/train.py", "REPORT_EVERY = 50", "REPORT_EVERY = 51"),
+        ("nn/bk_core.py", "class BKCore(", "class BKCore(object, "),
+        ("corpus/windows.py", "def windows(", "def windows(unheard_of, "),
+    ],
+)
+def test_a_training_depends_on_its_model_and_data(copy, file, old, new):
+    assert "training" in stale(copy, file, old, new)
 
 
 def test_notebook_digest_survives_saving_but_not_editing(tmp_path):

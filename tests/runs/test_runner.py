@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -18,11 +20,11 @@ import pytest
 from tiny_project import write_notebook, write_project
 
 from earlyexit.__main__ import main
-from earlyexit.runs import artifacts, estimates, profiles, runner
-from earlyexit.runs import freshness as receipts
+from earlyexit.runs import artifacts, digests, execute, freshness, profiles, runner
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
 from earlyexit.runs.profiles import get_profile
+from earlyexit.runs.provenance import Record
 from earlyexit.runs.settings import Settings, UsageError, parse_value, resolve
 
 pytestmark = pytest.mark.xdist_group("runner")  # they share a finished series
@@ -71,11 +73,47 @@ def test_a_finished_series_is_fresh_and_says_where_it_ran(finished):
     executed = nbformat.read(finished / "build/smoke/01_build.ipynb", as_version=4)
     printed = [o.text.strip() for c in executed.cells for o in c.get("outputs", []) if "text" in o]
     assert printed == [sys.executable]
-    meta = artifacts.read_json(finished / "results/smoke/numbers.meta.json")
-    receipt = artifacts.read_json(finished / "results/smoke/01_build.run.json")
-    assert meta["run_id"] == receipt["run_id"]
-    assert meta["command"] == "python -m earlyexit run --profile smoke --only=01_build"
-    assert not list(finished.rglob("*.tmp*"))
+    record = freshness.published(project(finished), "smoke", "01_build")
+    assert record.command == "python -m earlyexit run --profile smoke --only=01_build"
+    assert record.parameters["rows"] == 3 and record.parameters["device"] == "auto"
+    assert set(record.files) == {"results/smoke/numbers.csv", "results/smoke/numbers.tex"}
+    assert record.hardware["cpu"] and record.seconds > 0
+    assert not list(finished.rglob("*.tmp*")) and not list(finished.rglob("*.out"))
+    assert not list(finished.rglob("by-hand"))
+
+
+def test_a_clone_takes_what_is_published_and_runs_nothing(finished, tmp_path):
+    for folder in ("notebooks", "results", "figures"):
+        shutil.copytree(finished / folder, tmp_path / folder)
+    assert why(tmp_path) == {"01_build": [], "02_plot": []}
+    assert runner.run(SMOKE, root=tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "no JSON"])
+def test_a_damaged_record_stops_nobody_else(finished, tmp_path, caplog, damage):
+    for folder in ("notebooks", "results", "figures"):
+        shutil.copytree(finished / folder, tmp_path / folder)
+    path = tmp_path / "results/smoke/02_plot.run.json"
+    text = path.read_bytes()
+    path.write_bytes({"truncated": text[:-50], "foreign": b"[1]", "no JSON": b"\xff"}[damage])
+    assert why(tmp_path) == {"01_build": [], "02_plot": ["never run"]}
+    assert [plan.label for plan in runner.status(root=tmp_path)] == ["smoke"]
+    said = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == 1 and said[0].startswith("smoke/02_plot.run.json is no record (")
+
+
+def test_what_an_earlier_version_made_is_kept_while_its_files_are_whole(
+    finished, tmp_path, caplog, monkeypatch
+):
+    for folder in ("notebooks", "results", "figures"):
+        shutil.copytree(finished / folder, tmp_path / folder)
+    record = freshness.published(project(tmp_path), "smoke", "01_build")
+    old = replace(record.fingerprint, code={"earlyexit/stages.py": "0"}, parameters={})
+    replace(record, format=1, fingerprint=old).write(tmp_path / "results/smoke")
+    assert why(tmp_path) == {"01_build": [], "02_plot": []}
+    assert "made by an earlier version" in runner.plan(SMOKE, root=tmp_path).steps[0].basis
+    (tmp_path / "results/smoke/numbers.tex").unlink()
+    assert why(tmp_path)["01_build"] == ["results/smoke/numbers.tex missing"]
 
 
 @pytest.mark.slow
@@ -93,22 +131,18 @@ def test_status_names_what_is_stale_and_why(finished, monkeypatch):
     assert why(finished)["01_build"] == ["results/smoke/numbers.csv missing"]
     csv.write_bytes(before)
 
-    receipt = finished / "results/smoke/02_plot.run.json"
-    kept = receipt.read_text()
+    record = finished / "results/smoke/02_plot.run.json"
+    kept = record.read_text()
     changed = json.loads(kept)
-    changed["fingerprint"]["code"]["earlyexit/runs/artifacts.py"] = "other"
+    changed["fingerprint"]["code"]["earlyexit/runs/artifacts.py:Outputs"] = "other"
     changed["fingerprint"]["inputs"]["01_build"] = "other"
-    receipt.write_text(json.dumps(changed))
+    record.write_text(json.dumps(changed))
     assert why(finished)["02_plot"] == [
-        "earlyexit/runs/artifacts.py changed",
+        "earlyexit/runs/artifacts.py:Outputs changed",
         "input 01_build changed",
     ]
-    receipt.write_text(kept)
+    record.write_text(kept)
 
-    copy = finished / "build/smoke/02_plot.ipynb"
-    copy.rename(copy.with_suffix(".aside"))
-    assert why(finished)["02_plot"] == ["not run here: no build/smoke/02_plot.ipynb"]
-    copy.with_suffix(".aside").rename(copy)
     monkeypatch.setitem(
         profiles.PROFILES, "smoke", replace(get_profile("smoke"), epochs=9.0, about="longer")
     )
@@ -133,7 +167,7 @@ def test_a_run_makes_only_what_changed_and_removes_what_is_no_longer_made(tmp_pa
     assert why(root, only=("01",)) == {"01_build": ["code cells changed"]}
     assert runner.run(SMOKE, only=("01_build",), root=root) == ["01_build"]
     names = {path.name for path in (root / "results/smoke").iterdir()}
-    assert names == {"second.csv", "second.tex", "second.meta.json", "01_build.run.json"}
+    assert names == {"second.csv", "second.tex", "01_build.run.json"}
 
 
 def test_a_failed_notebook_is_kept_aside_and_the_cell_named(tmp_path, monkeypatch, capsys):
@@ -184,7 +218,7 @@ def test_wrong_usage_is_told_in_one_line_before_anything_runs(
 
 
 def test_settings_reach_the_right_place(tmp_path):
-    notebooks = receipts.discover(project(write_project(tmp_path)))
+    notebooks = freshness.discover(project(write_project(tmp_path)))
     resolved = resolve(Settings("smoke", (1, 2), ("epochs=2", "rows=7")), notebooks)
     assert resolved.label == "smoke~epochs=2.0~rows=7~seeds=1,2"
     assert resolved.parameters["01_build"] == {
@@ -228,19 +262,19 @@ def test_local_text_counts_by_its_content(tmp_path):
     text = tmp_path / "text"
     text.mkdir()
     (text / "a.txt").write_text("one")
-    path = receipts.discover(place)[0]
+    path = freshness.discover(place)[0]
 
     def now(data_dir):
         resolved = resolve(Settings("smoke", data_dir=str(data_dir)), [path])
-        return receipts.fingerprint(place, path, resolved, [])
+        return freshness.fingerprint(place, path, resolved, [])
 
     first = now(text)
-    assert str(tmp_path) not in json.dumps(first)
+    assert str(tmp_path) not in repr(first)
     text = text.rename(tmp_path / "elsewhere")
-    assert receipts.differences(first, now(text)) == []
-    assert receipts.differences(first, now("")) == []
+    assert freshness.differences(first, now(text)) == []
+    assert freshness.differences(first, now("")) == []
     (text / "a.txt").write_text("two")
-    assert receipts.differences(first, now(text)) == ["input text in data_dir changed"]
+    assert freshness.differences(first, now(text)) == ["input text in data_dir changed"]
 
 
 def test_a_notebook_must_take_the_common_parameters(tmp_path):
@@ -251,17 +285,18 @@ def test_a_notebook_must_take_the_common_parameters(tmp_path):
 
 
 def test_the_estimate_is_the_last_time_or_scaled_by_work():
-    def receipt(label, seconds, work):
-        return {"notebook": "01", "label": label, "seconds": seconds, "work": work}
+    def record(label, seconds, work):
+        plain = ("", {}, None, None, {}, {}, "")
+        return Record("01", label, *plain, seconds=seconds, work=work)
 
-    known = [receipt("cpu", 120, 4.0), receipt("smoke", 6, 0.1)]
-    assert estimates.minutes("01", "cpu", 4.0, known) == (2.0, "last run")
-    assert estimates.minutes("01", "wikitext2", 40.0, known) == (20.0, "rough")
-    assert estimates.minutes("01", "cpu~corpus=folder", None, known) == (None, "unknown")
-    assert estimates.minutes("02", "cpu", 4.0, known) == (None, "unknown")
+    known = [record("cpu", 120, 4.0), record("smoke", 6, 0.1)]
+    assert freshness.minutes("01", "cpu", 4.0, known) == (2.0, "last run")
+    assert freshness.minutes("01", "wikitext2", 40.0, known) == (20.0, "rough")
+    assert freshness.minutes("01", "cpu~corpus=folder", None, known) == (None, "unknown")
+    assert freshness.minutes("02", "cpu", 4.0, known) == (None, "unknown")
     profile = get_profile("cpu")
-    assert estimates.training_work(profile, 3) == 3 * estimates.training_work(profile, 1)
-    assert estimates.training_work(get_profile("cpu", {"corpus": "folder"}), 1) is None
+    assert freshness.training_work(profile, 3) == 3 * freshness.training_work(profile, 1)
+    assert freshness.training_work(get_profile("cpu", {"corpus": "folder"}), 1) is None
 
 
 def test_only_one_run_writes_a_label(tmp_path):
@@ -271,6 +306,40 @@ def test_only_one_run_writes_a_label(tmp_path):
         pytest.raises(RunError, match="another run is writing smoke"),
     ):
         runner.run(SMOKE, root=root)
+
+
+def test_killed_while_publishing_the_notebook_runs_again(finished, tmp_path, monkeypatch):
+    """After each file that was put in its place, and before the record."""
+    for folder in ("notebooks", "results", "figures"):
+        shutil.copytree(finished / folder, tmp_path / folder)
+    place = project(tmp_path)
+    before = freshness.published(place, "smoke", "01_build")
+    folder = tmp_path / "build/smoke/01_build.out"
+    for killed_after in range(3):
+        (folder / "results").mkdir(parents=True, exist_ok=True)
+        files = {}
+        for name, file in before.files.items():
+            new = folder / "results" / name.rpartition("/")[2]
+            new.write_text(f"seed,x\n0,{killed_after}\n")
+            digest = digests.of_file(new)
+            files[f"results/{new.name}"] = replace(file, sha256=digest)
+        copies = iter(range(killed_after))
+
+        def copy(source, target, copies=copies):
+            next(copies)  # StopIteration: killed
+            Path(target).write_bytes(Path(source).read_bytes())
+
+        monkeypatch.setattr(execute.shutil, "copyfile", copy)
+        if killed_after < 2:
+            with pytest.raises(StopIteration):
+                execute.publish(place, replace(before, files=files), folder)
+            why_now = why(tmp_path)["01_build"]
+            assert bool(why_now) == (killed_after > 0)
+            assert freshness.published(place, "smoke", "01_build") == before
+        else:
+            execute.publish(place, replace(before, files=files), folder)
+            assert list(artifacts.read_table("smoke", "numbers", tmp_path).x) == [2]
+            assert why(tmp_path)["02_plot"] == ["input 01_build changed"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,84 @@
+"""The README's numbers are those of the results."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pandas as pd
+import pytest
+from tiny_project import write_project
+
+from earlyexit.__main__ import main
+from earlyexit.runs import publish
+from earlyexit.runs.artifacts import MissingResult
+from earlyexit.runs.cache import Trained
+from earlyexit.runs.paths import project
+from earlyexit.runs.profiles import PROFILES
+
+
+def test_the_readme_quotes_the_results_that_are_here():
+    assert publish.check(project().readme) == []
+
+
+def test_blocks_are_rewritten_and_the_rest_is_not(tmp_path, monkeypatch):
+    path = write_project(tmp_path) / "README.md"
+    path.write_text("a\n<!-- generated: twice -->\nold\n<!-- end -->\nb 3.5\n")
+    monkeypatch.setitem(publish.BLOCKS, "twice", lambda root: "| 1 |")
+    assert publish.check(path, tmp_path) == ["twice"]
+    assert publish.update(path, tmp_path) == ["twice"]
+    assert path.read_text() == "a\n<!-- generated: twice -->\n| 1 |\n<!-- end -->\nb 3.5\n"
+    assert publish.update(path, tmp_path) == []
+
+
+def test_a_block_without_results_says_how_to_make_them(tmp_path, monkeypatch):
+    def block(root):
+        raise MissingResult("results/cpu/x.csv is missing: run `this`")
+
+    path = tmp_path / "README.md"
+    path.write_text("<!-- generated: gone -->\n<!-- end -->\n")
+    monkeypatch.setitem(publish.BLOCKS, "gone", block)
+    publish.update(path, tmp_path)
+    assert "*Results are missing: results/cpu/x.csv is missing: run `this`.*" in path.read_text()
+    path.write_text("<!-- generated: misspelt -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="'misspelt' is unknown; there are"):
+        publish.check(path, tmp_path)
+
+
+def test_the_status_block_names_profiles_without_results(tmp_path):
+    text = publish.status_block(tmp_path)
+    assert "| cpu | none yet: `python -m earlyexit run --profile cpu` |" in text
+    assert "smoke" not in text
+
+
+def test_a_card_says_what_the_weights_are(make_model):
+    model = make_model(gate_hidden=None)
+    history = pd.DataFrame({"step": [1, 2], "perplexity_0": [9.0, 7.25], "perplexity_1": [9, 7]})
+    trained = {3: Trained(model, history, "hash", pd.DataFrame())}
+    text = publish.model_card(PROFILES["cpu"], "cpu", trained, "f" * 64, {3: "model_seed3.st"})
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text
+    assert "Seeds: 3." in text and "| 3 | 0 | 7.2 |\n| 3 | 1 | 7.0 |\n\n## Use" in text
+    assert "| d_model | 16 |" in text and "gate_hidden" not in text
+    assert 'load_model("results/cpu/model_seed3.st")' in text
+    assert "01_build` trains them" in publish.model_card(PROFILES["cpu"], "cpu", trained, "f", {})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.1, 0.2, "worse"), (-0.2, -0.1, "better"), (-0.1, 0.1, "not told apart")],
+)
+def test_a_difference_is_a_verdict_only_with_its_whole_interval(low, high, verdict):
+    rows = pd.DataFrame({"low": [low, low], "high": [high, high]})
+    assert publish._verdict(rows) == f"{verdict}; 95 % over documents: {low:+.1%} to {high:+.1%}"
+
+
+@pytest.mark.slow
+def test_the_commands_it_shows_are_accepted():
+    """Those that run notebooks, as they stand, up to the point where work would begin."""
+    lines = re.findall(r"python -m earlyexit (run[^`#\n]*)", project().readme.read_text("utf-8"))
+    assert len(lines) >= 5
+    for line in lines:
+        arguments = [a for a in shlex.split(line) if a != "--dry-run"]
+        if "DIR" in arguments:  # the reader's own folder
+            arguments[arguments.index("DIR")] = str(project().root)
+        assert main([*arguments, "--dry-run"]) == 0, line
