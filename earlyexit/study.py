@@ -32,6 +32,7 @@ from earlyexit.runs.parameters import as_dict, read_parameters
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import get_profile
 from earlyexit.runs.publish import model_card
+from earlyexit.runs.published import model_path
 from earlyexit.training.config import RECIPES, TrainingConfig
 
 LARGEST_PUBLISHED = 8_000_000  # bytes of one model's weights among the results
@@ -238,7 +239,7 @@ class Study:
 
     def _published(self, seed: int) -> Trained | None:
         """The published model, if it was trained by this profile's recipe on this text."""
-        path = project().results / self.label / f"model_seed{seed}.safetensors"
+        path = model_path(self.label, seed)
         if not path.is_file():
             return None
         config = replace(self.model_config(), gate_hidden=self.profile.gates.hidden)

@@ -9,6 +9,7 @@ import torch
 
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.runs import runner
+from earlyexit.runs.parameters import NOTEBOOKS, as_dict
 from earlyexit.runs.profiles import PROFILES
 from earlyexit.runs.settings import Settings
 from earlyexit.study import Study
@@ -16,16 +17,37 @@ from earlyexit.training.config import RECIPES
 
 
 @pytest.mark.parametrize(
-    "overrides, remedy",
+    ("parameters", "remedy"),
     [
-        ({"tokenizer": "bpe"}, "output_head='linear'"),
-        ({"bf16": True}, "bf16=false"),
+        ({"overrides": {"tokenizer": "bpe"}}, "output_head='linear'"),
+        ({"overrides": {"corpus": "folder"}}, "needs data_dir"),
+        ({"overrides": {"model.d_model": 0}}, "d_model=0: must be ≥ 1"),
+        ({"overrides": {"gate_hidden": 16}}, "profile has no field 'gate_hidden'"),
+        ({"seeds": "[0]"}, r"^seeds='\[0\]': must be a list$"),
+        ({"seeds": [0, 0]}, "seed twice"),
+        ({"leak_epochs": "3"}, r"^leak_epochs='3': must be a number$"),
+        ({"leak_tokens": 0}, "leak_tokens=0: must be ≥ 1"),
     ],
 )
-def test_an_adaptive_head_is_refused_where_it_cannot_train(overrides, remedy):
-    study = Study("01_build", "smoke", device="cpu", overrides=overrides)
+def test_a_study_refuses_what_it_cannot_mean(parameters, remedy):
     with pytest.raises(ValueError, match=remedy):
+        Study("01_build", {"profile": "smoke", "device": "cpu"} | parameters)
+
+
+def test_an_adaptive_head_is_refused_where_it_cannot_train():
+    study = Study("01_build", {"profile": "smoke", "device": "cpu", "overrides": {"bf16": True}})
+    study.corpus = SimpleNamespace(vocab_size=500)
+    with pytest.raises(ValueError, match="bf16=false"):
         study.model_config()
+
+
+def test_a_study_records_all_parameters_of_its_notebook_and_nothing_else():
+    variables = {"profile": "smoke", "device": "cpu", "leak_tokens": 9, "__name__": "__main__"}
+    recorded = Study("01_build", variables).outputs.origin["parameters"]
+    defaults = as_dict(NOTEBOOKS["01_build"]())
+    assert recorded == defaults | {
+        "profile": "smoke", "device": "cpu", "leak_tokens": 9, "seeds": [0]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -33,11 +55,11 @@ def test_every_profile_has_a_plan_a_model_and_a_training(name):
     """Also those that this machine is too small for: the model is built without storage."""
     profile, plan = PROFILES[name], runner.plan(Settings(name))
     assert len(plan.steps) == 8 and all(step.minutes for step in plan.steps)
-    study = Study("01_build", name, device="cpu")
-    study.corpus = SimpleNamespace(vocab_size=profile.vocab_size)
-    study.device = torch.device("cuda" if profile.bf16 else "cpu")
+    study = Study("01_build", {"profile": name, "device": "cpu"})
+    study.corpus = SimpleNamespace(vocab_size=profile.corpus.vocab_size)
+    study.device = torch.device("cuda" if profile.training.bf16 else "cpu")
     with torch.device("meta"):
         model = EarlyExitLanguageModel.from_config(study.model_config())
-    assert model.n_layers == profile.n_layers
-    for recipe in profile.recipes:
-        assert study.training_config(0, **RECIPES[recipe]).bf16 == profile.bf16
+    assert model.config == profile.model
+    for recipe in profile.parameters("03_threshold_sweep").recipes:
+        assert study.training_config(1, **RECIPES[recipe]).epochs == profile.training.epochs

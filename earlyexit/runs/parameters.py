@@ -68,7 +68,11 @@ class Common(Checked):
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-COMMON = tuple(field.name for field in fields(Common))
+# Their annotations in a parameters cell.
+COMMON = {
+    field.name: {"seeds": "list", "overrides": "dict"}.get(field.name, "str")
+    for field in fields(Common)
+}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -135,10 +135,9 @@ def _declared(path: Path) -> type[Common]:
     A cell that was saved with other values looks as if ``run`` read it: the log says that it does not.
     """
     cell = digests.notebook_parameters(path)
-    for field in fields(Common):
-        kind = {"seeds": "list", "overrides": "dict"}.get(field.name, "str")
-        if cell.get(field.name, ("",))[0] != kind:
-            raise ValueError(f"{path.stem}: its parameters cell needs `{field.name}: {kind}`")
+    for name, kind in COMMON.items():
+        if cell.get(name, ("",))[0] != kind:
+            raise ValueError(f"{path.stem}: its parameters cell needs `{name}: {kind}`")
     if saved := saved_otherwise(path):
         pairs = [f"--set={name}={json.dumps(value)}" for name, value in saved.items()]
         warning = "%s: run does not take the values saved in its parameters cell; give %s"
@@ -203,6 +202,6 @@ def _instead(key: str) -> str:
 
 def _available(kinds: dict[str, type[Common]]) -> str:
     """The keys that exist, as one line."""
-    names = sorted({name for kind in kinds.values() for name in names(kind)})
+    special = sorted({name for kind in kinds.values() for name in names(kind)})
     known = ", ".join(profiles.KEYS.values())
-    return f"profile fields: {known}; notebook parameters: {', '.join(names) or 'none'}"
+    return f"profile fields: {known}; notebook parameters: {', '.join(special) or 'none'}"

@@ -25,7 +25,7 @@ from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
 from earlyexit.runs.profiles import get_profile
 from earlyexit.runs.provenance import Record
-from earlyexit.runs.settings import Settings, UsageError, parse_value, resolve
+from earlyexit.runs.settings import Settings, UsageError, resolve
 
 pytestmark = pytest.mark.xdist_group("runner")  # they share a finished series
 SMOKE = Settings("smoke")
@@ -144,7 +144,7 @@ def test_status_names_what_is_stale_and_why(finished, monkeypatch):
     record.write_text(kept)
 
     monkeypatch.setitem(
-        profiles.PROFILES, "smoke", replace(get_profile("smoke"), epochs=9.0, about="longer")
+        profiles.PROFILES, "smoke", replace(get_profile("smoke", {"epochs": 9.0}), about="longer")
     )
     assert why(finished)["01_build"] == ["parameter epochs: 1.0 -> 9.0"]
     monkeypatch.undo()
@@ -194,9 +194,13 @@ def test_a_failed_notebook_is_kept_aside_and_the_cell_named(tmp_path, monkeypatc
     [
         (["--profile", "huge"], "unknown profile 'huge'; choose one of smoke, cpu"),
         (["--set", "rowz=3"], "no such key; profile fields: corpus"),
-        (["--set", "rows=3.5"], "--set rows=3.5: expected int"),
+        (["--set", "rows=3.5"], "rows=3.5: must be a whole number"),
         (["--set", "rows"], "expected key=value"),
-        (["--set", "epochs=many"], "expected float"),
+        (["--set", "epochs=many"], "epochs='many': must be a number"),
+        (["--set", "model.bk_heads=0"], "bk_heads=0: must be ≥ 1"),
+        (["--set", "corpus=nope"], "name='nope': must be 'sotu', 'wikitext-2'"),
+        (["--set", "corpus=folder"], "corpus 'folder' needs data_dir"),
+        (["--seeds", "1", "1"], "names a seed twice"),
         (["--set", "seeds=[1]"], "use --seeds"),
         (["--set", "overrides={}"], "name the profile's fields"),
         (["--only", "7"], "--only 7: no such notebook; 01_build, 02_plot"),
@@ -215,46 +219,6 @@ def test_wrong_usage_is_told_in_one_line_before_anything_runs(
     assert complaint in said
     assert said.count("\n") == 1
     assert sorted(root.rglob("*")) == files
-
-
-def test_settings_reach_the_right_place(tmp_path):
-    notebooks = freshness.discover(project(write_project(tmp_path)))
-    resolved = resolve(Settings("smoke", (1, 2), ("epochs=2", "rows=7")), notebooks)
-    assert resolved.label == "smoke~epochs=2.0~rows=7~seeds=1,2"
-    assert resolved.parameters["01_build"] == {
-        "profile": "smoke",
-        "seeds": [1, 2],
-        "data_dir": "",
-        "device": "auto",
-        "overrides": {"epochs": 2.0},
-        "rows": 7,
-    }
-    assert "rows" not in resolved.parameters["02_plot"]
-    assert resolved.profile == get_profile("smoke", {"epochs": 2.0})
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "value"),
-    [
-        ("int", "3", 3), ("float", "1e-3", 1e-3), ("float", "2", 2.0), ("bool", "true", True),
-        ("bool", "False", False), ("str", "3", "3"), ("list", "[0.5, 1]", [0.5, 1]),
-        ("dict", '{"a": 1}', {"a": 1}),
-    ],
-)  # fmt: skip
-def test_values_are_parsed_by_type(kind, text, value):
-    parsed = parse_value("key", text, kind)
-    assert parsed == value
-    assert type(parsed) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [("int", "3.0"), ("int", "true"), ("float", "nan"), ("bool", "1"), ("list", "3"),
-     ("list", "[1"), ("dict", "[]"), ("set", "{}")],
-)  # fmt: skip
-def test_values_of_another_type_are_refused(kind, text):
-    with pytest.raises(UsageError, match=f"expected {kind}"):
-        parse_value("key", text, kind)
 
 
 def test_local_text_counts_by_its_content(tmp_path):
@@ -277,13 +241,6 @@ def test_local_text_counts_by_its_content(tmp_path):
     assert freshness.differences(first, now(text)) == ["input text in data_dir changed"]
 
 
-def test_a_notebook_must_take_the_common_parameters(tmp_path):
-    path = write_notebook(tmp_path, "01_x", [])
-    path.write_text(path.read_text().replace("device: str", "device: int"))
-    with pytest.raises(UsageError, match="01_x: its parameters cell needs `device: str`"):
-        resolve(SMOKE, [path])
-
-
 def test_the_estimate_is_the_last_time_or_scaled_by_work():
     def record(label, seconds, work):
         plain = ("", {}, None, None, {}, {}, "")
@@ -295,8 +252,8 @@ def test_the_estimate_is_the_last_time_or_scaled_by_work():
     assert freshness.minutes("01", "cpu~corpus=folder", None, known) == (None, "unknown")
     assert freshness.minutes("02", "cpu", 4.0, known) == (None, "unknown")
     profile = get_profile("cpu")
-    assert freshness.training_work(profile, 3) == 3 * freshness.training_work(profile, 1)
-    assert freshness.training_work(get_profile("cpu", {"corpus": "folder"}), 1) is None
+    assert estimates.training_work(profile, 3) == 3 * estimates.training_work(profile, 1)
+    assert estimates.training_work(get_profile("cpu", {"corpus": "folder"}, "text"), 1) is None
 
 
 def test_only_one_run_writes_a_label(tmp_path):

@@ -1,0 +1,111 @@
+"""Published models, with their text and the policy that is certified for them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from earlyexit.calibration.certificate import Certificate
+from earlyexit.corpus.corpus import Corpus
+from earlyexit.corpus.load import load_corpus
+from earlyexit.devices import resolve_device
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.checkpoints import CheckpointError, checkpoint_about, load_model
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.runs import digests
+from earlyexit.runs.artifacts import read_json
+from earlyexit.runs.paths import project
+from earlyexit.runs.profiles import get_profile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """A published model and what belongs to it.
+
+    Attributes:
+        model: in evaluation mode, with its gates.
+        corpus: the text it was trained on.
+        certificate, policy: what is certified of this very model on this text; None if nothing is.
+    """
+
+    model: EarlyExitLanguageModel
+    corpus: Corpus
+    certificate: Certificate | None
+    policy: ExitPolicy | None
+
+
+def model_path(label: str, seed: int) -> Path:
+    """Where the weights of a profile's model are published."""
+    return project().results / label / f"model_seed{seed}.safetensors"
+
+
+def load(
+    profile: str = "cpu", seed: int = 0, data_dir: str | None = None, device: str = "auto"
+) -> Published:
+    """A published model with its text and its certified policy, all compared by their hashes.
+
+    A certificate is made for one seed; with the model of another seed there is none.
+
+    Args:
+        profile: one that published its weights, such as ``"cpu"`` or ``"wikitext2"``.
+        data_dir: folder with the text, where it is not to come from the hub.
+
+    Raises:
+        CheckpointError: nothing is published of this profile and seed, or the file is not the one
+            that was published.
+        ValueError: the text is not the one that the model was trained on.
+        ConnectionError: the text is neither here nor within reach.
+    """
+    path = model_path(profile, seed)
+    if not path.is_file():
+        raise CheckpointError(
+            f"no published model of profile {profile!r} with seed {seed}; there are {_known()}. "
+            f"`python -m earlyexit run --profile NAME --only 01` trains the models of a profile"
+        )
+    _check_bytes(path)
+    model = load_model(path, device=resolve_device(device))
+    corpus = load_corpus(get_profile(profile, data_dir=data_dir).corpus, project().cache / "corpus")
+    trained_on = checkpoint_about(path)["text"]
+    if trained_on != corpus.data_hash:
+        raise ValueError(
+            f"the text has digest {corpus.data_hash[:16]}, but this model was trained on one with digest"
+            f" {trained_on[:16]}: " + ("give another data_dir" if data_dir else "give its data_dir")
+        )
+    certificate = _certificate(path.with_name("certificate.json"), model, corpus)
+    return Published(model, corpus, certificate, certificate.policy if certificate else None)
+
+
+def _certificate(path: Path, model: EarlyExitLanguageModel, corpus: Corpus) -> Certificate | None:
+    """The certificate in a file, if it speaks of this model and this text."""
+    if not path.is_file():
+        return None
+    _check_bytes(path)
+    certificate = Certificate.load(path)
+    try:
+        return certificate if certificate.check(model, corpus) else None
+    except ValueError as error:
+        log.info("no certified policy: %s", error)
+        return None
+
+
+def _known() -> str:
+    """The published models, as part of a sentence."""
+    seeds: dict[str, list[str]] = {}
+    for path in sorted(project().results.glob("*/model_seed*.safetensors")):
+        seeds.setdefault(path.parent.name, []).append(re.sub(r"\D", "", path.stem))
+    return ", ".join(f"{name} (seed {', '.join(found)})" for name, found in seeds.items()) or "none"
+
+
+def _check_bytes(path: Path) -> None:
+    """Compare a file with its record.
+
+    Raises:
+        CheckpointError: it was changed, or never finished.
+    """
+    record = path.with_name(f"{path.stem}.meta.json")
+    if read_json(record)["files"][path.name] != digests.of_file(path):
+        raise CheckpointError(f"{path} is not the file that was published: fetch it again")

@@ -1,0 +1,92 @@
+"""What ``from earlyexit import …`` gives, and what it does not drag in."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+import earlyexit
+from earlyexit import load
+from earlyexit.models.checkpoints import CheckpointError, load_model, save_model
+from earlyexit.runs.paths import HOME_VARIABLE, project
+
+FACE = """
+    ACTLanguageModel BKCore CRITERIA Certificate CorpusConfig EarlyExitEvaluator
+    EarlyExitLanguageModel EarlyExitResNetBKBlock ExitPolicy ExitTrace ModelConfig MoEResNetBKLayer
+    MultiScaleLanguageModel SparseBKLanguageModel SparseMoELayer TrainingConfig certify
+    collect_trace convert_act_to_early_exit fit_policy load load_corpus load_model loader
+    save_model train train_gates
+"""
+
+
+def test_the_face_is_what_is_announced():
+    assert set(earlyexit.__all__) == set(FACE.split())
+    assert all(hasattr(earlyexit, name) for name in earlyexit.__all__)
+
+
+def test_importing_loads_neither_plots_nor_notebooks():
+    heavy = {"matplotlib", "seaborn", "papermill", "nbformat", "IPython", "ipywidgets", "datasets"}
+    code = f"import sys, earlyexit.study, earlyexit.__main__; print({heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.fixture(scope="module")
+def published():
+    return load("cpu", device="cpu")
+
+
+def test_a_published_model_comes_with_its_text_and_its_certified_policy(published):
+    assert published.certificate.check(published.model, published.corpus)
+    assert published.policy == published.certificate.policy
+    assert published.certificate.epsilon == 0.05
+    assert not published.model.training and published.model.gates is not None
+
+
+def test_what_is_not_published_is_refused_with_what_is():
+    for arguments in (("nope",), ("gpu",), ("cpu", 7)):
+        with pytest.raises(
+            CheckpointError, match=r"there are cpu \(seed 0\), wikitext2 \(seed 0, 1, 2\)"
+        ):
+            load(*arguments)
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch, published):
+    """A project with the published model of ``cpu``, to be tampered with; the text is at hand."""
+    names = ("model_seed0.safetensors", "certificate.json", "*.meta.json")
+    for name in names:
+        for path in (project().results / "cpu").glob(name):
+            target = tmp_path / "results" / "cpu" / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    monkeypatch.setattr("earlyexit.runs.published.load_corpus", lambda *_: published.corpus)
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    return tmp_path / "results" / "cpu"
+
+
+def test_a_changed_file_is_refused(copy):
+    save_model(load_model(copy / "model_seed0.safetensors"), copy / "model_seed0.safetensors")
+    with pytest.raises(CheckpointError, match="is not the file that was published"):
+        load("cpu")
+
+
+def test_another_text_is_refused(copy, published, monkeypatch):
+    other = replace(published.corpus, data_hash="0" * 64)
+    monkeypatch.setattr("earlyexit.runs.published.load_corpus", lambda *_: other)
+    with pytest.raises(
+        ValueError, match="digest 0000000000000000, but .* one with digest 474b2432"
+    ):
+        load("cpu", device="cpu")
+
+
+def test_a_certificate_of_another_model_is_not_handed_out(copy, published, monkeypatch):
+    monkeypatch.setattr("earlyexit.runs.published._check_bytes", lambda _: None)
+    replace(published.certificate, model_hash="another").save(copy / "certificate.json")
+    without = load("cpu", device="cpu")
+    assert (without.certificate, without.policy) == (None, None)
+    assert without.model.fingerprint() == published.model.fingerprint()
