@@ -22,8 +22,8 @@ from earlyexit.calibration.trace import ExitTrace
 from earlyexit.cost.parts import exit_costs, policy_flops
 from earlyexit.cost.timing import interleaved_times, median_ratio
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 SETTINGS = ("epsilon", "threshold", "exit_layer", "depth")
 
@@ -78,7 +78,7 @@ def original_thresholds(thresholds: Iterable[float], n_layers: int) -> list[Cand
 
 
 def fitted(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     trace: ExitTrace,
     criteria: Iterable[str],
     epsilons: Sequence[float],
@@ -98,7 +98,7 @@ def fitted(
 
 
 def fitted_policy(
-    model: EarlyExitLanguageModel, trace: ExitTrace, criterion: str, epsilon: float
+    model: EarlyExitModel, trace: ExitTrace, criterion: str, epsilon: float
 ) -> ExitPolicy:
     """Thresholds per layer that save most FLOPs at a quality loss of at most ``epsilon``.
 
@@ -111,13 +111,23 @@ def fitted_policy(
     return fit_policy(trace, criterion, epsilon, costs=leaving_flops(model, criterion))
 
 
+def nearest_policy(
+    candidates: Iterable[Candidate], criterion: str, epsilon: float, n_layers: int
+) -> ExitPolicy:
+    """The policy of a criterion fitted to the ε nearest to ``epsilon``; full depth without any."""
+    of_criterion = {c.value: c.policy for c in candidates if c.criterion == criterion}
+    if not of_criterion:
+        return ExitPolicy.static(n_layers, n_layers)
+    return of_criterion[nearest(of_criterion, epsilon)]
+
+
 def compare(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     candidates: Sequence[Candidate],
     loaders: Mapping[str, Iterable],
     batch: tuple[Tensor, Tensor],
     repeats: int,
-    shallow: Mapping[int, EarlyExitLanguageModel] | None = None,
+    shallow: Mapping[int, EarlyExitModel] | None = None,
 ) -> pd.DataFrame:
     """Run every candidate for real, compacted.
 
@@ -166,9 +176,7 @@ def compare(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def oracle(
-    model: EarlyExitLanguageModel, trace: ExitTrace, epsilons: Sequence[float]
-) -> pd.DataFrame:
+def oracle(model: EarlyExitModel, trace: ExitTrace, epsilons: Sequence[float]) -> pd.DataFrame:
     """Exits chosen with hindsight about the last layer's prediction, on the trace.
 
     This is no run, so there is no time, and no check among its FLOPs.
@@ -196,7 +204,7 @@ def oracle(
 
 
 def real_runs(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     policies: Mapping[str, ExitPolicy],
     traces: Mapping[str, ExitTrace],
     loaders: Mapping[str, Iterable],
@@ -258,19 +266,19 @@ def time_columns(
     return dict(zip(names, median_ratio(baseline, seconds), strict=True))
 
 
-def evaluator_of(model: EarlyExitLanguageModel) -> EarlyExitEvaluator:
+def evaluator_of(model: EarlyExitModel) -> EarlyExitEvaluator:
     """An evaluator on the device where the model is."""
     return EarlyExitEvaluator(model, next(model.parameters()).device)
 
 
 def run_flops(
-    model: EarlyExitLanguageModel, shares: Sequence[float], policy: ExitPolicy
+    model: EarlyExitModel, shares: Sequence[float], policy: ExitPolicy
 ) -> dict[str, float]:
     """FLOPs per token of a compacted run by part, from its exit shares ``(L + 1,)``."""
     return policy_flops(model.config, shares, policy)
 
 
-def leaving_flops(model: EarlyExitLanguageModel, criterion: str) -> np.ndarray:
+def leaving_flops(model: EarlyExitModel, criterion: str) -> np.ndarray:
     """FLOPs per token of leaving at exit 0 … L − 1 ``(L,)``."""
     return exit_costs(model.config, criterion)
 

@@ -16,8 +16,8 @@ from earlyexit.calibration.trace import ExitTrace
 from earlyexit.calibration.unit_losses import Unit, WindowLosses, window_losses
 from earlyexit.corpus.splits import Split
 from earlyexit.evaluation.compare import evaluator_of, fitted_policy
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 UNITS: tuple[Unit, ...] = ("document", "window")
 
@@ -80,7 +80,7 @@ def certify_each(
 
 
 def certificate_table(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     trace: ExitTrace,
     certificates: Certificates,
     criterion: str,
@@ -187,7 +187,7 @@ def audits(
 
 
 def transfer(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     certificates: Mapping[float, Certificate],
     other: Split,
     eos_id: int,

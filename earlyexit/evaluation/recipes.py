@@ -11,12 +11,12 @@ from earlyexit.calibration.bounds import paired_interval
 from earlyexit.calibration.thresholds import Unreachable, fit_policy_to_cost
 from earlyexit.calibration.trace import ExitTrace, by_document
 from earlyexit.evaluation.compare import evaluator_of, fitted_policy, leaving_flops, run_flops
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 
 def against_twin(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     fit: ExitTrace,
     test: ExitTrace,
     twin: ExitTrace,
@@ -64,10 +64,10 @@ def twin_row(twin: ExitTrace) -> pd.DataFrame:
 
 
 def equal_cost(
-    model: EarlyExitLanguageModel,
+    model: EarlyExitModel,
     fit: ExitTrace,
     test: ExitTrace,
-    shallow: EarlyExitLanguageModel,
+    shallow: EarlyExitModel,
     shallow_test: ExitTrace,
 ) -> pd.DataFrame:
     """Gates fitted to the cost of a shallow model at full depth, against that model.

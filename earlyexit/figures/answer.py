@@ -10,6 +10,7 @@ from earlyexit.figures.style import _plain_ticks
 from earlyexit.figures.style import label_of
 from earlyexit.figures.style import layer_colours
 from earlyexit.figures.style import lines
+from earlyexit.figures.style import setting_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import html
@@ -22,8 +23,8 @@ def front(table: pd.DataFrame, claims: pd.DataFrame) -> Figure:
     """Quality loss against layers, FLOPs and time, policies run for real, claims marked.
 
     Args:
-        table: columns seed, criterion, threshold, quality_loss, speedup_layers, speedup_flops,
-            speedup_time.
+        table: columns seed, criterion, one setting (epsilon, threshold, exit_layer or depth),
+            quality_loss, speedup_layers, speedup_flops, speedup_time.
         claims: columns speedup, quality_loss of the original; it does not say which speedup.
     """
     kinds = {
@@ -40,7 +41,7 @@ def front(table: pd.DataFrame, claims: pd.DataFrame) -> Figure:
         groups = table.groupby("criterion", sort=False)
         lines = [name for name in groups.groups if name not in points]
         for name, rows in groups:
-            settings = rows.groupby("threshold")[[x, "quality_loss"]]
+            settings = rows.groupby(setting_of(rows))[[x, "quality_loss"]]
             mean, low, high = settings.mean(), settings.min(), settings.max()
             style = {"fmt": points.get(name), "markersize": 4}
             if name in lines:

@@ -26,12 +26,20 @@ REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
 MARKERS = "osD^vP*X"
 
 
+SETTINGS = ("epsilon", "threshold", "exit_layer", "depth", "price")  # what a policy is made by
+
+
 FEW = 12  # thresholds, up to which a curve is drawn as points
 
 
 def label_of(criterion: str) -> str:
     """How a criterion is called in a legend."""
     return CRITERIA[criterion].label if criterion in CRITERIA else criterion
+
+
+def setting_of(table: pd.DataFrame) -> pd.Series:
+    """The setting that each row was made by: the one of ``SETTINGS`` that is not NaN."""
+    return table[[name for name in SETTINGS if name in table]].bfill(axis=1).iloc[:, 0]
 
 
 def _exit_name(layer: int, n_layers: int) -> str:

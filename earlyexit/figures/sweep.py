@@ -9,6 +9,7 @@ from earlyexit.figures.style import PAGE
 from earlyexit.figures.style import REFERENCE
 from earlyexit.figures.style import _percent
 from earlyexit.figures.style import label_of
+from earlyexit.figures.style import setting_of
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import matplotlib.pyplot as plt
@@ -27,7 +28,7 @@ def pareto(
     """Quality loss against a speedup, one curve per criterion, static exits and oracles beside.
 
     Args:
-        curves: columns seed, criterion, threshold, quality_loss and ``x``; static exits, and criteria of
+        curves: columns seed, criterion, quality_loss, ``x`` and settings (threshold, exit_layer, price); static exits, and criteria of
             few thresholds, are drawn as points, oracles dashed. Several seeds are drawn as their mean
             and range.
         limit: largest quality loss shown.
@@ -37,7 +38,7 @@ def pareto(
     for k, (criterion, rows) in enumerate(curves.groupby("criterion", sort=False)):
         style = {"color": f"C{k}", "label": label_of(criterion)}
         if rows.groupby("seed").size().max() <= FEW:
-            settings = rows.groupby("threshold")
+            settings = rows.groupby(setting_of(rows))
             mean = settings[[x, "quality_loss"]].mean()
             shown = mean["quality_loss"] <= limit
             style |= {"fmt": MARKERS[k % len(MARKERS)], "markersize": 4}
