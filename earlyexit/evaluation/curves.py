@@ -58,7 +58,7 @@ def calibrated_curves(
 
 
 def _finite(curves: pd.DataFrame) -> pd.DataFrame:
-    return curves.replace([np.inf, -np.inf], np.nan)
+    return curves.replace([np.inf, -np.inf], np.nan).astype({"threshold": float})
 
 
 def best_in_hindsight(curves: pd.DataFrame, epsilon: float) -> pd.Series:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from earlyexit.cost.batching import batches, executed_depth, predicted_difficulty, throughput
 from earlyexit.exits.policy import ExitPolicy
