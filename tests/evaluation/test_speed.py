@@ -93,7 +93,7 @@ def test_the_smallest_configurations_and_the_table_of_prices():
     grid = time_model.FITTED
     assert speed.smallest(grid) is grid
     assert speed.smallest(grid, 2) == [grid[0], grid[3]]
-    prices = time_model.TimeModel({"blocks": {"launches": 2e-5, "bytes": 1e-10}})
+    prices = time_model.TimeModel({"blocks": {"launches": 2e-5, "bytes": 1e-10}}, {})
     assert speed.price_table(prices).to_dict("records") == [
         {"part": "blocks", "work": "launches", "seconds_per_unit": 2e-5},
         {"part": "blocks", "work": "bytes", "seconds_per_unit": 1e-10},
