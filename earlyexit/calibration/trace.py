@@ -171,29 +171,28 @@ class ExitTrace:
         return pd.DataFrame({"criterion": criterion, "threshold": thresholds, **_columns(rows)})
 
     def static(self) -> pd.DataFrame:
-        """Every token leaves at the same layer."""
+        """Read-outs of every token leaving at the same ``exit_layer``."""
         rows = [self.evaluate(ExitPolicy.static(i, self.n_layers)) for i in range(self.n_layers)]
         return pd.DataFrame(
-            {"criterion": "static", "threshold": range(self.n_layers), **_columns(rows)}
+            {"criterion": "static", "exit_layer": range(self.n_layers), **_columns(rows)}
         )
 
     def oracle(self, loss: str = "nll", n_points: int = 60) -> pd.DataFrame:
-        """Best front with hindsight: per token the exit that minimises depth + λ · loss.
+        """Best front with hindsight: per token the exit that minimises depth + price · loss.
 
         Args:
             loss: ``"nll"`` (the target is known) or ``"kl"`` (the last layer is known).
+            n_points: prices of a nat, in layers.
         """
         if loss not in ("nll", "kl"):
             raise ValueError(f"loss={loss!r} must be 'nll' or 'kl'")
         harm = self.nll - self.nll[:, -1:] if loss == "nll" else self.kl
         depth = np.arange(1, self.n_layers + 1)
         rows = []
-        multipliers = np.concatenate([[0.0], np.logspace(-2, 4, n_points - 1)])
-        for multiplier in multipliers:
-            rows.append(self.read_out((depth + multiplier * harm).argmin(axis=1)))
-        return pd.DataFrame(
-            {"criterion": f"oracle ({loss})", "threshold": multipliers, **_columns(rows)}
-        )
+        prices = np.concatenate([[0.0], np.logspace(-2, 4, n_points - 1)])
+        for price in prices:
+            rows.append(self.read_out((depth + price * harm).argmin(axis=1)))
+        return pd.DataFrame({"criterion": f"oracle ({loss})", "price": prices, **_columns(rows)})
 
     @cached_property
     def full_nll(self) -> float:
@@ -255,15 +254,15 @@ class ExitTrace:
         return cls(scores=scores, **about, **per_token, **columns)
 
 
-def best_within(curve: pd.DataFrame, tolerance: float) -> float:
-    """Largest speedup in layers at a quality loss ≤ ``tolerance``, between points of a curve.
+def best_within(curve: pd.DataFrame, epsilon: float) -> float:
+    """Largest speedup in layers at a quality loss ≤ ``epsilon``, between points of a curve.
 
     Args:
         curve: columns quality_loss and speedup_layers, as :meth:`ExitTrace.oracle` returns.
     """
     front = curve.sort_values("quality_loss")
     speedup = np.maximum.accumulate(front["speedup_layers"].to_numpy())
-    return float(np.interp(tolerance, front["quality_loss"], speedup))
+    return float(np.interp(epsilon, front["quality_loss"], speedup))
 
 
 def by_document(values: np.ndarray, document: np.ndarray) -> np.ndarray:

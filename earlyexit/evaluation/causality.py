@@ -1,15 +1,16 @@
-"""Does a prediction depend on tokens after it? Replace them and look."""
+"""Whether a prediction depends on tokens after it: they are replaced, and the change is measured."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from earlyexit.corpus.windows import IGNORE
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.exits.api import EarlyExitModel
 
 
 def replace_future(x: Tensor, cut: int, vocab_size: int, seed: int = 0) -> Tensor:
@@ -20,7 +21,7 @@ def replace_future(x: Tensor, cut: int, vocab_size: int, seed: int = 0) -> Tenso
 
 
 @torch.no_grad()
-def future_effect(model: EarlyExitLanguageModel, x: Tensor, cut: int) -> float:
+def future_effect(model: EarlyExitModel, x: Tensor, cut: int) -> float:
     """Largest change of any logit before ``cut`` when everything from ``cut`` on is replaced."""
     before = model(x)[:, :cut]
     after = model(replace_future(x, cut, model.vocab_size))[:, :cut]
@@ -29,7 +30,7 @@ def future_effect(model: EarlyExitLanguageModel, x: Tensor, cut: int) -> float:
 
 @torch.no_grad()
 def perplexity_without_future(
-    model: EarlyExitLanguageModel, batches: Iterable[tuple[Tensor, Tensor]], n_cuts: int = 8
+    model: EarlyExitModel, batches: Iterable[tuple[Tensor, Tensor]], n_cuts: int = 8
 ) -> tuple[float, float]:
     """Perplexity of the same tokens with their true future and with a replaced one.
 
@@ -52,3 +53,20 @@ def perplexity_without_future(
             ).cpu()
             count += int((y[:, cut - 1] != IGNORE).sum())
     return tuple(math.exp(total / count) for total in totals.tolist())
+
+
+def leak(
+    models: Mapping[str, EarlyExitModel], batches: Sequence[tuple[Tensor, Tensor]]
+) -> pd.DataFrame:
+    """:func:`perplexity_without_future` of models: columns model, future, perplexity."""
+    parts = [
+        pd.DataFrame(
+            {
+                "model": name,
+                "future": ["true", "replaced"],
+                "perplexity": perplexity_without_future(model, batches),
+            }
+        )
+        for name, model in models.items()
+    ]
+    return pd.concat(parts, ignore_index=True)

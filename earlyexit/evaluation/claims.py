@@ -1,4 +1,4 @@
-"""What the original claims, to be set beside what is measured.
+"""What the original claims, set beside what is measured.
 
 Source: the early-exit design note of the open-source ResNet-BK project (neko-jpg/Project-ResNet-BK-
 An-O-N-Language-Model-Architecture on GitHub, commit 6182361). Its tables come from no run.
@@ -6,20 +6,30 @@ An-O-N-Language-Model-Architecture on GitHub, commit 6182361). Its tables come f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.resources import files
 
+import numpy as np
 import pandas as pd
 
-CHECK_SHARE = 0.01  # of a layer's time: the exit check, as documented
+from earlyexit.evaluation.compare import evaluator_of
+from earlyexit.exits.api import EarlyExitModel
 
-
-CONFIDENCE_SHARE = 0.02  # of a layer's time: softmax and maximum, as documented
-
-
-MEMORY_SAVED = 0.30  # of activation memory, as documented
-
-
-EFFICIENCY = 0.85  # measured over theoretical speedup, as documented
+# As documented there:
+CHECK_SHARE = 0.01  # of a layer's time: the exit check
+CONFIDENCE_SHARE = 0.02  # of a layer's time: softmax and maximum
+MEMORY_SAVED = 0.30  # of activation memory
+EFFICIENCY = 0.85  # measured over theoretical speedup
+MULTI_SCALE, SPARSE, EXITS = 4.0, 1.8, 2.0  # speedups of each idea alone
+MULTI_SCALE_AND_EXITS, SPARSE_AND_EXITS = 8.0, 3.6  # and of two together, multiplied
+SPEEDUPS = (
+    "speedup_layers",
+    "speedup_flops",
+    "speedup_time",
+    "speedup_time_low",
+    "speedup_time_high",
+)
+ROUNDING = 1e-9  # an ε that equals the claimed loss is within it
 
 
 def original_claims() -> pd.DataFrame:
@@ -42,8 +52,67 @@ def claimed_test_rows() -> pd.DataFrame:
     return claims.dropna(subset="threshold").reset_index(drop=True)
 
 
-# Of combinations, as documented: each factor, and their product.
-MULTI_SCALE, SPARSE, EXITS = 4.0, 1.8, 2.0
+def measured_claims(model: EarlyExitModel, loader: Iterable) -> pd.DataFrame:
+    """The original's thresholds run for real, beside what it claims of them.
+
+    Returns:
+        One row per claim: threshold, claimed_speedup, claimed_quality_loss, measured_speedup_layers,
+        measured_quality_loss, perplexity, avg_exit_layer, exited_early (share of the tokens).
+    """
+    claims, evaluator = claimed_test_rows(), evaluator_of(model)
+    full = evaluator.evaluate_policy(loader)["perplexity"]
+    measured = evaluator.evaluate(loader, claims["threshold"].tolist())
+    rows = []
+    for claim in claims.itertuples():
+        found = measured[claim.threshold]
+        rows.append(
+            {
+                "threshold": claim.threshold,
+                "claimed_speedup": claim.speedup,
+                "claimed_quality_loss": claim.quality_loss,
+                "measured_speedup_layers": found["speedup_estimate"],
+                "measured_quality_loss": found["perplexity"] / full - 1,
+                "perplexity": found["perplexity"],
+                "avg_exit_layer": found["avg_exit_layer"],
+                "exited_early": 1 - sum(found["exit_distribution"][-2:]) / 100,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
-MULTI_SCALE_AND_EXITS, SPARSE_AND_EXITS = 8.0, 3.6
+def claims_and_certificates(front: pd.DataFrame, certificates: pd.DataFrame) -> pd.DataFrame:
+    """The original's rows: claimed, measured at the same threshold, and what can be certified.
+
+    Args:
+        front: :func:`earlyexit.evaluation.compare.compare` of the original's thresholds, of one seed.
+        certificates: :func:`earlyexit.evaluation.guarantees.certificate_table` of the same seed.
+
+    Returns:
+        Columns threshold, claimed_speedup, claimed_loss; measured_ and the three speedups, loss;
+        exited_early; and of the policy certified by document with the largest ε that is no more than
+        the claimed loss certified_epsilon, certified_speedup_layers, certified_loss (NaN: none).
+    """
+    measured = front[front["criterion"] == "original's threshold"].set_index("threshold")
+    by_document = certificates[certificates["policy"] == "certified by document"]
+    certified = by_document.dropna(subset="test_speedup_layers")
+    rows = []
+    for claim in claimed_test_rows().itertuples():
+        found = measured.loc[claim.threshold]
+        within = certified[certified["epsilon"] <= claim.quality_loss + ROUNDING]
+        best = within.loc[within["epsilon"].idxmax()] if len(within) else {}
+        rows.append(
+            {
+                "threshold": claim.threshold,
+                "claimed_speedup": claim.speedup,
+                "claimed_loss": claim.quality_loss,
+            }
+            | {f"measured_{name}": found[name] for name in SPEEDUPS}
+            | {
+                "measured_loss": found["quality_loss"],
+                "exited_early": found["exited_early"],
+                "certified_epsilon": best.get("epsilon", np.nan),
+                "certified_speedup_layers": best.get("test_speedup_layers", np.nan),
+                "certified_loss": best.get("test_quality_loss", np.nan),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from earlyexit.corpus.windows import IGNORE
 from earlyexit.cost.timing import interleaved_times
 from earlyexit.devices import resolve_device
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
-from earlyexit.exits.execution import Execution
 from earlyexit.exits.policy import ExitPolicy, check_threshold
+from earlyexit.exits.protocol import Execution
 from earlyexit.exits.statistics import exit_statistics
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 
 class EarlyExitEvaluator:
@@ -30,7 +30,7 @@ class EarlyExitEvaluator:
         device: where to run: a string, a ``torch.device``, or ``"auto"``.
     """
 
-    def __init__(self, model: EarlyExitLanguageModel, device: str | torch.device = "auto"):
+    def __init__(self, model: EarlyExitModel, device: str | torch.device = "auto"):
         self.model = model
         self.device = resolve_device(device)
 
@@ -147,14 +147,19 @@ class EarlyExitEvaluator:
         return model.nll(x, y, policy, execution)
 
     @contextmanager
-    def _borrowed_model(self) -> Iterator[EarlyExitLanguageModel]:
-        """The model on the evaluator's device in evaluation mode; put back as it was."""
-        model = self.model
-        training, device = model.training, next(model.parameters()).device
-        utilisation = [block.bk_layer.moe._expert_counts.clone() for block in model.blocks]
+    def _borrowed_model(self) -> Iterator[EarlyExitModel]:
+        """The model on the evaluator's device in evaluation mode; put back as it was.
+
+        Statistics that a model keeps are buffers: the values of all of them are restored in place.
+        """
+        model, device = self.model, next(self.model.parameters()).device
+        training = {module: module.training for module in model.modules()}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         try:
             yield model.to(self.device).eval()
         finally:
-            model.to(device).train(training)
-            for block, counts in zip(model.blocks, utilisation, strict=True):
-                block.bk_layer.moe._expert_counts.copy_(counts)
+            model.to(device)
+            for module, was_training in training.items():
+                module.training = was_training
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])

@@ -1,7 +1,7 @@
-"""State propagation measured: what the states that exited tokens leave behind cost in quality.
+"""The propagation error: what the states that exited tokens leave behind cost in quality.
 
-The trace reads every exit of full-depth states: an optimistic number. A real run freezes a token at its
-exit, and deeper layers of later tokens read that. The difference, token by token, is here.
+The trace reads every exit of full-depth states, which is optimistic. A real run freezes a token at its
+exit, and deeper layers of later tokens read what it hands on. The difference is measured per token.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import torch
 
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.windows import IGNORE
+from earlyexit.evaluation.compare import layers_executed
+from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 POSITIONS = 8  # equal parts of a window
 
 
-def left_states(
-    model: EarlyExitLanguageModel, trace: ExitTrace, batches: Iterable, policy: ExitPolicy
+def propagation_error(
+    model: EarlyExitModel, trace: ExitTrace, batches: Iterable, policy: ExitPolicy
 ) -> pd.DataFrame:
     """Real against traced NLL of every scored token.
 
@@ -61,17 +62,17 @@ def left_states(
 
 
 def propagation_cost(tokens: pd.DataFrame, n_layers: int, n_seq: int) -> pd.DataFrame:
-    """Perplexity with the states really left, against the trace's, by depth and by position.
+    """Perplexity of the real run against the trace's, by depth and by position.
 
     Args:
-        tokens: as :func:`left_states` returns.
+        tokens: as :func:`propagation_error` returns.
 
     Returns:
         Columns by ("all", "layers executed", "position"), value (layers, or the first position of a
         part of the window), tokens, perplexity, perplexity_trace, cost (ratio − 1), moved (share of
         tokens that leave elsewhere than the trace says).
     """
-    layers = np.minimum(tokens["exit_layer"] + 1, n_layers)
+    layers = layers_executed(tokens["exit_layer"], n_layers)
     width = max(1, n_seq // POSITIONS)
     keys = {
         "all": pd.Series(0, index=tokens.index),

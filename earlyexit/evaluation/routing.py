@@ -1,4 +1,4 @@
-"""evaluation/routing."""
+"""Which experts, clusters of the output head and positions the tokens of a text are routed to."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def expert_shares(model: EarlyExitLanguageModel, batches: Iterable) -> Tensor:
     for x, _ in batches:
         model.hidden_states(x.to(device))
     return torch.stack([moe.expert_utilisation() for moe in layers])
+
+
+def expert_table(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFrame:
+    """:func:`expert_shares`, tidy: columns layer, expert, share."""
+    shares = pd.DataFrame(expert_shares(model, batches).tolist())
+    return (
+        shares.rename_axis("layer")
+        .reset_index()
+        .melt("layer", None, "expert", "share")
+        .sort_values(["layer", "expert"], ignore_index=True)
+    )
 
 
 @torch.no_grad()

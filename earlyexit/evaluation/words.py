@@ -1,4 +1,4 @@
-"""Reading exit depths off a text: which kinds of words leave early, and the text in colours."""
+"""Which kinds of words leave early, and where in a window."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_a_given_cost_is_kept_and_spent_well():
         assert mean_cost(trace, policy, costs) <= cost
         losses.append(trace.evaluate(policy)["quality_loss"])
     assert losses == sorted(losses, reverse=True) and losses[0] > 0.05 and losses[-1] <= 1e-9
-    static = trace.static().set_index("threshold")["quality_loss"]
+    static = trace.static().set_index("exit_layer")["quality_loss"]
     assert losses[0] == pytest.approx(static[0])  # one unit buys exit 0 and nothing else
     with pytest.raises(Unreachable, match="exit 0 costs 1"):
         fit_policy_to_cost(trace, "gate", 0.9, costs)

@@ -225,15 +225,15 @@ def test_no_policy_beats_the_oracle(seed, criterion, data):
     thresholds = data.draw(st.lists(values, min_size=4, max_size=4))
     policy = trace.evaluate(ExitPolicy(criterion, tuple(thresholds)))
     oracle = trace.oracle("nll", n_points=20)
-    best = oracle.layers + oracle.threshold * np.log(oracle.perplexity)
-    found = policy["layers"] + oracle.threshold * np.log(policy["perplexity"])
+    best = oracle.layers + oracle.price * np.log(oracle.perplexity)
+    found = policy["layers"] + oracle.price * np.log(policy["perplexity"])
     assert (found >= best * (1 - 1e-6) - 1e-6).all()
 
 
 def test_the_kl_oracle_minimises_depth_and_divergence():
     trace = random_trace(0)
     for row in trace.oracle("kl", n_points=10).itertuples():
-        cost = np.arange(1, 5) + row.threshold * trace.kl
+        cost = np.arange(1, 5) + row.price * trace.kl
         exits = cost.argmin(axis=1)
         assert row.layers == pytest.approx(exits.mean() + 1)
     assert row.agreement == 1  # a huge λ keeps the last layer's word

@@ -1,0 +1,311 @@
+"""Policies → one tidy table: each is run for real and gets one row with its loss and three speedups.
+
+A row says which criterion decides and by which setting it was made: fitted to an ``epsilon``, with a
+given ``threshold``, cutting off after one ``exit_layer``, or a model of another ``depth``. The columns
+of the other settings are NaN. Speedups are against the same weights at full depth: in layers, in FLOPs
+(checks, propagation and heads counted) and in wall-clock time with a 90 % interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from earlyexit.calibration.thresholds import Unreachable, fit_policy
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.cost.parts import exit_costs, policy_flops
+from earlyexit.cost.timing import interleaved_times, median_ratio
+from earlyexit.evaluation.evaluator import EarlyExitEvaluator
+from earlyexit.exits.api import EarlyExitModel
+from earlyexit.exits.policy import ExitPolicy
+
+SETTINGS = ("epsilon", "threshold", "exit_layer", "depth")
+
+COLUMNS = (
+    "criterion",
+    *SETTINGS,
+    "perplexity",
+    "quality_loss",
+    "tokens",
+    "speedup_layers",
+    "speedup_flops",
+    "speedup_time",
+    "speedup_time_low",
+    "speedup_time_high",
+    "exited_early",
+)
+
+ORACLE_POINTS = 400  # prices that an oracle's front is searched over
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy, and how a table calls it.
+
+    Attributes:
+        criterion: its name in the table.
+        setting: the one of ``SETTINGS`` that it was made by.
+        value: of that setting.
+        policy: what is run.
+    """
+
+    criterion: str
+    setting: str
+    value: float
+    policy: ExitPolicy
+
+
+def static_exits(n_layers: int) -> list[Candidate]:
+    """All tokens leaving at one exit, for every exit but the last."""
+    return [
+        Candidate("static", "exit_layer", layer, ExitPolicy.static(layer, n_layers))
+        for layer in range(n_layers - 1)
+    ]
+
+
+def original_thresholds(thresholds: Iterable[float], n_layers: int) -> list[Candidate]:
+    """Maximum probability at one threshold for all exits, as the original runs it."""
+    return [
+        Candidate("original's threshold", "threshold", t, ExitPolicy.constant(t, n_layers))
+        for t in thresholds
+    ]
+
+
+def fitted(
+    model: EarlyExitModel,
+    trace: ExitTrace,
+    criteria: Iterable[str],
+    epsilons: Sequence[float],
+) -> list[Candidate]:
+    """A policy per criterion and ε; left out where the criterion saves nothing within that ε.
+
+    Args:
+        trace: of the fit part.
+    """
+    found = []
+    for criterion in criteria:
+        for epsilon in epsilons:
+            with suppress(Unreachable):
+                policy = fitted_policy(model, trace, criterion, epsilon)
+                found.append(Candidate(criterion, "epsilon", epsilon, policy))
+    return found
+
+
+def fitted_policy(
+    model: EarlyExitModel, trace: ExitTrace, criterion: str, epsilon: float
+) -> ExitPolicy:
+    """Thresholds per layer that save most FLOPs at a quality loss of at most ``epsilon``.
+
+    Args:
+        trace: of the fit part.
+
+    Raises:
+        Unreachable: only full depth keeps to ε.
+    """
+    return fit_policy(trace, criterion, epsilon, costs=leaving_flops(model, criterion))
+
+
+def nearest_policy(
+    candidates: Iterable[Candidate], criterion: str, epsilon: float, n_layers: int
+) -> ExitPolicy:
+    """The policy of a criterion fitted to the ε nearest to ``epsilon``; full depth without any."""
+    of_criterion = {c.value: c.policy for c in candidates if c.criterion == criterion}
+    if not of_criterion:
+        return ExitPolicy.static(n_layers, n_layers)
+    return of_criterion[nearest(of_criterion, epsilon)]
+
+
+def compare(
+    model: EarlyExitModel,
+    candidates: Sequence[Candidate],
+    loaders: Mapping[str, Iterable],
+    batch: tuple[Tensor, Tensor],
+    repeats: int,
+    shallow: Mapping[int, EarlyExitModel] | None = None,
+) -> pd.DataFrame:
+    """Run every candidate for real, compacted.
+
+    Args:
+        loaders: criterion of a policy → pairs of token ids and targets ``(B, N)`` that its quality is
+            read on, against full depth on the same tokens. ``"depth"`` is for static exits and shallow
+            models.
+        batch: token ids and targets ``(B, N)`` that everything is timed on, in turn.
+        repeats: timed runs of each.
+        shallow: depth → a model of fewer layers, run at its own full depth.
+
+    Returns:
+        One row per candidate and shallow model, with ``COLUMNS``.
+    """
+    (x, y), shallow, evaluator = batch, shallow or {}, evaluator_of(model)
+    runs = {c: lambda p=c.policy: model.nll(x, y, p) for c in candidates}
+    runs |= {depth: lambda m=other: m.nll(x, y) for depth, other in shallow.items()}
+    seconds = interleaved_times({None: lambda: model.nll(x, y)} | runs, x.device, repeats)
+    distinct = {id(part): part for part in loaders.values()}
+    full = {k: evaluator.evaluate_policy(part)["perplexity"] for k, part in distinct.items()}
+    rows = []
+    for c in candidates:
+        part = loaders[c.policy.criterion]
+        real = evaluator.evaluate_policy(part, c.policy)
+        shares = np.array(real["exit_distribution"]) / 100
+        rows.append(
+            tidy_row(c.criterion, {c.setting: c.value}, real, full[id(part)])
+            | time_columns(seconds[None], seconds[c])
+            | {
+                "speedup_flops": run_flops(model, shares, c.policy)["speedup_flops"],
+                "exited_early": 1 - shares[-2:].sum(),
+            }
+        )
+    whole = leaving_flops(model, "depth")[-1]
+    for depth, other in shallow.items():
+        real = evaluator_of(other).evaluate_policy(loaders["depth"])
+        rows.append(
+            tidy_row("shallow twin", {"depth": depth}, real, full[id(loaders["depth"])])
+            | time_columns(seconds[None], seconds[depth])
+            | {
+                "speedup_layers": model.n_layers / depth,
+                "speedup_flops": whole / leaving_flops(other, "depth")[-1],
+                "exited_early": 0.0,
+            }
+        )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def oracle(model: EarlyExitModel, trace: ExitTrace, epsilons: Sequence[float]) -> pd.DataFrame:
+    """Exits chosen with hindsight about the last layer's prediction, on the trace.
+
+    This is no run, so there is no time, and no check among its FLOPs.
+
+    Returns:
+        One row per ε, with ``COLUMNS``.
+    """
+    front, whole = trace.oracle("kl", n_points=ORACLE_POINTS), leaving_flops(model, "depth")
+    rows = []
+    for epsilon in epsilons:
+        within = front[front["quality_loss"] <= epsilon]
+        price = within.loc[within["speedup_layers"].idxmax(), "price"]
+        exits = (np.arange(trace.n_layers) + price * trace.kl).argmin(axis=1)
+        found = trace.read_out(exits)
+        rows.append(
+            dict.fromkeys(COLUMNS, math.nan)
+            | {"criterion": "oracle (kl)", "epsilon": epsilon, "tokens": trace.n_tokens}
+            | {name: found[name] for name in ("perplexity", "quality_loss", "speedup_layers")}
+            | {
+                "speedup_flops": whole[-1] / whole[exits].mean(),
+                "exited_early": (exits < trace.n_layers - 1).mean(),
+            }
+        )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def real_runs(
+    model: EarlyExitModel,
+    policies: Mapping[str, ExitPolicy],
+    traces: Mapping[str, ExitTrace],
+    loaders: Mapping[str, Iterable],
+) -> pd.DataFrame:
+    """What the trace says of policies, beside compacted runs over the same tokens.
+
+    Args:
+        policies: criterion → policy; traces and loaders: criterion → the tokens it is read on.
+
+    Returns:
+        Columns criterion, tokens, then perplexity and speedup_layers, each as ``trace_`` and ``real_``.
+    """
+    rows = []
+    for criterion, policy in policies.items():
+        traced = traces[criterion].evaluate(policy)
+        real = evaluator_of(model).evaluate_policy(loaders[criterion], policy)
+        rows.append(
+            {
+                "criterion": criterion,
+                "tokens": real["total_tokens"],
+                "trace_perplexity": traced["perplexity"],
+                "real_perplexity": real["perplexity"],
+                "trace_speedup_layers": traced["speedup_layers"],
+                "real_speedup_layers": real["speedup_estimate"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------- what rows are made of
+
+
+def tidy_row(
+    criterion: str, setting: Mapping[str, float], real: Mapping, full_perplexity: float
+) -> dict[str, float]:
+    """A row with ``COLUMNS`` of which quality and layers are filled in, the rest NaN.
+
+    Args:
+        real: as :meth:`EarlyExitEvaluator.evaluate_policy` returns.
+        full_perplexity: of the same weights and tokens at full depth.
+    """
+    return (
+        dict.fromkeys(COLUMNS, math.nan)
+        | {"criterion": criterion, **setting}
+        | {
+            "perplexity": real["perplexity"],
+            "quality_loss": real["perplexity"] / full_perplexity - 1,
+            "tokens": real["total_tokens"],
+            "speedup_layers": real["speedup_estimate"],
+        }
+    )
+
+
+def time_columns(
+    baseline: np.ndarray, seconds: np.ndarray, name: str = "speedup_time"
+) -> dict[str, float]:
+    """Columns ``name``, ``name_low`` and ``name_high``: ratio of median times, with its interval."""
+    names = (name, f"{name}_low", f"{name}_high")
+    return dict(zip(names, median_ratio(baseline, seconds), strict=True))
+
+
+def evaluator_of(model: EarlyExitModel) -> EarlyExitEvaluator:
+    """An evaluator on the device where the model is."""
+    return EarlyExitEvaluator(model, next(model.parameters()).device)
+
+
+def run_flops(
+    model: EarlyExitModel, shares: Sequence[float], policy: ExitPolicy
+) -> dict[str, float]:
+    """FLOPs per token of a compacted run by part, from its exit shares ``(L + 1,)``."""
+    return policy_flops(model.config, shares, policy)
+
+
+def leaving_flops(model: EarlyExitModel, criterion: str) -> np.ndarray:
+    """FLOPs per token of leaving at exit 0 … L − 1 ``(L,)``."""
+    return exit_costs(model.config, criterion)
+
+
+def layers_executed(exit_layers: np.ndarray, n_layers: int) -> np.ndarray:
+    """Layers that tokens run which leave at ``exit_layers`` (n_layers: not early)."""
+    return np.minimum(np.asarray(exit_layers) + 1, n_layers)
+
+
+# ---------------------------------------------------------------------------- tables of tables
+
+
+def stack(tables: Mapping[Hashable, pd.DataFrame], *names: str) -> pd.DataFrame:
+    """Tables below each other, with their keys as first columns.
+
+    Args:
+        tables: key, or tuple of keys, → table.
+        names: of the key columns.
+    """
+    whole = pd.concat(tables, names=[*names, None])
+    return whole.reset_index(level=list(range(len(names)))).reset_index(drop=True)
+
+
+def nearest(values: Iterable[float], wanted: float) -> float:
+    """The value that is nearest to ``wanted``.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    return min(values, key=lambda value: abs(value - wanted))

@@ -1,0 +1,215 @@
+"""Certificates as tables: candidates, what could be certified, bounds, audits, and another text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from earlyexit.calibration.audit import audit, synthetic_units, width_table
+from earlyexit.calibration.bounds import smallest_level
+from earlyexit.calibration.certificate import CEILING, Certificate, Refused, decide
+from earlyexit.calibration.thresholds import Unreachable
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.calibration.unit_losses import Unit, WindowLosses, window_losses
+from earlyexit.corpus.splits import Split
+from earlyexit.evaluation.compare import evaluator_of, fitted_policy
+from earlyexit.exits.api import EarlyExitModel
+from earlyexit.exits.policy import ExitPolicy
+
+UNITS: tuple[Unit, ...] = ("document", "window")
+
+SIZES = (10, 30, 100, 300, 1000)  # units that the widths of bounds are shown for
+
+SYNTHETIC_UNITS, SYNTHETIC_SIZES = 20_000, (30, 100, 500, 2000)  # in all, and in each audit
+
+FACTS = ("n", "bound", "mean_gap", "token_gap", "clipped_share", "smallest_level")
+
+Certificates = dict[tuple[float, Unit], Certificate | Refused]
+
+
+def candidate_table(
+    trace: ExitTrace, policies: Sequence[ExitPolicy], losses: WindowLosses
+) -> pd.DataFrame:
+    """Losses of the candidates per unit.
+
+    Args:
+        trace: of the fit part, which proposed the policies; losses: on the certification part.
+
+    Returns:
+        Columns unit, n, candidate, fit_quality_loss, mean_gap, sd_gap and worst_gap (nats), layers.
+    """
+    fit_loss = [trace.evaluate(policy)["quality_loss"] for policy in policies]
+    parts = []
+    for unit in UNITS:
+        gaps = losses.per_unit(unit)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "unit": unit,
+                    "n": len(gaps),
+                    "candidate": range(len(policies)),
+                    "fit_quality_loss": fit_loss,
+                    "mean_gap": gaps.mean(axis=0),
+                    "sd_gap": gaps.std(axis=0, ddof=1),
+                    "worst_gap": gaps.max(axis=0),
+                    "layers": losses.layers,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def certify_each(
+    policies: Sequence[ExitPolicy],
+    losses: WindowLosses,
+    epsilons: Sequence[float],
+    delta: float,
+) -> Certificates:
+    """(ε, unit) → the certificate that the losses allow, or why there is none."""
+    found: Certificates = {}
+    for epsilon in epsilons:
+        for unit in UNITS:
+            try:
+                found[epsilon, unit] = decide(policies, losses, epsilon, delta, unit)
+            except Refused as error:
+                found[epsilon, unit] = error
+    return found
+
+
+def certificate_table(
+    model: EarlyExitModel,
+    trace: ExitTrace,
+    certificates: Certificates,
+    criterion: str,
+    loader: Iterable,
+) -> pd.DataFrame:
+    """Certified policies and one fitted without a certificate per ε, run for real.
+
+    Args:
+        trace: of the fit part.
+        certificates: as :func:`certify_each` returns.
+        loader: batches of the test split.
+
+    Returns:
+        Columns epsilon, level (log(1 + ε)), policy, ``FACTS`` of certificates, test_quality_loss and
+        test_speedup_layers; and reason, where there is no policy.
+    """
+    evaluator = evaluator_of(model)
+    full = evaluator.evaluate_policy(loader)["perplexity"]
+    rows = []
+    for epsilon in dict.fromkeys(epsilon for epsilon, _ in certificates):
+        found = {"fitted, no certificate": _fitted_or_reason(model, trace, criterion, epsilon)}
+        for unit in UNITS:
+            found[f"certified by {unit}"] = certificates[epsilon, unit]
+        for name, policy in found.items():
+            row = {"epsilon": epsilon, "level": math.log1p(epsilon), "policy": name}
+            if isinstance(policy, Exception):
+                rows.append(row | {"reason": str(policy)})
+                continue
+            if isinstance(policy, Certificate):
+                row |= {fact: getattr(policy, fact) for fact in FACTS}
+                policy = policy.policy
+            real = evaluator.evaluate_policy(loader, policy)
+            row["test_quality_loss"] = real["perplexity"] / full - 1
+            row["test_speedup_layers"] = real["speedup_estimate"]
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _fitted_or_reason(model, trace, criterion, epsilon) -> ExitPolicy | Unreachable:
+    try:
+        return fitted_policy(model, trace, criterion, epsilon)
+    except Unreachable as error:
+        return error
+
+
+def bound_widths(
+    losses: np.ndarray, epsilon: float, delta: float, repeats: int = 3
+) -> pd.DataFrame:
+    """Upper bounds on one candidate's mean loss by every method, its losses resampled to n units.
+
+    The candidate is the one whose mean loss is nearest to half of what ε allows.
+
+    Args:
+        losses: mean gap of each unit ``(units, candidates)``.
+
+    Returns:
+        Columns method, n, mean, bound; ``repeats`` rows per method and n, the number of units among
+        the n.
+    """
+    level, ceiling = math.log1p(epsilon), CEILING * math.log1p(epsilon)
+    k = int(np.argmin(np.abs(losses.mean(axis=0) - level / 2)))
+    rng = np.random.default_rng(0)
+    parts = [
+        width_table(rng.choice(losses[:, k], n), delta, ceiling)
+        for n in sorted({*SIZES, len(losses)})
+        for _ in range(repeats)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def least_levels(sizes: Iterable[int], epsilon: float, delta: float) -> pd.DataFrame:
+    """The least level that any valid test could certify: columns n, level."""
+    ceiling = CEILING * math.log1p(epsilon)
+    return pd.DataFrame([{"n": n, "level": smallest_level(n, delta, ceiling)} for n in sizes])
+
+
+def audits(
+    losses: np.ndarray, epsilon: float, delta: float, trials: int, real_trials: int
+) -> pd.DataFrame:
+    """Audits on synthetic units and on real ones taken as a population, over the number of units.
+
+    Args:
+        losses: mean gap of each real unit ``(units, candidates)``.
+        trials, real_trials: resamples on synthetic and on real units.
+
+    Returns:
+        As :func:`earlyexit.calibration.audit.audit`, with a column units.
+    """
+    pools = {
+        "synthetic units": (*synthetic_units(SYNTHETIC_UNITS, epsilon), SYNTHETIC_SIZES, trials),
+        "documents, resampled": (
+            losses,
+            np.minimum(losses, CEILING * math.log1p(epsilon)).mean(axis=0),
+            sorted({min(30, len(losses)), len(losses), 2 * len(losses)}),
+            real_trials,
+        ),
+    }
+    parts = [
+        audit(pool, risks, epsilon, delta, n, count, seed=n).assign(units=units)
+        for units, (pool, risks, sizes, count) in pools.items()
+        for n in sizes
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def transfer(
+    model: EarlyExitModel,
+    certificates: Mapping[float, Certificate],
+    other: Split,
+    eos_id: int,
+) -> pd.DataFrame:
+    """Certified policies on another text, where nothing is certified.
+
+    Args:
+        certificates: ε → certificate of the model.
+        other: the other text in the model's words.
+
+    Returns:
+        Columns epsilon, covered (whether the certificate speaks of this text), quality_loss,
+        speedup_layers, unknown_share.
+    """
+    policies = [certificate.policy for certificate in certificates.values()]
+    losses = window_losses(model, other, eos_id, policies)
+    return pd.DataFrame(
+        {
+            "epsilon": list(certificates),
+            "covered": [c.check(model, other) for c in certificates.values()],
+            "quality_loss": np.expm1(losses.per_token),
+            "speedup_layers": model.n_layers / losses.layers,
+            "unknown_share": other.unk_share,
+        }
+    )

@@ -1,0 +1,63 @@
+"""The original's rows beside what the evaluator measures at the same thresholds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from earlyexit.evaluation.claims import (
+    claimed_test_rows,
+    claims_and_certificates,
+    measured_claims,
+)
+from earlyexit.evaluation.compare import compare, original_thresholds
+from earlyexit.evaluation.evaluator import EarlyExitEvaluator
+
+
+def test_claimed_and_measured(subject):
+    claims = claimed_test_rows()
+    table = measured_claims(subject.model, subject.batches)
+    assert table["threshold"].tolist() == claims["threshold"].tolist()
+    assert table["claimed_speedup"].tolist() == claims["speedup"].tolist()
+    evaluator = EarlyExitEvaluator(subject.model, "cpu")
+    full = evaluator.evaluate_policy(subject.batches)["perplexity"]
+    found = evaluator.evaluate(subject.batches, claims["threshold"])
+    for row in table.itertuples():
+        measured = found[row.threshold]
+        assert row.measured_speedup_layers == pytest.approx(measured["speedup_estimate"])
+        assert row.measured_quality_loss == pytest.approx(measured["perplexity"] / full - 1)
+        early = sum(measured["exit_distribution"][:2]) / 100
+        assert row.exited_early == pytest.approx(early)
+
+
+def test_the_best_certificate_within_each_claim(subject):
+    claims = claimed_test_rows()
+    candidates = original_thresholds(claims["threshold"], 3)
+    loaders = dict.fromkeys(("max_probability", "depth"), subject.batches)
+    front = compare(subject.model, candidates, loaders, subject.batch, 2)
+    largest = claims["quality_loss"].max()
+    certificates = pd.DataFrame(
+        {
+            "policy": ["certified by document"] * 3 + ["certified by window"],
+            "epsilon": [largest / 2, largest, 9.0, largest],
+            "test_speedup_layers": [1.1, 1.2, 1.9, 1.8],
+            "test_quality_loss": [0.01, 0.02, 0.9, 0.8],
+        }
+    )
+    table = claims_and_certificates(front, certificates).set_index("threshold")
+    for claim in claims.itertuples():
+        row, measured = (
+            table.loc[claim.threshold],
+            front.set_index("threshold").loc[claim.threshold],
+        )
+        assert row["claimed_loss"] == claim.quality_loss
+        for name in ("speedup_layers", "speedup_flops", "speedup_time", "speedup_time_high"):
+            assert row[f"measured_{name}"] == measured[name]
+        assert row["measured_loss"] == measured["quality_loss"]
+        within = [e for e in (largest / 2, largest) if e <= claim.quality_loss + 1e-9]
+        best = max(within, default=np.nan)
+        assert row["certified_epsilon"] == pytest.approx(best, nan_ok=True)
+    assert table["certified_speedup_layers"].max() == 1.2
+    none = claims_and_certificates(front, certificates.iloc[:0])
+    assert none["certified_epsilon"].isna().all()

@@ -1,0 +1,153 @@
+"""A row of the comparison holds what the evaluator, the cost account and the trace say themselves."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from earlyexit.calibration.thresholds import Unreachable, fit_policy
+from earlyexit.evaluation import compare as tables
+from earlyexit.evaluation.compare import COLUMNS, SETTINGS, Candidate, compare
+from earlyexit.evaluation.evaluator import EarlyExitEvaluator
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.policy import ExitPolicy
+
+EPSILON = 0.3
+
+
+def test_a_row_is_a_real_run_with_three_speedups(subject, make_policy, make_model):
+    model, batches = subject.model, subject.batches
+    gate = make_policy(model, subject.batch[0], "gate")
+    candidates = [
+        *tables.original_thresholds([0.4], 3),
+        *tables.static_exits(3),
+        Candidate("gate", "epsilon", EPSILON, gate),
+    ]
+    shallow = make_model(n_layers=1)
+    part = batches[:2]  # other tokens for one criterion, against full depth on the same
+    loaders = dict.fromkeys(CRITERIA, batches) | {"max_probability": part}
+    table = compare(model, candidates, loaders, subject.batch, 2, {1: shallow})
+    assert tuple(table.columns) == COLUMNS
+    assert list(table["criterion"]) == [
+        "original's threshold", "static", "static", "gate", "shallow twin"
+    ]  # fmt: skip
+    evaluator = EarlyExitEvaluator(model, "cpu")
+    policies = [c.policy for c in candidates]
+    for row, policy in zip(table.to_dict("records"), policies, strict=False):
+        read = loaders[policy.criterion]
+        real, full = (evaluator.evaluate_policy(read, p) for p in (policy, None))
+        shares = np.array(real["exit_distribution"]) / 100
+        flops = tables.run_flops(model, shares, policy)["speedup_flops"]
+        assert row["perplexity"] == pytest.approx(real["perplexity"])
+        assert row["quality_loss"] == pytest.approx(real["perplexity"] / full["perplexity"] - 1)
+        assert row["tokens"] == real["total_tokens"]
+        assert row["speedup_layers"] == pytest.approx(real["speedup_estimate"])
+        assert row["speedup_flops"] == pytest.approx(flops)
+        assert row["exited_early"] == pytest.approx(shares[:2].sum())
+    twin = table.iloc[-1]
+    alone = EarlyExitEvaluator(shallow, "cpu").evaluate_policy(batches)["perplexity"]
+    assert twin["perplexity"] == pytest.approx(alone) and twin["speedup_layers"] == 3
+    assert twin["quality_loss"] == pytest.approx(alone / math.exp(subject.test.full_nll) - 1)
+    assert (table["speedup_time_low"] <= table["speedup_time_high"]).all()
+    assert (table["speedup_time"] > 0).all()
+
+
+def test_each_row_has_one_setting_in_the_column_of_its_kind(subject):
+    rows = [
+        tables.tidy_row(c.criterion, {c.setting: c.value}, _real(), 10.0)
+        for c in (
+            *tables.original_thresholds([0.7], 3),
+            *tables.static_exits(3),
+            *tables.fitted(subject.model, subject.fit, ["gate"], [EPSILON]),
+        )
+    ]
+    table = pd.DataFrame(rows)
+    assert (table[list(SETTINGS)].notna().sum(axis=1) == 1).all()
+    assert table["threshold"].dropna().tolist() == [0.7]
+    assert table["exit_layer"].dropna().tolist() == [0, 1]
+    assert table["epsilon"].dropna().tolist() == [EPSILON]
+    assert table["quality_loss"].tolist() == pytest.approx([0.2] * 4)
+    assert table["speedup_time"].isna().all()  # nothing was timed
+
+
+def _real() -> dict:
+    return {"perplexity": 12.0, "total_tokens": 5, "speedup_estimate": 2.0}
+
+
+def test_policies_are_fitted_to_flops_and_left_out_where_unreachable(subject):
+    model, trace = subject.model, subject.fit
+    costs = tables.leaving_flops(model, "gate")
+    assert tables.fitted_policy(model, trace, "gate", EPSILON) == fit_policy(
+        trace, "gate", EPSILON, costs=costs
+    )
+    with pytest.raises(Unreachable):
+        tables.fitted_policy(model, trace, "entropy", 1e-9)
+    assert tables.fitted(model, trace, ["entropy"], [1e-9]) == []
+    found = tables.fitted(model, trace, ["entropy", "gate"], [EPSILON, 2 * EPSILON])
+    assert [(c.criterion, c.setting, c.value) for c in found] == [
+        (name, "epsilon", epsilon)
+        for name in ("entropy", "gate")
+        for epsilon in (EPSILON, 2 * EPSILON)
+    ]
+    assert found[2].policy == tables.fitted_policy(model, trace, "gate", EPSILON)
+
+
+def test_the_oracle_keeps_to_its_epsilon_and_leaves_no_policy_behind_it(subject):
+    table = tables.oracle(subject.model, subject.test, [0.02, EPSILON])
+    assert tuple(table.columns) == COLUMNS
+    assert (table["quality_loss"] <= table["epsilon"]).all()
+    assert table["speedup_layers"].is_monotonic_increasing
+    assert table["speedup_time"].isna().all() and (table["tokens"] == subject.test.n_tokens).all()
+    whole = tables.leaving_flops(subject.model, "depth")
+    row = table.iloc[-1]
+    assert 1 <= row["speedup_flops"] <= whole[-1] / whole[0]
+
+
+def test_a_real_run_stands_beside_what_the_trace_says(subject, make_policy):
+    model, x = subject.model, subject.batch[0]
+    policies = {name: make_policy(model, x, name) for name in ("gate", "entropy")}
+    table = tables.real_runs(
+        model,
+        policies,
+        dict.fromkeys(policies, subject.test),
+        dict.fromkeys(policies, subject.batches),
+    ).set_index("criterion")
+    for name, policy in policies.items():
+        traced = subject.test.evaluate(policy)
+        real = EarlyExitEvaluator(model, "cpu").evaluate_policy(subject.batches, policy)
+        row = table.loc[name]
+        assert row["trace_perplexity"] == pytest.approx(traced["perplexity"])
+        assert row["real_perplexity"] == pytest.approx(real["perplexity"])
+        assert row["trace_speedup_layers"] == pytest.approx(traced["speedup_layers"])
+        assert row["real_speedup_layers"] == pytest.approx(real["speedup_estimate"])
+        assert row["tokens"] == subject.test.n_tokens
+
+
+def test_the_nearest_of_what_was_fitted():
+    assert tables.nearest([0.01, 0.1], 0.05) == 0.01
+    assert tables.nearest([0.01, 0.02, 0.05, 0.08], 0.05) == 0.05
+    with pytest.raises(ValueError):
+        tables.nearest([], 0.05)
+    policies = [ExitPolicy.constant(t, 3, "gate") for t in (0.1, 0.2)]
+    candidates = [
+        Candidate("gate", "epsilon", epsilon, policy)
+        for epsilon, policy in zip((0.01, 0.1), policies, strict=True)
+    ]
+    assert tables.nearest_policy(candidates, "gate", 0.09, 3) == policies[1]
+    assert tables.nearest_policy(candidates, "entropy", 0.09, 3) == ExitPolicy.static(3, 3)
+
+
+def test_tables_are_stacked_with_their_keys_first():
+    one, two = pd.DataFrame({"x": [1, 2]}), pd.DataFrame({"x": [3], "y": [4.0]})
+    found = tables.stack({(0, "a"): one, (1, "b"): two}, "seed", "name")
+    assert list(found.columns) == ["seed", "name", "x", "y"]
+    assert found["seed"].tolist() == [0, 0, 1] and found["name"].tolist() == ["a", "a", "b"]
+    assert found.index.tolist() == [0, 1, 2] and found["y"].isna().sum() == 2
+    assert tables.stack({0: one, 5: two}, "seed")["seed"].tolist() == [0, 0, 5]
+
+
+def test_layers_executed_end_at_the_last():
+    assert tables.layers_executed(np.arange(4), 3).tolist() == [1, 2, 3, 3]
