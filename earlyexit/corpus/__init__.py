@@ -1,1 +1,1 @@
-"""Text becomes ids: documents are read, tokenised, split, and cut into windows."""
+"""This wing turns text into ids: documents are read, tokenised, split, and cut into windows."""

@@ -1,4 +1,4 @@
-"""What every model with exits can be asked, whatever its kind: logits, scores, predictions, words."""
+"""Every model with exits, whatever its kind, gives logits, scores, predictions and new words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from earlyexit.exits.statistics import exit_statistics
 
 
 class EarlyExitModel(ExitModel):
-    """A model of the contract :class:`ExitModel`, ready to be called with and without exits.
+    """This is a model of the contract :class:`ExitModel` that is called with and without exits.
 
     Subclasses set ``n_layers``, ``n_seq``, ``vocab_size`` and a dataclass ``config``, and then call
     :meth:`start_statistics`.
@@ -37,7 +37,7 @@ class EarlyExitModel(ExitModel):
 
     @property
     def confidence_threshold(self) -> float:
-        """Maximum probability at which a token exits when no policy is given."""
+        """Return the maximum probability at which a token exits when no policy is given."""
         return self._confidence_threshold
 
     @confidence_threshold.setter
@@ -45,20 +45,15 @@ class EarlyExitModel(ExitModel):
         self._confidence_threshold = check_threshold(value, CRITERIA["max_probability"])
 
     def default_policy(self) -> ExitPolicy:
-        """Maximum probability against ``confidence_threshold`` at every layer."""
+        """Return the policy of a maximum probability ≥ ``confidence_threshold`` at every layer."""
         return ExitPolicy.constant(self.confidence_threshold, self.n_layers)
 
     def get_exit_statistics(self) -> dict:
-        """Statistics of all tokens run with exits since the last reset.
-
-        Returns:
-            ``avg_exit_layer`` (mean index, n_layers counting for "no exit"), ``exit_distribution``
-            (n_layers + 1 percentages), ``speedup_estimate`` (n_layers / mean layers executed; a count
-            of layers, not of time), ``total_tokens_processed``.
-        """
+        """Return the :func:`exit_statistics` of all tokens run with exits since the last reset."""
         return exit_statistics(self.exit_layer_counts)
 
     def reset_exit_statistics(self) -> None:
+        """Count exits from zero again."""
         self.avg_exit_layer.zero_()
         self.exit_layer_counts.zero_()
 
@@ -74,7 +69,7 @@ class EarlyExitModel(ExitModel):
             )
 
     def fingerprint(self) -> str:
-        """Names configuration and weights, gates included: 16 hexadecimal digits of their SHA-256."""
+        """Return 16 hexadecimal digits of the SHA-256 of configuration and weights, gates included."""
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -87,20 +82,20 @@ class EarlyExitModel(ExitModel):
         policy: ExitPolicy | None = None,
         execution: Execution = "compacted",
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Token ids ``(B, N)`` → logits ``(B, N, V)``, with early exit also ``exit_info``.
+        """Return the logits ``(B, N, V)`` of token ids ``(B, N)``; with early exit also ``exit_info``.
 
         Args:
             use_early_exit: run with exits, and count them in the statistics.
             policy: by default :meth:`default_policy`.
-            execution: ``"compacted"`` or ``"dense"``; the same answer.
+            execution: ``"compacted"`` or ``"dense"``, which give the same answer.
 
         Returns:
             Logits, or ``(logits, exit_info)`` with ``exit_layers`` (0-based, n_layers: none),
             ``exit_confidences`` (the criterion at the exit) and ``exited_mask``, each ``(B, N)``.
 
         Raises:
-            ValueError: see ``embed``; a policy for another depth; a policy without
-                ``use_early_exit``; scores that are NaN.
+            ValueError: ``embed`` refuses the ids, the policy is for another depth or given without
+                ``use_early_exit``, or scores are NaN.
         """
         if not use_early_exit:
             if policy is not None:
@@ -121,7 +116,7 @@ class EarlyExitModel(ExitModel):
         policy: ExitPolicy | None = None,
         execution: Execution = "compacted",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Negative log-likelihood in nats of each target, never holding all B·N·V logits.
+        """Return the negative log-likelihood of each target in nats, never holding all logits.
 
         Args:
             x: token ids ``(B, N)``; targets: ``(B, N)``, ``IGNORE`` where nothing is scored.
@@ -137,7 +132,7 @@ class EarlyExitModel(ExitModel):
     def predict(
         self, x: Tensor, policy: ExitPolicy | None = None, execution: Execution = "compacted"
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Most probable next token ``(B, N)``; with a policy also the exit layers ``(B, N)``."""
+        """Return the most probable next token ``(B, N)``; with a policy also the exit layers."""
         return self._read_tokens(x, Predictions(), policy, execution)
 
     @torch.no_grad()

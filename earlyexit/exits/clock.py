@@ -1,6 +1,6 @@
-"""A stopwatch that the code being timed reads off at the boundaries of its parts.
+"""Code that is timed tells a stopwatch where its parts end.
 
-Code calls ``mark = marker()`` once and ``mark("blocks")`` after each part; while no clock runs that
+It calls ``mark = marker()`` once and ``mark("blocks")`` after each part; while no clock runs that
 call does nothing. Every interval between two marks is booked once, so the parts add up to the total.
 """
 
@@ -21,7 +21,7 @@ _running: ContextVar[PartClock | None] = ContextVar("running clock", default=Non
 
 
 class PartClock:
-    """Seconds per part of what has been run under :func:`timed_parts`.
+    """A clock holds the seconds per part of what has been run under :func:`timed_parts`.
 
     Attributes:
         seconds: part → seconds; what no mark claims is "rest".
@@ -35,7 +35,7 @@ class PartClock:
         self._last = 0.0
 
     def mark(self, part: str, other: str | None = None, share: float = 1.0) -> None:
-        """Book the time since the last mark: ``share`` of it on ``part``, what is left on ``other``."""
+        """Book the time since the last mark: ``share`` of it on ``part``, the rest on ``other``."""
         synchronize(self.device)
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
@@ -50,7 +50,7 @@ def _nothing(part: str, other: str | None = None, share: float = 1.0) -> None:
 
 
 def marker() -> Callable[..., None]:
-    """:meth:`PartClock.mark` of the running clock, or a function that does nothing."""
+    """Return :meth:`PartClock.mark` of the running clock, or a function that does nothing."""
     clock = _running.get()
     return clock.mark if clock is not None else _nothing
 

@@ -1,8 +1,8 @@
-"""Running a model with exits, two ways with one answer.
+"""A model is run with exits in two ways that give the same answer.
 
-* ``dense``: every token runs every layer, exits are masks, exited states stay frozen: the slow truth.
-* ``compacted``: exited tokens leave. Deeper layers transform only the tokens that are left; of the
-  others they read what their frozen states contribute.
+* ``dense``, the slow truth: every token runs every layer, exits are masks, exited states are frozen.
+* ``compacted``: exited tokens leave. Deeper layers transform the running tokens only; of the others
+  they read what their frozen states contribute.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def run(
     read: Reader | None,
     execution: Execution = "compacted",
 ) -> ExitRun:
-    """Run with exits and read each token's prediction once.
+    """Run ``model`` with exits and read each token's prediction once.
 
     Args:
         x: token ids ``(B, N)``.
@@ -34,7 +34,8 @@ def run(
         execution: ``"compacted"`` or ``"dense"``.
 
     Raises:
-        ValueError: another execution, a policy for another depth, scores that are NaN, or see ``embed``.
+        ValueError: the execution is unknown, the policy is for another depth, scores are NaN, or
+            ``embed`` refuses the ids.
     """
     if execution not in ("compacted", "dense"):
         raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
@@ -56,10 +57,7 @@ def run(
 def decide(
     model: ExitModel, x: Tensor, policy: ExitPolicy, execution: Execution = "compacted"
 ) -> ExitRun:
-    """Layers and checks of :func:`run` without any prediction: where tokens leave, no vocabulary paid.
-
-    Returns:
-        A run whose ``outputs`` are None.
+    """Find where tokens leave, as :func:`run` does, but predict nothing: ``outputs`` are None.
 
     Raises:
         ValueError: the policy's criterion reads logits.
@@ -70,7 +68,7 @@ def decide(
 
 
 class DenseWalk(Walk):
-    """Every layer runs on all tokens; the states of exited ones are put back."""
+    """Every layer runs on all tokens, and the states of exited ones are put back."""
 
     def __init__(self, model: ExitModel, x: Tensor):
         self.model, self.h = model, model.embed(x)
@@ -98,28 +96,27 @@ class DenseWalk(Walk):
 
 
 class CompactedWalk(Walk):
-    """Each layer transforms the tokens that are left.
+    """Each layer transforms the running tokens only.
 
-    The states are those of running tokens ``(A, D)``, normed once: the gate reads what the next layer
-    reads.
+    Their states ``(A, D)`` are normed once: the gate reads what the next layer reads.
     """
 
     def __init__(self, model: ExitModel, x: Tensor):
         self.model, self.shape = model, x.shape
         self.h = model.embed(x).flatten(0, 1)
         self.alive = torch.arange(x.numel(), device=x.device)
-        self.left = LeftBehind(model, x.numel())
+        self.left_behind = LeftBehind(model, x.numel())
         self.mark = marker()
         self.u = model.normed(0, self.h)
         self.mark("blocks")
 
     def advance(self, layer: int) -> None:
-        model, everyone = self.model, self.shape.numel()
+        model = self.model
         given = model.contribution(layer, self.u)
         self.mark("blocks")
-        given = self.left.join(layer, self.alive, given).view(*self.shape, -1)
+        given = self.left_behind.join(layer, self.alive, given).view(*self.shape, -1)
         self.mark("gather/scatter")
-        rows = self.alive if len(self.alive) < everyone else None
+        rows = self.alive if len(self.alive) < self.shape.numel() else None
         mixed = model.mix(layer, self.u, given, rows)
         self.before, self.h = self.h, model.update(layer, self.h, self.u, mixed)
         self.u = model.normed(layer + 1, self.h) if layer + 1 < model.n_layers else None
@@ -136,7 +133,7 @@ class CompactedWalk(Walk):
         tokens, self.alive = self.alive[leaving], self.alive[staying]
         if not len(staying):
             return
-        self.left.add(layer, tokens, self.h.index_select(0, leaving))
+        self.left_behind.add(layer, tokens, self.h.index_select(0, leaving))
         self.mark("propagation")
         self.h, self.u = self.h.index_select(0, staying), self.u.index_select(0, staying)
         self.mark("gather/scatter")

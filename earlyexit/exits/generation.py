@@ -1,4 +1,4 @@
-"""Generation with exits: in O(1) state per layer where the model keeps one, else by running again."""
+"""Text is generated with exits: in O(1) state per layer where a model can, else by running again."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from earlyexit.exits.execution import run
+from earlyexit.exits.execution import DenseWalk, run
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.exits.protocol import ExitModel, Observation, Walk, exit_state
+from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.readers import Reader
 from earlyexit.exits.tally import ExitRun, Tally
 
-# From the ids so far and a position to the run of the tokens at that position, one per sequence.
+# Maps the ids so far and a position to the run of the tokens at that position, one per sequence.
 NextRun = Callable[[Tensor, int], ExitRun]
 
 
@@ -29,15 +29,15 @@ def generate(
     """Continue ``prompt`` ``(B, N)`` by ``n_new`` tokens.
 
     Args:
-        policy: exit policy; None runs full depth.
-        temperature: 0 takes the most probable token, otherwise samples.
+        policy: None runs full depth.
+        temperature: 0 takes the most probable token; otherwise a token is sampled.
 
     Returns:
         Token ids ``(B, N + n_new)``, and the exit layer of every token run ``(B, N + n_new − 1)``.
 
     Raises:
-        ValueError: prompt and continuation exceed n_seq, a policy for another depth, logits that are
-            not finite, or see ``embed``.
+        ValueError: prompt and continuation exceed n_seq, the policy is for another depth, logits
+            are not finite, or ``embed`` refuses the prompt.
     """
     model.embed(prompt)  # refuses what cannot be run
     batch, length = prompt.shape
@@ -69,7 +69,7 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator | Non
 
 
 def _running_again(model: ExitModel, policy: ExitPolicy) -> NextRun:
-    """Every position runs all that precedes it, in O(N²): right for any causal model."""
+    """At every position run all that precedes it, in O(N²): this is right for any causal model."""
 
     def next_run(ids: Tensor, position: int) -> ExitRun:
         x = ids[:, : position + 1]
@@ -95,12 +95,12 @@ def _stepping(model: ExitModel, policy: ExitPolicy) -> NextRun:
     return next_run
 
 
-class StepWalk(Walk):
-    """One position of every sequence; exited rows only feed the memory of deeper layers.
+class StepWalk(DenseWalk):
+    """This walk runs one position of every sequence; exited rows only feed deeper layers' memory.
 
     Args:
         x: token ids ``(B, 1)`` at ``position``.
-        memories: per layer what :meth:`ExitModel.step` keeps; changed in place.
+        memories: what :meth:`ExitModel.step` keeps of each layer; changed in place.
     """
 
     def __init__(self, model: ExitModel, x: Tensor, position: int, memories: list):
@@ -117,12 +117,3 @@ class StepWalk(Walk):
             self.before = self.h[alive]
             self.after = model.update(layer, self.before, u[alive], mixed[alive])
             self.h = self.h.index_copy(0, alive, self.after)
-
-    def observe(self, layer: int) -> Observation:
-        return Observation(exit_state(self.model, layer, self.after, self.before), self.alive)
-
-    def states(self, rows: Tensor) -> Tensor:
-        return self.after.index_select(0, rows)
-
-    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
-        self.alive = self.alive.index_select(0, staying)

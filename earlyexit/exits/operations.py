@@ -1,11 +1,11 @@
-"""What running a model costs, part by part: the amounts that every kind of model states of itself.
+"""Every kind of model states, part by part, what running it costs.
 
 The amounts of a part are a dictionary, kind of work → amount. Kinds that end in ``flops`` are
 floating-point operations, one multiply-add counting two: ``expert_flops`` (wide products),
-``thin_flops`` (products with few columns), ``flops`` (other products) and ``elementwise_flops``. Kinds
-that end in ``bytes`` count every tensor that an operation reads or writes once, in float32, whatever a
-cache may save: ``bytes``, and ``hidden_bytes`` where other work of the same part takes the time.
-``steps`` are those of a recursion, ``logits`` the numbers that a projection gives.
+``thin_flops`` (products with few columns), ``flops`` (other products) and ``elementwise_flops``.
+Kinds that end in ``bytes`` count every tensor that an operation reads or writes once, in float32,
+whatever a cache may save: ``bytes``, and ``hidden_bytes`` where other work of the same part takes the
+time. ``steps`` are those of a recursion, ``logits`` the numbers that a projection gives.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SOFTMAX = 5  # maximum, subtraction, exponential, sum, comparison or division
 
 
 def flops(amounts: Amounts) -> float:
-    """All floating-point operations among the amounts."""
+    """Sum all floating-point operations among the amounts."""
     return sum(n for kind, n in amounts.items() if kind.endswith("flops"))
 
 
 def weighted_sum(terms: Iterable[tuple[float, Amounts]]) -> dict[str, float]:
-    """Kind → Σ weight · amount, over pairs of a weight and amounts."""
+    """Return kind → Σ weight · amount, over pairs of a weight and amounts."""
     out: dict[str, float] = {}
     for weight, amounts in terms:
         for kind, n in amounts.items():
@@ -42,12 +42,12 @@ def weighted_sum(terms: Iterable[tuple[float, Amounts]]) -> dict[str, float]:
 
 
 def norm(width: int) -> Amounts:
-    """Of a LayerNorm of one state."""
+    """Return the amounts of a LayerNorm of one state."""
     return {"elementwise_flops": LAYER_NORM * width, "bytes": FLOAT * 2 * width}
 
 
 def projection(width: int, matrices: Sequence[tuple[float, float, bool]]) -> Parts:
-    """Of the unembedding of one state of ``width``, and of the softmax of its logits.
+    """Return the amounts of unembedding one state of ``width``, and of the softmax of its logits.
 
     Args:
         matrices: (rows, columns) that the state is multiplied with, rows as an expected number, and
@@ -64,31 +64,31 @@ def projection(width: int, matrices: Sequence[tuple[float, float, bool]]) -> Par
 
 
 def gate_flops(width: int, hidden: int | None) -> float:
-    """Of one learned gate of two outputs, the norm that it shares with a layer left out."""
+    """Return the FLOPs of one learned gate, without the norm that it shares with a layer."""
     return 2 * hidden * (width + 2) if hidden else 2 * 2 * width
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What a model costs per token, in the parts that a run with exits pays for.
+    """The operations of a model are its cost per token, in the parts that a run with exits pays for.
 
     Attributes:
-        width: of the state that exits read, D.
-        layers: of every layer, what it does at a position that it transforms, L entries.
-        propagation: of every layer, what it still does at a position whose tokens have left.
+        width: width D of the state that exits read.
+        layers: what each layer does at a position that it transforms, L entries.
+        propagation: what each layer still does at a position whose tokens have left.
         projection: ``"word"`` (to score one given word), ``"top"`` (to find the most probable word) and
             ``"all"`` (for the probabilities of all words) → see :func:`projection`.
-        translator: of an exit's head before its norm, the last layer's excepted.
+        translator: amounts of an exit's head before its norm; the last layer's head has none.
         gate: FLOPs of one learned gate.
-        levels: of every layer, how often positions were halved: it has one position for 2^level tokens.
-        skippable: parts that are done at a share ``kept`` of the positions only, one per layer.
-        reading: FLOPs that a check at every exit needs beside its criterion and the layers.
+        levels: how often each layer's positions were halved: it has one for 2^level tokens.
+        skippable: parts that a layer does only at the share of positions that ``kept`` says.
+        reading: FLOPs that a check at each exit needs beside its criterion and the layers.
         leaving: amounts of a token that leaves early, beside its head and what is propagated.
-        launches: operations that one layer starts, whatever the number of positions.
-        parameters: part → how many, in a layer and in an exit's head.
+        launches: number of operations that one layer starts, whatever the number of positions.
+        parameters: part → number of parameters, in a layer and in an exit's head.
 
     Raises:
-        ValueError: another number of entries than layers.
+        ValueError: the number of entries differs from the number of layers.
     """
 
     width: int
@@ -125,11 +125,11 @@ class Operations:
         translator: float = 0.0,
         gate_hidden: int = 0,
     ) -> Operations:
-        """Of a model of equal layers and one linear unembedding, by FLOPs alone.
+        """Make the operations of a model of equal layers and one linear unembedding, by FLOPs alone.
 
         Args:
-            block: part of a layer → FLOPs at a token that runs.
-            propagated: the same at a token that has left.
+            block: part of a layer → FLOPs at a running token.
+            propagated: part of a layer → FLOPs at a token that has left.
         """
         layer, passed = ({k: {"flops": n} for k, n in p.items()} for p in (block, propagated))
         linear = projection(d_model, [(vocab_size, d_model, True)])
@@ -143,7 +143,7 @@ class Operations:
         )
 
     def operations(self) -> Operations:
-        """Itself: what accounts for a model asks it for this, and takes operations as well."""
+        """Return itself, so that an account takes a model or its operations alike."""
         return self
 
     @property
@@ -152,24 +152,24 @@ class Operations:
 
     @property
     def positions(self) -> np.ndarray:
-        """Positions per token of every layer at full depth ``(L,)``."""
+        """Return the positions per token of every layer at full depth ``(L,)``."""
         return 0.5 ** np.asarray(self.levels, dtype=float)
 
     @property
     def cheap_top(self) -> bool:
-        """Whether the most probable word is found without all logits."""
+        """Tell whether the most probable word is found without all logits."""
         return self.logits("top") < self.logits("all")
 
     def logits(self, wanted: str) -> float:
-        """Logits per token for what is ``wanted``, a key of ``projection``."""
+        """Return the logits per token for what is ``wanted``, a key of ``projection``."""
         return self.projection[wanted]["unembedding"]["logits"]
 
     def layer(self, layer: int) -> dict[str, float]:
-        """All that a layer does at a position that it transforms."""
+        """Return all that a layer does at a position that it transforms."""
         return self._done(self.layers[layer], layer)
 
     def passed(self, layer: int) -> dict[str, float]:
-        """All that a layer still does at a position whose tokens have left."""
+        """Return all that a layer still does at a position whose tokens have left."""
         return self._done(self.propagation[layer], layer)
 
     def _done(self, parts: Parts, layer: int) -> dict[str, float]:
@@ -179,18 +179,18 @@ class Operations:
         )
 
     def head(self, wanted: str) -> dict[str, float]:
-        """A norm, an unembedding and a softmax for what is ``wanted``."""
+        """Return the amounts of norm, unembedding and softmax for what is ``wanted``."""
         parts = (norm(self.width), *self.projection[wanted].values())
         return weighted_sum((1.0, amounts) for amounts in parts)
 
     def run_positions(self, exit_layers: Tensor) -> np.ndarray:
-        """Positions per token that each layer transforms ``(L,)``, when tokens leave as they did.
+        """Return the positions per token that each layer transforms ``(L,)``, given all exits.
 
         A position runs while one of its tokens does. The sum is what "layers executed" means: a layer
         at a quarter of the positions counts a quarter.
 
         Args:
-            exit_layers: ``(B, N)``, n_layers where none.
+            exit_layers: ``(B, N)``, n_layers where a token did not exit.
         """
         runs = []
         for layer, level in enumerate(self.levels):

@@ -1,4 +1,4 @@
-"""The original's procedure, the baseline to beat."""
+"""The original's procedure is the baseline to beat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from earlyexit.exits.protocol import ExitModel
 
 @torch.no_grad()
 def original_early_exit(model: ExitModel, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The original's procedure, faithfully: nothing leaves the computation.
+    """Run the original's procedure faithfully: nothing leaves the computation.
 
     After each layer every token pays the vocabulary head and a softmax, newly confident rows are
     copied under a mask, and the loop ends early only when all tokens have exited.

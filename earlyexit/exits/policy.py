@@ -1,4 +1,4 @@
-"""exits/policy."""
+"""A policy decides when tokens exit: it compares a criterion's scores to one threshold per layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from earlyexit.exits.criteria import CRITERIA, Criterion
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """A criterion and a threshold per layer, in the criterion's own units.
+    """A policy is a criterion and a threshold per layer, in the criterion's own units.
 
     The last layer's threshold saves nothing: it only decides whether a token that ran to the end
     counts as exited there (its index) or as not exited (``n_layers``).
@@ -28,8 +28,8 @@ class ExitPolicy:
             0.9 λ + 0.1 exp(−τ t / N) (CALM, eq. 5), for criteria that lie in [0, 1] and exit above.
 
     Raises:
-        ValueError: unknown criterion, no threshold, a threshold that is NaN or out of bounds, or a
-            decay that is negative or that the criterion does not allow.
+        ValueError: the criterion is unknown, there is no threshold, a threshold is NaN or out of
+            bounds, or the decay is negative or not allowed for the criterion.
     """
 
     criterion: str
@@ -50,12 +50,12 @@ class ExitPolicy:
 
     @classmethod
     def constant(cls, threshold: float, n_layers: int, criterion: str = "max_probability"):
-        """The same threshold at every layer."""
+        """Make a policy with the same threshold at every layer."""
         return cls(criterion, (threshold,) * n_layers)
 
     @classmethod
     def static(cls, layer: int, n_layers: int):
-        """Every token leaves at ``layer`` whatever it looks like; ``n_layers`` is full depth."""
+        """Make a policy by which every token leaves at ``layer``; ``n_layers`` is full depth."""
         threshold = layer if layer < n_layers else math.inf
         return cls.constant(threshold, n_layers, "depth")
 
@@ -64,11 +64,11 @@ class ExitPolicy:
         return CRITERIA[self.criterion]
 
     def checks(self, layer: int) -> bool:
-        """Whether tokens are judged at ``layer``; a streak must see every exit, others skip "never"."""
+        """Tell whether tokens are judged at ``layer``: where some may exit, and for a streak always."""
         return self.rule.streak or self.thresholds[layer] != self.rule.never
 
     def passes(self, layer: int, scores, progress):
-        """Whether scores at ``layer`` pass; ``progress`` is each token's position over n_seq."""
+        """Tell which scores at ``layer`` pass; ``progress`` is each token's position over n_seq."""
         threshold = self.thresholds[layer]
         if self.decay and threshold != self.rule.never:
             falling = (
@@ -80,10 +80,10 @@ class ExitPolicy:
         return self.rule.passes(scores, threshold)
 
     def exit_layers(self, scores: np.ndarray, progress: np.ndarray | float = 0.0) -> np.ndarray:
-        """First layer that passes, n_layers where none does.
+        """Return the first layer at which each token passes ``(T,)``, n_layers where there is none.
 
         Args:
-            scores: the criterion at every exit ``(T, L)``.
+            scores: the criterion's scores at every exit ``(T, L)``.
             progress: position over n_seq ``(T,)``; used by decaying thresholds only.
         """
         if self.decay:
@@ -94,16 +94,16 @@ class ExitPolicy:
         return np.where(passed.any(axis=1), passed.argmax(axis=1), scores.shape[1])
 
     def to_dict(self) -> dict:
-        """Plain JSON; "never" is null."""
+        """Return the policy as plain JSON, with null for a threshold that no score reaches."""
         thresholds = [t if math.isfinite(t) else None for t in self.thresholds]
         return {"criterion": self.criterion, "thresholds": thresholds, "decay": self.decay}
 
     @classmethod
     def from_dict(cls, data: dict) -> ExitPolicy:
-        """What :meth:`to_dict` gave.
+        """Make the policy that :meth:`to_dict` gave.
 
         Raises:
-            ValueError: a field is missing or unknown, or see the class.
+            ValueError: a field is missing or unknown, or the class refuses its value.
         """
         if set(data) != {"criterion", "thresholds", "decay"} or data["criterion"] not in CRITERIA:
             raise ValueError(f"not an exit policy: {data}")
@@ -112,7 +112,7 @@ class ExitPolicy:
         return cls(data["criterion"], thresholds, data["decay"])
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write the policy as JSON."""
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -123,10 +123,10 @@ class ExitPolicy:
 
 
 def check_threshold(threshold: float, criterion: Criterion) -> float:
-    """The threshold, if it is a number within the criterion's bounds.
+    """Return the threshold if it lies within the criterion's bounds.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: it does not.
     """
     low, high = criterion.bounds
     if low <= threshold <= high:

@@ -1,14 +1,14 @@
-"""The contract: what a model must offer to be run with exits.
+"""This contract says what a model must offer to be run with exits.
 
 Execution, traces, gates, costs and certificates know a model through :class:`ExitModel` alone. A kind
 of model is one file that implements it; layers in which tokens decide one by one need nothing else.
 
-A layer is three steps, so that a token that has left still takes part in the one that joins tokens:
+A layer has three steps, so that a token that has left still takes part in the one that joins tokens:
 
-* ``contribution``: what every token hands to those after it (BK potentials, keys and values), from what
-  the layer reads of its state. Of exited tokens this is all that is ever computed again;
-* ``mix``: what the running tokens take from everybody's contributions;
-* ``update``: the new states of the running tokens.
+* ``contribution`` makes what every token hands to those after it (BK potentials, keys and values) from
+  what the layer reads of its state. Of exited tokens this is all that is ever computed again;
+* ``mix`` makes what the running tokens take from the contributions of all;
+* ``update`` makes the new states of the running tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Execution = Literal["compacted", "dense"]
 
 
 class ExitModel(nn.Module, ABC):
-    """A causal language model of L layers with an exit after each.
+    """This is a causal language model of L layers with an exit after each.
 
     Attributes:
         n_layers: layers L; n_seq: longest sequence; vocab_size: words V.
         gates: predictors that read a normed state, or None.
-        can_step: whether :meth:`step` and ``embed(x, start)`` are there, for generation in O(1) state.
+        can_step: whether the model has :meth:`step` and ``embed(x, start)``, to generate in O(1) state.
     """
 
     n_layers: int
@@ -50,70 +50,71 @@ class ExitModel(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
-        """Token ids ``(B, N)`` at positions ``start`` … → states ``(B, N, D)``; refuses bad ids."""
+        """Return states ``(B, N, D)`` of token ids ``(B, N)`` at positions ``start`` …
+
+        Raises:
+            ValueError: the model cannot run such ids.
+        """
 
     @abstractmethod
     def normed(self, layer: int, h: Tensor) -> Tensor:
-        """What ``layer`` reads of states ``(…, D)``; the gate of the exit before it reads the same."""
+        """Return what ``layer``, and the gate of the exit before it, read of states ``(…, D)``."""
 
     @abstractmethod
     def contribution(self, layer: int, u: Tensor) -> Tensor:
-        """What tokens hand to those after them, from normed states: ``(…, D)`` → ``(…, K)``."""
+        """Return what tokens hand to those after them ``(…, K)``, from normed states ``(…, D)``."""
 
     @abstractmethod
     def mix(self, layer: int, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
-        """What running tokens take from all contributions.
+        """Return what running tokens take from the contributions of all, ``(A, M)``.
 
         Args:
             u: normed states of the running tokens ``(A, D)``.
-            given: contributions of everybody ``(B, N, K)``.
-            rows: which of the B·N tokens are running ``(A,)``, ascending; None: all.
-
-        Returns:
-            ``(A, M)``.
+            given: contributions of all tokens ``(B, N, K)``.
+            rows: which of the B·N tokens are running ``(A,)``, ascending; None if all are.
         """
 
     @abstractmethod
     def update(self, layer: int, h: Tensor, u: Tensor, mixed: Tensor) -> Tensor:
-        """New states from states, normed states and :meth:`mix`: ``(A, D)``."""
+        """Return new states ``(A, D)`` from states, normed states and what :meth:`mix` gave."""
 
     @abstractmethod
     def head(self, layer: int) -> ExitHead:
-        """The exit's head: ``features`` of a state, and the ``unembedding`` that reads them."""
+        """Return the exit's head, with ``features`` and the ``unembedding`` that reads them."""
 
     @abstractmethod
     def operations(self) -> Operations:
-        """What each part costs, for the account of :mod:`earlyexit.cost.parts`."""
+        """Return what each part costs, for the account of :mod:`earlyexit.cost.parts`."""
 
     # ------------------------------------------------------------------ what follows from it
 
     def step(self, layer: int, u: Tensor, given: Tensor, memory) -> tuple[Tensor, object]:
-        """:meth:`mix` of one position, from its own u and contribution ``(B, ·)`` and what is kept.
+        """Do :meth:`mix` for one position, from its u and contribution ``(B, ·)`` and a memory.
 
         Args:
-            memory: of this layer, None at the first position.
+            memory: what the layer kept of earlier positions; None at the first one.
 
         Returns:
-            ``(B, M)``, and the memory for the next position.
+            What the tokens take ``(B, M)``, and the memory for the next position.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no state from position to position")
 
     def layer(self, layer: int, h: Tensor) -> Tensor:
-        """The whole layer for all tokens: ``(B, N, D)`` → ``(B, N, D)``."""
+        """Run the whole layer for all tokens: ``(B, N, D)`` → ``(B, N, D)``."""
         u = self.normed(layer, h)
         given = self.contribution(layer, u)
         flat_h, flat_u = h.flatten(0, 1), u.flatten(0, 1)
         return self.update(layer, flat_h, flat_u, self.mix(layer, flat_u, given, None)).view_as(h)
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:
-        """States before the first and after every layer at full depth, L + 1 tensors ``(B, N, D)``."""
+        """Return the states before the first and after every layer, L + 1 tensors ``(B, N, D)``."""
         states = [self.embed(x)]
         for layer in range(self.n_layers):
             states.append(self.layer(layer, states[-1]))
         return states
 
     def final_state(self, x: Tensor) -> Tensor:
-        """States after the last layer at full depth ``(B, N, D)``."""
+        """Return the states after the last layer at full depth ``(B, N, D)``."""
         mark, h = marker(), self.embed(x)
         mark("rest")
         for layer in range(self.n_layers):
@@ -122,10 +123,9 @@ class ExitModel(nn.Module, ABC):
         return h
 
     def propagation(self) -> Callable[[Tensor, int], Tensor]:
-        """A function that gives what exited states hand to all deeper layers.
+        """Return a function that gives what exited tokens hand to all deeper layers.
 
-        Returns:
-            From frozen states ``(E, D)`` and the first of the L′ layers: ``(E, L′, K)``.
+        It maps frozen states ``(X, D)`` and the first of L′ deeper layers to ``(X, L′, K)``.
         """
 
         def contributions(hidden: Tensor, first: int) -> Tensor:
@@ -137,28 +137,28 @@ class ExitModel(nn.Module, ABC):
         return contributions
 
     def auxiliary_loss(self) -> Tensor | float:
-        """What training adds to the loss of the last batch, such as the imbalance of experts."""
+        """Return what training may add to the last batch's loss, such as the imbalance of experts."""
         return 0.0
 
     def reset_auxiliary_loss(self) -> None:
         """Forget the batches so far."""
 
     def check_training(self, exit_sampling: str, layer_dropout: float) -> None:
-        """Raise ValueError where the model cannot be trained so."""
+        """Raise ValueError if the model cannot be trained in this way."""
 
     def prepare_step(self, progress: float) -> None:
-        """Change what changes with the share of the training that is done."""
+        """Change what depends on ``progress``, the share of the training that is done."""
 
     def own_loss(self) -> Tensor | float:
-        """What the kind of model adds to the loss of the last batch, weighted."""
+        """Return what the kind of model adds to the loss of the last batch, weighted."""
         return 0.0
 
     def unit_size(self, layer: int) -> int:
-        """How many neighbouring tokens are decided together at the exit after ``layer``."""
+        """Return how many neighbouring tokens are decided together at the exit after ``layer``."""
         return 1
 
     def walk(self, x: Tensor, execution: Execution, history: bool) -> Walk | None:
-        """A :class:`Walk` of the model's own; None: tokens decide one by one.
+        """Return a :class:`Walk` of the model's own, or None if tokens decide one by one.
 
         Args:
             history: whether the criterion looks at states of earlier exits.
@@ -167,12 +167,13 @@ class ExitModel(nn.Module, ABC):
 
 
 class Observation(NamedTuple):
-    """What is judged at an exit.
+    """An observation is what a check at an exit looks at.
 
     Attributes:
-        state: of the judged tokens.
+        state: what the criterion may look at, for the judged tokens.
         tokens: their indices in the flattened batch ``(S,)``.
-        row: for every running token, the row of ``tokens`` that decides for it ``(A,)``; None: its own.
+        row: for every running token, the row of ``tokens`` that decides for it ``(A,)``; None if each
+            decides for itself.
     """
 
     state: ExitState
@@ -181,25 +182,25 @@ class Observation(NamedTuple):
 
 
 class Walk(ABC):
-    """One batch on its way through the layers.
+    """A walk takes one batch through the layers.
 
     Attributes:
-        alive: indices of the tokens that are still running, in the flattened batch ``(A,)``, ascending.
+        alive: indices of the running tokens in the flattened batch ``(A,)``, ascending.
     """
 
     alive: Tensor
 
     @abstractmethod
     def advance(self, layer: int) -> None:
-        """Run a layer for the tokens that are left."""
+        """Run a layer for the running tokens."""
 
     @abstractmethod
     def observe(self, layer: int) -> Observation:
-        """What a check after ``layer`` looks at."""
+        """Return what a check after ``layer`` looks at."""
 
     @abstractmethod
     def states(self, rows: Tensor) -> Tensor:
-        """States ``(R, D)`` of rows of ``alive`` after the last layer that was run."""
+        """Return the states ``(R, D)`` of rows of ``alive`` after the last layer that was run."""
 
     @abstractmethod
     def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
@@ -207,7 +208,7 @@ class Walk(ABC):
 
 
 def exit_state(model: ExitModel, layer: int, hidden: Tensor, previous: Tensor | None) -> ExitState:
-    """What a criterion may look at, of states after and before ``layer`` ``(T, D)``."""
+    """Return what a criterion may look at, from states ``(T, D)`` after and before ``layer``."""
     last = layer == model.n_layers - 1
     normed = None if last else model.normed(layer + 1, hidden)
     return ExitState(layer, hidden, previous, normed, model.gates)

@@ -1,4 +1,4 @@
-"""exits/readers."""
+"""A reader takes from each token's prediction what a run is asked for."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from earlyexit.nn.unembedding import Unembedding, nll_of_logits
 
 
 class Reader:
-    """What a run takes from each token's prediction. As it is: all logits."""
+    """A reader takes something from each token's prediction; this one takes all logits."""
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """From logits ``(T', V)`` of the tokens ``(T',)`` (indices into the flattened batch)."""
+        """Read logits ``(T′, V)`` of the tokens ``(T′,)``, which are indices of the flattened batch."""
         return logits
 
     def from_top(self, word: Tensor) -> Tensor | None:
-        """The same from the most probable word ``(T',)``; None where that is not enough."""
+        """Read the most probable word ``(T′,)``; None where that is not enough."""
         return None
 
     def from_features(self, unembedding: Unembedding, features: Tensor, tokens: Tensor) -> Tensor:
-        """The same from features ``(T', D)``, by the cheapest way there is."""
+        """Read features ``(T′, D)`` by the cheapest way there is."""
         chunks = unembedding.chunks(features)
         return torch.cat([self(logits, tokens[part]) for part, logits in chunks])
 
 
 class Scores(Reader):
-    """NLL of ``targets`` ``(T,)`` in nats, 0 where they are ``IGNORE``."""
+    """It takes the NLL of ``targets`` ``(T,)`` in nats, 0 where they are ``IGNORE``."""
 
     def __init__(self, targets: Tensor):
         self.targets = targets
@@ -39,7 +39,7 @@ class Scores(Reader):
 
 
 class Predictions(Reader):
-    """The most probable word."""
+    """It takes the most probable word."""
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         return logits.argmax(dim=-1)

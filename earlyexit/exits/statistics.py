@@ -1,4 +1,4 @@
-"""Counting exits: how many tokens left at which layer."""
+"""Exits are counted: how many tokens left at which layer, and how many layers they executed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.readers import Scores
 
 
+def layers_executed(exit_layers, n_layers: int):
+    """Return min(exit + 1, n_layers) of a tensor or array of exits, n_layers where there is none."""
+    return (exit_layers + 1).clip(max=n_layers)
+
+
 def exit_statistics(counts: Tensor) -> dict:
-    """Statistics of exit-layer counts ``(L + 1,)``, the last for tokens that did not exit."""
+    """Return statistics of exit-layer counts ``(L + 1,)``, the last for tokens that did not exit.
+
+    Returns:
+        ``avg_exit_layer`` (mean index, n_layers counting for "no exit"), ``exit_distribution``
+        (L + 1 percentages), ``speedup_estimate`` (L / mean layers executed; a count of layers, not of
+        time), ``total_tokens_processed``.
+    """
     counts = counts.double()
     n_layers, total = len(counts) - 1, counts.sum().item()
     share = counts / max(total, 1)
     layer = torch.arange(n_layers + 1, dtype=torch.float64, device=counts.device)
-    executed = (share * (layer + 1).clamp_max(n_layers)).sum().item()
+    executed = (share * layers_executed(layer, n_layers)).sum().item()
     return {
         "avg_exit_layer": (share * layer).sum().item(),
         "exit_distribution": (100 * share).tolist(),
@@ -29,7 +40,7 @@ def exit_statistics(counts: Tensor) -> dict:
 
 @torch.no_grad()
 def exit_shares(model: ExitModel, x: Tensor, y: Tensor, policy: ExitPolicy) -> np.ndarray:
-    """Share of a batch's tokens per exit layer ``(L + 1,)``, padded ones included: all are run."""
+    """Return the share of a batch's tokens per exit layer ``(L + 1,)``, padded ones included."""
     exits = run(model, x, policy, Scores(y.flatten())).exit_layers
     counts = exits.bincount(minlength=model.n_layers + 1)
     return (counts.double() / exits.numel()).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Who is still running, who left where, and what was read of each token."""
+"""A tally judges running tokens at every exit, and records where they left and what they predict."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from earlyexit.nn.heads import ExitHead
 
 @dataclass
 class ExitRun:
-    """Outcome of a run with exits over T = B·N tokens.
+    """This is the outcome of a run with exits over T = B·N tokens.
 
     Attributes:
         outputs: what the reader made of each token's logits ``(T, …)``; None without a reader.
-        exit_layers: 0-based exit, n_layers where none ``(T,)`` int64.
-        scores: the criterion at the exit, or at the last layer ``(T,)``; NaN where it has none.
+        exit_layers: 0-based exit, n_layers where there was none ``(T,)`` int64.
+        scores: the criterion's score at the exit or the last layer ``(T,)``; NaN where it has none.
     """
 
     outputs: Tensor | None
@@ -30,7 +30,7 @@ class ExitRun:
 
 
 class Tally:
-    """Judges the tokens of a walk at every exit, and reads each token's prediction once.
+    """A tally judges the tokens of a walk at every exit, and reads each token's prediction once.
 
     A criterion that needs all logits has paid for the projection: the prediction is read from the same
     chunk. Otherwise the features wait, and are projected together at the end, once per token.
@@ -67,7 +67,7 @@ class Tally:
         self.mark = marker()
 
     def judge(self, layer: int) -> None:
-        """Let those tokens of the walk go that pass at ``layer``; at the last layer all.
+        """Let the running tokens go that pass at ``layer``; at the last layer all go.
 
         Raises:
             ValueError: a score is NaN where the criterion has one.
@@ -110,7 +110,7 @@ class Tally:
     def _score(
         self, head: ExitHead, judged: Observation
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scores ``(A,)``; and, where the check made them, features and outputs of running tokens."""
+        """Return scores ``(A,)`` and, where the check made them, features and outputs."""
         rule, features, output = self.policy.rule, None, None
         if rule.reads == "state":
             score = rule.score(judged.state)
@@ -128,7 +128,7 @@ class Tally:
         return (score if judged.row is None else score[judged.row]), features, output
 
     def _progress(self) -> Tensor | float:
-        """Where each running token stands in its window; only thresholds that decay ask."""
+        """Return each running token's position over n_seq, which only decaying thresholds ask for."""
         return self.progress[self.walk.alive] if self.policy.decay else 0.0
 
     def _score_and_read(self, head: ExitHead, features: Tensor) -> tuple[Tensor, Tensor]:

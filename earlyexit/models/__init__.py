@@ -1,4 +1,4 @@
-"""Kinds of models, each one file that implements the contract of :mod:`earlyexit.exits.protocol`."""
+"""This wing holds the kinds of models; each file implements :mod:`earlyexit.exits.protocol`."""
 
 from earlyexit.models.act import ACTEarlyExitModel, ACTLanguageModel, convert_act_to_early_exit
 from earlyexit.models.act_multi_scale import (

@@ -1,7 +1,7 @@
-"""Adaptive Computation Time over layers (Graves 2016, arXiv:1603.08983), and its way to early exit.
+"""Adaptive Computation Time works over layers (Graves 2016, arXiv:1603.08983), and becomes early exit.
 
 After layer l a halting unit reads a token's state h_l and gives p_l = σ(w_l · LN(h_l) + b_l). A token
-stops at the first layer N whose cumulative probability c_l = Σ_{k≤l} p_k reaches 1 − ε, at the latest
+halts at the first layer N whose cumulative probability c_l = Σ_{k≤l} p_k reaches 1 − ε, at the latest
 at the last layer. Its output is the average of its states, the last one weighted by the remainder
 (eqs. 6, 7 and 13), and its ponder cost counts layers plus that remainder (eq. 8 and section 2.2):
 
@@ -13,10 +13,9 @@ The average is carried along, so that leaving needs no look back. The *stream* o
 
     [h_l, S_l, c_l]  with  S_l = Σ_{k≤l} p_k h_k,    and    y = S_l + (1 − c_l) h_l
 
-is what leaving at layer l would give: at l = N exactly the output above, because the p_N in S_N and in
-c_N cancel. Norm, layer and head of a block each read their slice of the stream, so everything that runs
-a model with exits (dense or compacted, traces, policies, the evaluator) runs this one, unchanged.
-A layer beyond c = 1 has nothing left to add: p is cut to 1 − c.
+is what leaving at layer l would give: at l = N it is exactly the output above, because the p_N in S_N
+and in c_N cancel. Norm, layer and head of a block each read their slice of the stream, so whatever runs
+a model with exits runs this one, unchanged. A layer beyond c = 1 adds nothing: p is cut to 1 − c.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from earlyexit.nn.halting import AverageHead, HaltingGates, HaltingLayer, Stream
 
 @dataclass(frozen=True)
 class ACTConfig(SparseConfig):
-    """Constructor arguments of :class:`ACTLanguageModel`.
+    """Its fields are the arguments of :class:`ACTLanguageModel`.
 
     Attributes:
-        keep: below 1, its layers are sparse ones; see :class:`SparseConfig`.
+        keep: below 1, the layers are sparse ones; see :class:`SparseConfig`.
         epsilon: a token halts once its cumulative halting probability reaches 1 − ε.
-        ponder_weight: of the mean ponder cost in the loss, nats per layer (τ in eq. 12).
+        ponder_weight: weight τ of the mean ponder cost in the loss (eq. 12), nats per layer.
 
     Raises:
-        ValueError: epsilon not in (0, 1), a negative ponder weight, gates asked for, or see above.
+        ValueError: :func:`check_halting` or the base class refuses a value.
     """
 
     _: KW_ONLY
@@ -58,10 +57,10 @@ class ACTConfig(SparseConfig):
 
 
 def check_halting(config) -> None:
-    """Refuse what no ACT model can be; ``config`` has epsilon, ponder_weight and gate_hidden.
+    """Refuse a configuration with which no ACT model can be built.
 
     Raises:
-        ValueError: epsilon not in (0, 1), a negative ponder weight, or gates asked for.
+        ValueError: ε is not in (0, 1), the ponder weight is negative, or gates are asked for.
     """
     if not 0 < config.epsilon < 1 or not config.ponder_weight >= 0:
         raise ValueError(f"epsilon={config.epsilon} must lie in (0, 1), ponder_weight be ≥ 0")
@@ -70,7 +69,7 @@ def check_halting(config) -> None:
 
 
 def add_halting(model: EarlyExitLanguageModel) -> None:
-    """Give every block of ``model`` a halting unit, and heads that read the average, in place."""
+    """Give every block of ``model`` a halting unit and a head that reads the average, in place."""
     d, layers = model.d_model, model.n_layers
     for layer, block in enumerate(model.blocks):
         start = 1 / layers if layer < layers - 1 else None  # every layer weighs the same at first
@@ -80,25 +79,25 @@ def add_halting(model: EarlyExitLanguageModel) -> None:
 
 
 class HaltingExits:
-    """Of a model whose exits read the running average and whose gates are its halting units."""
+    """In such a model exits read the running average, and the halting units are the gates."""
 
     def operations(self, **changes) -> Operations:
         return super().operations(halting=True, **changes)
 
     def act_policy(self) -> ExitPolicy:
-        """The policy that halts where ACT halts: cumulative probability ≥ 1 − ε."""
+        """Return the policy that halts where ACT halts: at a cumulative probability ≥ 1 − ε."""
         return ExitPolicy.constant(1 - self.config.epsilon, self.n_layers, "agreement")
 
     def default_policy(self) -> ExitPolicy:
-        """:meth:`act_policy`; the confidence threshold plays no part."""
+        """Return :meth:`act_policy`; the confidence threshold plays no part."""
         return self.act_policy()
 
 
 class Pondering:
-    """Of a model that is trained and run with ACT: it follows its own threshold, no policy.
+    """Such a model is trained and run with ACT: it follows its own threshold, no policy.
 
     Attributes:
-        ponder: cost of the last batch that was run with gradients ``(B, N)``.
+        ponder: ponder cost of the last batch that was run with gradients ``(B, N)``.
     """
 
     def __init__(self, *args, **kwargs):
@@ -107,50 +106,44 @@ class Pondering:
         self.ponder: Tensor | None = None
 
     def check_training(self, exit_sampling: str, layer_dropout: float) -> None:
-        """Refuse exits sampled by token, where halting alone decides who stops.
-
-        Raises:
-            ValueError: they are asked for.
-        """
+        """Raise ValueError for exits sampled by token, because halting alone decides who stops."""
         super().check_training(exit_sampling, layer_dropout)
         if exit_sampling == "tokens":
             raise ValueError("in ACT halting decides who stops: take exit_sampling='one'")
 
     def own_loss(self) -> Tensor | float:
-        """``ponder_weight`` × mean ponder cost, beside what the base class adds."""
-        base = super().own_loss()
-        return (
-            base if self.ponder is None else base + self.config.ponder_weight * self.ponder.mean()
-        )
+        """Return ``ponder_weight`` × mean ponder cost, beside what the base class adds."""
+        ponder = 0.0 if self.ponder is None else self.config.ponder_weight * self.ponder.mean()
+        return super().own_loss() + ponder
 
     def final_state(self, x: Tensor) -> Tensor:
         return self.hidden_states(x)[-1]
 
     def ponder_cost(self, streams: list[Tensor]) -> Tensor:
-        """ρ = N + R of every token ``(B, N)``, from ``hidden_states``; layers count alike."""
+        """Return ρ = N + R of every token ``(B, N)``, given its ``hidden_states``."""
         c = torch.cat([stream[..., -1:] for stream in streams[:-1]], dim=-1)  # (B, N, L): 0, c_1 …
         steps = self.steps(streams)
         return steps + 1 - c.gather(-1, steps[..., None] - 1).squeeze(-1)
 
     def steps(self, streams: list[Tensor]) -> Tensor:
-        """Layers N that every token runs ``(B, N)`` int64, from ``hidden_states``."""
+        """Return the layers that every token runs ``(B, N)`` int64, given its ``hidden_states``."""
         halted = [stream[..., -1] >= 1 - self.config.epsilon for stream in streams[1:-1]]
         return self.n_layers - sum((h.long() for h in halted), streams[0].new_zeros(()).long())
 
     def forward(
         self, x: Tensor, return_ponder_cost: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Token ids ``(B, N)`` → logits ``(B, N, V)``, if asked also the mean ponder cost ``()``."""
+        """Return logits ``(B, N, V)`` of token ids ``(B, N)``, if asked also the mean ponder cost."""
         streams = self.hidden_states(x)
         logits = self.head(self.n_layers - 1)(streams[-1])
         return (logits, self.ponder_cost(streams).mean()) if return_ponder_cost else logits
 
 
 class ACTEarlyExitModel(HaltingExits, SparseBKLanguageModel):
-    """An early-exit model whose exits read the running ACT average and whose gates are its units.
+    """This early-exit model reads the running ACT average; see :func:`convert_act_to_early_exit`.
 
-    Its criterion is ``"agreement"``: the cumulative halting probability. See
-    :func:`convert_act_to_early_exit`. Its arguments are the fields of :class:`ACTConfig`.
+    Its criterion is ``"agreement"``, the cumulative halting probability. Its arguments are the fields
+    of :class:`ACTConfig`.
     """
 
     config_type = ACTConfig
@@ -161,20 +154,20 @@ class ACTEarlyExitModel(HaltingExits, SparseBKLanguageModel):
         self.gates = HaltingGates()
 
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
-        """Token ids ``(B, N)`` → streams ``(B, N, 2D + 1)``: nothing averaged, nothing halted."""
+        """Return streams ``(B, N, 2D + 1)`` with nothing averaged and nothing halted."""
         return F.pad(super().embed(x, start), (0, self.d_model + 1))
 
 
 class ACTLanguageModel(Pondering, ACTEarlyExitModel):
-    """A language model that is trained and run with Adaptive Computation Time.
+    """This language model is trained and run with Adaptive Computation Time.
 
-    Here a token that has halted keeps its state, and hands to deeper layers its potentials only, as
-    an exited token does; the layers are still computed for it. Arguments: see
-    :class:`ACTEarlyExitModel`.
+    A token that has halted keeps its state and hands only its potentials to deeper layers, as an
+    exited token does, but layers are still computed for it. Its arguments are the fields of
+    :class:`ACTConfig`.
     """
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:
-        """Streams before the first and after every layer ``(B, N, 2D + 1)``; halted ones stay."""
+        """Return streams ``(B, N, 2D + 1)`` before the first and after every layer."""
         streams = [self.embed(x)]
         for block in self.blocks:
             halted = streams[-1][..., -1:] >= 1 - self.config.epsilon
@@ -184,11 +177,11 @@ class ACTLanguageModel(Pondering, ACTEarlyExitModel):
 
 
 def convert_act_to_early_exit(act_model: ACTLanguageModel) -> ACTEarlyExitModel:
-    """An early-exit model with a copy of the weights of ``act_model``.
+    """Make an early-exit model with a copy of the weights of ``act_model``.
 
-    Every exit reads the running average through a copy of the model's final head. With
-    ``act_policy()`` it reproduces the ACT model; with another threshold of ``"agreement"`` it leaves
-    earlier or later. Exits can be calibrated by training them on the frozen backbone
+    Every exit reads the running average through a copy of the final head. With ``act_policy()`` the
+    model reproduces ``act_model``; with another threshold of ``"agreement"`` tokens leave earlier or
+    later. Exits can be calibrated by training them on the frozen backbone
     (``TrainingConfig(freeze_backbone=True)``).
     """
     model = ACTEarlyExitModel.from_config(act_model.config).to(next(act_model.parameters()))
@@ -198,7 +191,7 @@ def convert_act_to_early_exit(act_model: ACTLanguageModel) -> ACTEarlyExitModel:
 
 
 def copy_final_head(model: EarlyExitLanguageModel) -> None:
-    """Make every exit read as the last layer does, in place: what ACT's one head reads."""
+    """Copy the last layer's head, the only one that ACT trains, to every exit, in place."""
     final = model.blocks[-1].exit_classifier
     for block in model.blocks[:-1]:
         head = block.exit_classifier

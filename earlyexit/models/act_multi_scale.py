@@ -1,4 +1,4 @@
-"""ACT over the layers of a model of several scales: blocks of tokens halt together.
+"""ACT works over the layers of a model of several scales, where blocks of tokens halt together.
 
 The halting unit after a layer reads r of the first token of a block of the coarsest scale, and its
 probability counts for the whole block, so that all tokens of a block have the same cumulative c and
@@ -21,7 +21,7 @@ from earlyexit.nn.halting import AverageHead, HaltingGates, HaltingUnit, StreamN
 
 @dataclass(frozen=True)
 class ACTMultiScaleConfig(MultiScaleConfig):
-    """Constructor arguments of :class:`ACTMultiScaleLanguageModel`; see :class:`ACTConfig`."""
+    """Its fields are the arguments of :class:`ACTMultiScaleLanguageModel`; see :class:`ACTConfig`."""
 
     _: KW_ONLY
     epsilon: float = 0.01
@@ -33,7 +33,7 @@ class ACTMultiScaleConfig(MultiScaleConfig):
 
 
 class EitherNorm(StreamNorm):
-    """LN of a state ``(…, D)``, or of a stream ``(…, 2D + 1)`` what :class:`StreamNorm` makes of it."""
+    """This norm takes states ``(…, D)`` as LayerNorm, streams ``(…, 2D + 1)`` as StreamNorm does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.shape[-1] > self.normalized_shape[0] else self.plain(x)
@@ -43,7 +43,7 @@ class EitherNorm(StreamNorm):
 
 
 class ACTMultiScaleExitModel(HaltingExits, MultiScaleLanguageModel):
-    """An early-exit model of several scales whose exits read the running ACT average.
+    """This early-exit model of several scales has exits that read the running ACT average.
 
     Its arguments are the fields of :class:`ACTMultiScaleConfig`.
     """
@@ -61,24 +61,24 @@ class ACTMultiScaleExitModel(HaltingExits, MultiScaleLanguageModel):
         self.gates = HaltingGates()
 
     def unit_size(self, layer: int) -> int:
-        """The coarsest scale's at every exit."""
+        """Return the block size of the coarsest scale, at every exit."""
         return 2 ** max(self.levels)
 
     def start(self, h: Tensor) -> Tensor:
-        """Streams ``(…, 2D + 1)``."""
+        """Return streams ``(…, 2D + 1)`` with nothing averaged and nothing halted."""
         return F.pad(h, (0, self.d_model + 1))
 
     def carry(self, layer: int, before: Tensor, read: Tensor, first: Tensor) -> Tensor:
-        """Streams ``(T, 2D + 1)`` after ``layer``; see the base class."""
+        """Return streams ``(T, 2D + 1)`` after ``layer``; see the base class."""
         p = self.units[layer](read[first]) if layer < self.n_layers - 1 else None
         return accumulate(before, read, p)
 
 
 class ACTMultiScaleLanguageModel(Pondering, ACTMultiScaleExitModel):
-    """Several scales, trained and run with ACT."""
+    """This language model of several scales is trained and run with ACT."""
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:
-        """Streams before the first and after every layer ``(B, N, 2D + 1)``; halted ones stay."""
+        """Return streams ``(B, N, 2D + 1)`` before the first and after every layer."""
         (B, N), streams, alive = x.shape, [self.start(self.embed(x))], None
         first = first_rows(torch.arange(B * N, device=x.device), N, self.unit_size(0))
         reads = self.pyramid(x)
@@ -95,7 +95,7 @@ class ACTMultiScaleLanguageModel(Pondering, ACTMultiScaleExitModel):
 
 
 def convert_act_multi_scale(model: ACTMultiScaleLanguageModel) -> ACTMultiScaleExitModel:
-    """See :func:`earlyexit.models.act.convert_act_to_early_exit`."""
+    """Do as :func:`earlyexit.models.act.convert_act_to_early_exit` for several scales."""
     out = ACTMultiScaleExitModel.from_config(model.config).to(next(model.parameters()))
     out.load_state_dict(model.state_dict())
     copy_final_head(out)

@@ -1,4 +1,4 @@
-"""Checkpoints: weights as safetensors, configuration as JSON, both checked when read."""
+"""A checkpoint holds weights as safetensors and a configuration as JSON, both checked when read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from earlyexit.nn.config import ModelConfig
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, and why."""
+    """A checkpoint cannot be used; the message says why."""
 
 
 def save_model(model: EarlyExitLanguageModel, path: Path, about: dict | None = None) -> None:
     """Write weights and configuration to one ``.safetensors`` file.
 
     Args:
-        about: anything JSON that describes the weights (training, text hash).
+        about: describes the weights (training, text hash) in values that JSON knows.
     """
     shared = {}  # a tied matrix is stored once
     tensors = {}
@@ -44,15 +44,15 @@ def load_model(
     device: str | torch.device = "cpu",
     kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
 ) -> EarlyExitLanguageModel:
-    """The model stored by :func:`save_model`, in evaluation mode.
+    """Load the model that :func:`save_model` stored, in evaluation mode.
 
     Args:
-        config: what the checkpoint must hold; None takes what it says.
-        kind: class of the model; its ``config_type`` describes it.
+        config: configuration that the checkpoint must hold; None accepts any.
+        kind: class of the model.
 
     Raises:
-        CheckpointError: missing, truncated, not safetensors (a pickle, say), of another
-            configuration or shape, or weights that are not finite.
+        CheckpointError: the file is missing, truncated, not safetensors (a pickle, say), of another
+            configuration or shape, or holds weights that are not finite.
     """
     path = Path(path)
     metadata, tensors = _read(path)
@@ -81,10 +81,10 @@ def load_model(
 
 
 def checkpoint_about(path: Path) -> dict:
-    """What :func:`save_model` was told about the weights.
+    """Return the description ``about`` that :func:`save_model` stored.
 
     Raises:
-        CheckpointError: see :func:`load_model`.
+        CheckpointError: the file cannot be read, or holds no description.
     """
     try:
         return json.loads(_read(Path(path))[0]["about"])

@@ -1,4 +1,4 @@
-"""Several scales: N → N/2 → N/4 → N/2 → N positions, causal, with an exit after every scale.
+"""A model of several scales goes N → N/2 → N/4 → N/2 → N positions, with an exit after every scale.
 
 Layer l of L = 2m + 1 works at level k = min(l, L − 1 − l), on ⌈N / 2^k⌉ positions, as a U-Net does
 (Ronneberger et al. 2015; for language, Nawrot et al. 2022, Hourglass). Position j of level k serves
@@ -7,12 +7,12 @@ the block of tokens j·2^k … (j + 1)·2^k − 1 and knows tokens up to the blo
     down   c_j = W [a_{2j−1}; a_{2j}]        the window of two that *ends* where the block begins,
     up     a_i ← a_i + U c_{⌊i/2⌋}           a skip connection, so that positions of a block differ.
 
-So a pooled state reaches no position before its last token, and whether a block leaves is decided from
-what is known at its first token: the exit after level k scores the block's first token, and all tokens
-of the block that are still there follow. What an exit reads of token i is the same sum, carried up to
-full resolution: r_i = h_i + U_1 (c¹ + U_2 c² …).
+So a pooled state reaches no position before its last token: the model is causal. Whether a block leaves
+is decided from what is known at its first token: the exit after level k scores that token, and all
+running tokens of the block follow. What an exit reads of token i is the same sum, carried up to full
+resolution: r_i = h_i + U_1 (c¹ + U_2 c² …).
 
-A block without a token left leaves the computation: its position keeps its state, and hands its
+A block without a running token leaves the computation: its position keeps its state, and hands its
 potentials on. Costs count positions: 1 + ½ + ¼ + ½ + 1 = 3.25 layers of N positions for five.
 """
 
@@ -39,10 +39,11 @@ from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
 
 @dataclass(frozen=True)
 class MultiScaleConfig(SparseConfig):
-    """Constructor arguments of :class:`MultiScaleLanguageModel`; keep < 1 makes its layers sparse.
+    """Its fields are the arguments of :class:`MultiScaleLanguageModel`; keep < 1 makes layers sparse.
 
     Raises:
-        ValueError: an even number of layers, fewer than three, a two-sided core, or see the base class.
+        ValueError: the number of layers is even or below three, the core is two-sided, or the base
+            class refuses a value.
     """
 
     n_layers: int = 5
@@ -60,7 +61,7 @@ class MultiScaleConfig(SparseConfig):
 
 
 class MultiScaleLanguageModel(SparseBKLanguageModel):
-    """A language model whose layers work at several scales; five layers go down to N/4.
+    """This language model has layers that work at several scales; five layers go down to N/4.
 
     Its arguments are the fields of :class:`MultiScaleConfig`.
     """
@@ -92,14 +93,14 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
         return kind(self, x, history)
 
     def start(self, h: Tensor) -> Tensor:
-        """What exits carry along before the first layer ``(…, D)``."""
+        """Return what exits carry along before the first layer ``(…, D)``, given its states."""
         return h
 
     def carry(self, layer: int, before: Tensor, read: Tensor, first: Tensor | None) -> Tensor:
-        """What exits carry along after ``layer``.
+        """Return what exits carry along after ``layer`` ``(T, ·)``.
 
         Args:
-            before: of the same tokens, at the exit before ``(T, ·)``.
+            before: what they carried at the exit before, for the same tokens ``(T, ·)``.
             read: r of the tokens ``(T, D)``.
             first: row of the first token of each token's block ``(T,)``.
         """
@@ -108,11 +109,7 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
     needs_all = False  # whether :meth:`carry` must see every token at every exit
 
     def check_training(self, exit_sampling: str, layer_dropout: float) -> None:
-        """Refuse to drop layers or let single tokens leave: the next layer works at another scale.
-
-        Raises:
-            ValueError: one of the two is asked for.
-        """
+        """Raise ValueError if layers are dropped or single tokens leave: the next scale differs."""
         super().check_training(exit_sampling, layer_dropout)
         if layer_dropout or exit_sampling == "tokens":
             raise ValueError(
@@ -123,22 +120,22 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
     # ------------------------------------------------------------------ running
 
     def pool(self, level: int, fine: Tensor) -> Tensor:
-        """Level ``level − 1`` ``(B, N, D)`` → level ``level`` ``(B, ⌈N/2⌉, D)``."""
+        """Make the states of a level ``(B, ⌈N/2⌉, D)`` from those of the finer one ``(B, N, D)``."""
         B, N, D = fine.shape
         padded = F.pad(fine, (0, 0, 1, N % 2 - 1))  # windows (2j − 1, 2j), zero before 0
         return self.down[level - 1](padded.reshape(B, -1, 2 * D))
 
     def _raise(self, level: int, coarse: Tensor, length: int) -> Tensor:
-        """What level ``level`` adds to the positions of the level below it ``(B, length, D)``."""
+        """Return what a level adds to the positions of the finer one ``(B, length, D)``."""
         return self.up[level - 1](coarse).repeat_interleave(2, dim=1)[:, :length]
 
     def pyramid(self, x: Tensor, read: bool = True) -> Generator[Tensor, Tensor | None, None]:
-        """All layers on all positions, dense; yields r ``(B, N, D)`` after each.
+        """Run all layers on all positions, and yield r ``(B, N, D)`` after each.
 
-        ``send`` takes the tokens still there ``(B, N)``: positions of the others keep their state.
+        ``send`` takes the running tokens ``(B, N)``: positions without one keep their state.
 
         Args:
-            read: otherwise only the last layer's r is a sum, the others are what the layer computed.
+            read: if False, what is yielded before the last layer is what the layer computed, not r.
         """
         h = self.embed(x)
         levels, frozen, alive = [h], h, None
@@ -153,13 +150,13 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
             r = levels[k]
             for level in range(k, 0, -1) if read else ():
                 r = levels[level - 1] + self._raise(level, r, levels[level - 1].shape[1])
-            now = yield r
-            if now is not None:
+            still_alive = yield r
+            if still_alive is not None:
                 frozen = r if alive is None else torch.where(alive[..., None], r, frozen)
-                alive = now
+                alive = still_alive
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:
-        """What exits carry before the first and after every layer, L + 1 tensors ``(B, N, ·)``."""
+        """Return what exits carry before the first and after every layer, L + 1 times ``(B, N, ·)``."""
         states = [self.start(self.embed(x))]
         B, N = x.shape
         for layer, r in enumerate(self.pyramid(x)):
@@ -176,5 +173,5 @@ class MultiScaleLanguageModel(SparseBKLanguageModel):
 
 
 def _choose(alive: Tensor | None, level: int, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` where a block of the level ``(B, N', D)`` has a token left, else ``old``."""
+    """Return ``new`` where a block of the level ``(B, N′, D)`` has a running token, else ``old``."""
     return new if alive is None else torch.where(any_left(alive, level)[..., None], new, old)

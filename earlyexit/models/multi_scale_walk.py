@@ -1,7 +1,7 @@
-"""How a batch walks through a model of several scales, dense and compacted.
+"""A batch walks through a model of several scales in blocks of tokens, dense or compacted.
 
-Layers work on blocks of tokens: a block leaves by the score of its first token, and a layer transforms
-the blocks in which a token is left. Judging, reading and counting are those of every model.
+A block leaves by the score of its first token, and a layer transforms the blocks in which a token is
+running. Judging, reading and counting are those of every model.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from earlyexit.exits.protocol import ExitModel, Observation, Walk, exit_state
 
 
 def any_left(tokens: Tensor, level: int) -> Tensor:
-    """Which blocks of a level hold a marked token: ``(B, N)`` → ``(B, ⌈N / 2^level⌉)``."""
+    """Tell which blocks of a level hold a marked token: ``(B, N)`` → ``(B, ⌈N / 2^level⌉)``."""
     size = 2**level
     padded = F.pad(tokens, (0, -tokens.shape[1] % size))
     return padded.view(len(tokens), -1, size).any(dim=-1)
 
 
 def first_rows(tokens: Tensor, length: int, size: int) -> Tensor:
-    """Row, among sorted flat token ids ``(T,)``, of the first token of each token's block."""
+    """Find the row, among sorted flat token indices ``(T,)``, of each token's block's first token."""
     position = tokens % length
     return torch.searchsorted(tokens, tokens - position % size)
 
 
 class PyramidWalk(Walk):
-    """What both ways of running share: what exits see, and what they carry along.
+    """Both ways of running share what exits see and what they carry along.
 
     Args:
         model: a :class:`earlyexit.models.multi_scale.MultiScaleLanguageModel`.
-        history: whether the criterion looks at what earlier exits saw.
+        history: whether the criterion looks at states of earlier exits.
     """
 
     def __init__(self, model: ExitModel, x: Tensor, history: bool):
@@ -45,10 +45,10 @@ class PyramidWalk(Walk):
 
     @abstractmethod
     def read(self, tokens: Tensor) -> Tensor:
-        """What exits read of sorted flat token ids ``(T,)`` after the last layer: ``(T, D)``."""
+        """Return what exits read ``(T, D)`` of sorted flat token indices ``(T,)``."""
 
     def mask(self) -> Tensor:
-        """The running tokens ``(B, N)``."""
+        """Mark the running tokens ``(B, N)``."""
         marks = torch.zeros(self.shape.numel(), dtype=torch.bool, device=self.alive.device)
         return marks.index_fill(0, self.alive, True).view(self.shape)
 
@@ -59,19 +59,19 @@ class PyramidWalk(Walk):
         model, N = self.model, self.shape[1]
         top = max(model.levels)
         near = any_left(self.mask(), top).repeat_interleave(2**top, dim=1)[:, :N].flatten()
-        self.seen = near.nonzero().squeeze(1)
-        self.before = self.carried[self.seen]
-        first = first_rows(self.seen, N, model.unit_size(layer))
-        self.now = model.carry(layer, self.before, self.read(self.seen), first)
-        self.carried = self.carried.index_copy(0, self.seen, self.now)
+        self.near = near.nonzero().squeeze(1)
+        self.before = self.carried[self.near]
+        first = first_rows(self.near, N, model.unit_size(layer))
+        self.after = model.carry(layer, self.before, self.read(self.near), first)
+        self.carried = self.carried.index_copy(0, self.near, self.after)
 
     def observe(self, layer: int) -> Observation:
-        """The first tokens of the running tokens' blocks; with a history, every token near them."""
+        """Return the first tokens of the running tokens' blocks; with a history all tokens near."""
         alive, N, model = self.alive, self.shape[1], self.model
         first_of = alive - alive % N % model.unit_size(layer)
         if self.history:
-            state = exit_state(model, layer, self.now, self.before)
-            return Observation(state, self.seen, torch.searchsorted(self.seen, first_of))
+            state = exit_state(model, layer, self.after, self.before)
+            return Observation(state, self.near, torch.searchsorted(self.near, first_of))
         first = first_of.unique_consecutive()
         hidden = self.carried[first] if self.keeps else self.read(first)
         state = exit_state(model, layer, hidden, None)
@@ -86,7 +86,7 @@ class PyramidWalk(Walk):
 
 
 class DensePyramidWalk(PyramidWalk):
-    """Every layer runs on all positions; those without a running token are put back."""
+    """Every layer runs on all positions, and those without a running token are put back."""
 
     def __init__(self, model: ExitModel, x: Tensor, history: bool):
         super().__init__(model, x, history)
@@ -101,7 +101,7 @@ class DensePyramidWalk(PyramidWalk):
 
 
 class CompactedPyramidWalk(PyramidWalk):
-    """Blocks without a running token are not transformed: the recursion reads their potentials only."""
+    """Blocks without a running token are not transformed; the recursion reads their potentials."""
 
     def __init__(self, model: ExitModel, x: Tensor, history: bool):
         super().__init__(model, x, history)
@@ -129,14 +129,14 @@ class CompactedPyramidWalk(PyramidWalk):
         return self._raised(0, len(self.levels) - 1, tokens)
 
     def _raised(self, k: int, level: int, rows: Tensor) -> Tensor:
-        """Sorted rows of level k, with what the levels from ``level`` down to k + 1 add ``(R, D)``."""
+        """Return sorted rows of level k, with what levels k + 1 to ``level`` add ``(R, D)``."""
         states = self.levels[k].flatten(0, 1)[rows]
         if k == level:
             return states
         fine, coarse = self.levels[k].shape[1], self.levels[k + 1].shape[1]
         parents = rows // fine * coarse + rows % fine // 2
-        unique, where = parents.unique_consecutive(return_inverse=True)
-        return states + self.model.up[k](self._raised(k + 1, level, unique))[where]
+        unique, inverse = parents.unique_consecutive(return_inverse=True)
+        return states + self.model.up[k](self._raised(k + 1, level, unique))[inverse]
 
     def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
         tokens, r = self.alive[leaving], self.states(leaving)[:, : self.model.d_model]

@@ -1,4 +1,4 @@
-"""What a ResNet-BK language model costs, from its configuration alone: it need not have been built.
+"""A ResNet-BK language model's cost follows from its configuration; it need not have been built.
 
 Profilers count matrix products only (recurrences, softmax and normalisations count as zero there), hence
 these formulas; their matrix products are checked against ``torch.utils.flop_counter`` in the tests.
@@ -37,11 +37,11 @@ def operations(
     levels: Sequence[int] = (),
     halting: bool = False,
 ) -> Operations:
-    """The operations of a model of this configuration.
+    """Return the operations of a model of this configuration.
 
     Args:
-        kept: of every layer, the share of positions that a sparse BK-Core visits; none: dense ones.
-        levels: of every layer, how often positions were halved; none: one scale.
+        kept: the share of positions that each layer's sparse BK-Core visits; empty for dense layers.
+        levels: how often each layer's positions were halved; empty for one scale.
         halting: whether halting units are the gates.
     """
     d, h, L = config.d_model, config.bk_heads, config.n_layers
@@ -109,7 +109,7 @@ def _block(config: ModelConfig) -> Parts:
 
 
 def _clusters(config: ModelConfig) -> list[tuple[int, int]]:
-    """(words, width) of an adaptive head's clusters, the frequent words first, at full width."""
+    """Return (words, width) of an adaptive head's clusters, frequent words at full width first."""
     d, v = config.d_model, config.vocab_size
     cuts = (0, v // 10, 4 * v // 10, v)
     return [(cuts[k + 1] - cuts[k], d // 2**k) for k in range(len(cuts) - 1)]

@@ -1,4 +1,4 @@
-"""The ResNet-BK language model: causal resolvent mixing, sparse experts, an exit after every layer."""
+"""The ResNet-BK language model has causal resolvent mixing, sparse experts and exits at all layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from earlyexit.nn.unembedding import AdaptiveUnembedding, LinearUnembedding
 
 
 class EarlyExitLanguageModel(EarlyExitModel):
-    """A ResNet-BK language model with an exit after every layer.
+    """This is a ResNet-BK language model with an exit after every layer.
 
     Its arguments are the fields of :class:`earlyexit.nn.config.ModelConfig`, in that order.
 
     Raises:
-        ValueError: a configuration that makes no model; see :class:`earlyexit.nn.config.ModelConfig`.
+        ValueError: the configuration refuses a value.
     """
 
     config_type = ModelConfig
@@ -68,15 +68,16 @@ class EarlyExitLanguageModel(EarlyExitModel):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> EarlyExitLanguageModel:
+        """Build a model with new weights from its configuration."""
         return cls(**asdict(config))
 
     # ------------------------------------------------------------------ the contract
 
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
-        """Token ids ``(B, N)`` at positions ``start`` … → ``(B, N, D)``.
+        """Return the states ``(B, N, D)`` of token ids ``(B, N)`` at positions ``start`` …
 
         Raises:
-            ValueError: not two-dimensional, empty, longer than n_seq, or an id outside 0 … V − 1.
+            ValueError: ids are not two-dimensional, empty, beyond n_seq, or outside 0 … V − 1.
         """
         if x.dim() != 2 or x.numel() == 0:
             raise ValueError(f"expected token ids (B, N) with B, N ≥ 1, got shape {tuple(x.shape)}")
@@ -96,14 +97,14 @@ class EarlyExitLanguageModel(EarlyExitModel):
         return self.blocks[layer].layer_norm(h)
 
     def contribution(self, layer: int, u: Tensor) -> Tensor:
-        """Potentials ``(…, H)``."""
+        """Return potentials ``(…, H)``."""
         return self.blocks[layer].bk_layer.potentials(u)
 
     def mix(self, layer: int, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
-        """BK features ``(A, 2H)``."""
+        """Return BK features ``(A, 2H)``."""
         mark = marker()
         features = self.blocks[layer].bk_layer.bk_core(given).flatten(0, 1)
-        mark("blocks", "propagation", len(u) / len(features))  # the recursion passes over everyone
+        mark("blocks", "propagation", len(u) / len(features))  # it passes over all tokens
         if rows is not None:
             features = features.index_select(0, rows)
             mark("gather/scatter")
@@ -120,7 +121,7 @@ class EarlyExitLanguageModel(EarlyExitModel):
         return self.blocks[layer].exit_classifier
 
     def operations(self, **changes) -> Operations:
-        """See :func:`earlyexit.models.operations.operations`, whose arguments kinds of model fill in."""
+        """Return :func:`earlyexit.models.operations.operations`, with the changes of a kind of model."""
         return operations(self.config, **changes)
 
     def layer(self, layer: int, h: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class EarlyExitLanguageModel(EarlyExitModel):
             block.bk_layer.moe.load_balancing_loss = None
 
     def propagation(self) -> Callable[[Tensor, int], Tensor]:
-        r"""Potentials of exited tokens for all deeper layers, as one product.
+        """Return a function that makes the potentials of exited tokens by one product for all layers.
 
         Of a frozen state h, layer l reads v_l = W_l LN_l(h) + b_l. The layers' norms differ by their
         affine maps alone, LN_l(h) = γ_l ⊙ z + β_l, so h is standardised to z once, and one product with
@@ -163,7 +164,7 @@ EarlyExitLanguageModel.__signature__ = inspect.signature(ModelConfig)
 
 
 def _fold(norms: list[nn.LayerNorm], layers: list[MoEResNetBKLayer]) -> tuple[Tensor, Tensor]:
-    """Matrices ``(L, H, D)`` and offsets ``(L, H)`` that act on standardised states."""
+    """Return matrices ``(L, H, D)`` and offsets ``(L, H)`` that act on standardised states."""
     weight = torch.stack([layer.v_proj.weight for layer in layers])
     bias = torch.stack([layer.v_proj.bias for layer in layers])
     scale = torch.stack([norm.weight for norm in norms])

@@ -1,21 +1,20 @@
-"""Sparse BK-Core: a learned importance decides which positions the recursion visits.
+"""With a sparse BK-Core, a learned importance decides which positions the recursion visits.
 
 A position with score s_i > 0 is kept. The recursion runs over kept positions alone, as if the others
 were not there; a skipped position hands on the state before it:
 
     g_i = 1 / (α_i − t² g_{i−1})  if kept,        g_i = g_{i−1}  if not,        g_{−1} = 0.
 
-Potentials are made for kept positions only, and a state that several positions share is projected once,
-before it is filled in.
-Kept positions are gathered per sequence, so the recursion is shorter; its results are filled forward by
-index: what a position reads comes from no later one.
+Kept positions are gathered per sequence, so that the recursion is shorter, and its results are filled
+forward by index: what a position reads comes from no later one. Potentials are made for kept positions
+only, and a state that several positions share is projected once, before it is filled in.
 
 Training samples the mask, m_i = [s_i + logistic noise > 0], and differentiates it as a sigmoid (the
 binary concrete distribution of Maddison et al. 2017 and Jang et al. 2017, straight-through). The noise
-fades over the training, so that it ends with the mask that will be used. The
-derivative with respect to m_i is exact in the features up to the next kept position, where keeping i
-would have changed g by 1/(α_i − t² g_{i−1}) − g_{i−1}; what it changes in the recursion beyond that is
-left out. A loss (kept share − target)² on the mask without noise holds the share.
+fades over the training, so that it ends with the mask that will be used. The derivative with respect to
+m_i is exact in the features up to the next kept position, where keeping i would have changed g by
+1/(α_i − t² g_{i−1}) − g_{i−1}; what it changes in the recursion beyond that is left out. A loss
+(kept share − target)² on the mask without noise holds the share.
 """
 
 from __future__ import annotations
@@ -34,14 +33,15 @@ from earlyexit.nn.sparse_bk import SparseBKLayer
 
 @dataclass(frozen=True)
 class SparseConfig(ModelConfig):
-    """Constructor arguments of :class:`SparseBKLanguageModel`.
+    """Its fields are the arguments of :class:`SparseBKLanguageModel`.
 
     Attributes:
         keep: target share of positions that BK-Core visits; 1 builds dense layers.
-        sparsity_weight: of the mean squared distance to it in the loss.
+        sparsity_weight: weight of the mean squared distance to that share in the loss.
 
     Raises:
-        ValueError: keep not in (0, 1], a negative weight, a two-sided core, or see the base class.
+        ValueError: keep is not in (0, 1], the weight is negative, the core is two-sided, or the base
+            class refuses a value.
     """
 
     _: KW_ONLY
@@ -57,10 +57,7 @@ class SparseConfig(ModelConfig):
 
 
 class SparseBKLanguageModel(EarlyExitLanguageModel):
-    """A language model with sparse BK-Cores.
-
-    Its arguments are the fields of :class:`SparseConfig`.
-    """
+    """This language model has sparse BK-Cores; its arguments are the fields of :class:`SparseConfig`."""
 
     config_type = SparseConfig
 
@@ -76,12 +73,12 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
         return super().operations(kept=kept, **changes)
 
     def prepare_step(self, progress: float) -> None:
-        """The noise of the masks falls to 0, so that training ends with the masks that will be used."""
+        """Let the noise of the masks fall to 0: training ends with the masks that will be used."""
         for layer in sparse_layers(self):
             layer.noise = 1 - progress
 
     def own_loss(self) -> Tensor | float:
-        """w · mean over layers of (kept − keep)²."""
+        """Return ``sparsity_weight`` × mean over layers of (kept share − keep)²."""
         shares = [s.kept_share for s in sparse_layers(self) if s.kept_share is not None]
         if not shares:
             return 0.0
@@ -90,5 +87,5 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
 
 
 def sparse_layers(model: nn.Module) -> Iterator[SparseBKLayer]:
-    """The sparse layers of a model, first to last."""
+    """Yield the sparse layers of a model, first to last."""
     return (module for module in model.modules() if isinstance(module, SparseBKLayer))

@@ -1,1 +1,1 @@
-"""The layers of the models stand here, about one in a file, each with its mathematics."""
+"""This wing holds the layers of the models, about one in a file, each with its mathematics."""

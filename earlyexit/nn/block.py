@@ -100,7 +100,6 @@ class EarlyExitResNetBKBlock(nn.Module):
         self.d_model, self.n_seq, self.vocab_size = d_model, n_seq, vocab_size
         self.num_experts, self.top_k, self.dropout_p = num_experts, top_k, dropout_p
         self.layer_norm = nn.LayerNorm(d_model)
-        options |= {"vocab_size": vocab_size}
         self.bk_layer = MoEResNetBKLayer(d_model, n_seq, num_experts, top_k, dropout_p, **options)
         self.exit_classifier = exit_classifier or ExitHead(
             d_model, LinearUnembedding(d_model, vocab_size), borrowed=False, translate=False

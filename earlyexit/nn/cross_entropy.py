@@ -32,7 +32,7 @@ def logit_chunks(
 
 
 def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits into probabilities ``(T, V)`` in place; return them and the log-normaliser ``(T,)``."""
+    """Replace logits ``(T, V)`` by probabilities; return them and the log-normalisers ``(T,)``."""
     top = logits.amax(dim=-1)
     p = torch.softmax(logits, dim=-1, out=logits)
     return p, top - p.amax(dim=-1).log()  # the largest probability is exp(top − log-normaliser)
