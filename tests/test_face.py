@@ -79,7 +79,7 @@ def test_another_text_is_refused(copy, published, monkeypatch):
     other = replace(published.corpus, data_hash="0" * 64)
     monkeypatch.setattr("earlyexit.runs.published.load_corpus", lambda *_: other)
     with pytest.raises(
-        ValueError, match="digest 0000000000000000, but .* one with digest 474b2432"
+        ValueError, match=r"digest 0000000000000000, but .* one with digest 474b2432"
     ):
         load("cpu", device="cpu")
 
