@@ -15,7 +15,7 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.checkpoints import CheckpointError, checkpoint_about, load_model
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.runs import digests
-from earlyexit.runs.artifacts import read_json
+from earlyexit.runs.artifacts import owner_of
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import get_profile
 
@@ -101,11 +101,12 @@ def _known() -> str:
 
 
 def _check_bytes(path: Path) -> None:
-    """Compare a file with its record.
+    """Compare a file with the record of the run that wrote it.
 
     Raises:
         CheckpointError: it was changed, or never finished.
     """
-    record = path.with_name(f"{path.stem}.meta.json")
-    if read_json(record)["files"][path.name] != digests.of_file(path):
+    name = project().relative(path)
+    record = owner_of(name, path.parent)
+    if record is None or record.files[name].sha256 != digests.of_file(path):
         raise CheckpointError(f"{path} is not the file that was published: fetch it again")
