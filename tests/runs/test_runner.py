@@ -252,7 +252,7 @@ def test_the_estimate_is_the_last_time_or_scaled_by_work():
     assert freshness.minutes("01", "cpu~corpus=folder", None, known) == (None, "unknown")
     assert freshness.minutes("02", "cpu", 4.0, known) == (None, "unknown")
     profile = get_profile("cpu")
-    assert freshness.training_work(profile, 3) == 3 * estimates.training_work(profile, 1)
+    assert freshness.training_work(profile, 3) == 3 * freshness.training_work(profile, 1)
     assert freshness.training_work(get_profile("cpu", {"corpus": "folder"}, "text"), 1) is None
 
 
