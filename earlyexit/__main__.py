@@ -10,37 +10,39 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-if TYPE_CHECKING:
-    from earlyexit.runs.runner import Plan
+from tqdm.auto import tqdm
+
+from earlyexit.cost import bench, predict
+from earlyexit.models.checkpoints import CheckpointError, load_model
+from earlyexit.runs import cli, machine
+from earlyexit.runs.freshness import RunError
+from earlyexit.runs.paths import project
+from earlyexit.runs.settings import Settings, UsageError
+
+log = logging.getLogger("earlyexit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("earlyexit").setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
     try:
         return options.command(options)
     except KeyboardInterrupt:
         return _complain("interrupted; what was finished before is kept", 130)
-    except OSError as error:  # disk full, no such project, missing results
+    except UsageError as error:
+        return _complain(str(error), 2)
+    except (RunError, OSError) as error:  # a notebook, disk full, no such project, missing results
         return _complain(str(error), 1)
-    except (ValueError, RuntimeError) as error:
-        from earlyexit.runs.freshness import RunError
-        from earlyexit.runs.settings import UsageError
-
-        if isinstance(error, UsageError | RunError):
-            return _complain(str(error), 2 if isinstance(error, UsageError) else 1)
-        raise  # a bug: its traceback is wanted
 
 
 def _run(options: argparse.Namespace) -> int:
-    from earlyexit.runs import runner
-    from earlyexit.runs.settings import Settings
+    from earlyexit.runs import runner  # papermill takes its time
 
+    cli.device_and_threads(options.device, 0)
     settings = Settings(
         profile=options.profile,
         seeds=tuple(options.seeds),
@@ -67,39 +69,30 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _readme(options: argparse.Namespace) -> int:
-    from earlyexit.runs import publish as readme
-    from earlyexit.runs.paths import project
+    from earlyexit.runs import publish
 
     path = project().readme
     if not options.check:
-        print("\n".join(f"regenerated: {name}" for name in readme.update(path)) or "up to date")
+        print("\n".join(f"regenerated: {name}" for name in publish.update(path)) or "up to date")
         return 0
-    stale = readme.check(path)
+    stale = publish.check(path)
     print("\n".join(f"differs from the results: {name}" for name in stale) or "up to date")
     return 1 if stale else 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from earlyexit.cost import bench
-    from earlyexit.runs.cli import device_and_threads
-    from earlyexit.runs.settings import UsageError
-
-    device = device_and_threads(options.device, options.threads)
+    device = cli.device_and_threads(options.device, options.threads)
     if options.repeats < 1:
         raise UsageError(f"--repeats {options.repeats} must be at least 1")
-    model = None
-    if options.model:
-        from earlyexit.models.checkpoints import CheckpointError, load_model
-
-        try:
-            model = load_model(options.model, device=device)
-        except CheckpointError as error:
-            raise UsageError(f"--model: {error}") from None
+    try:
+        model = load_model(options.model, device=device) if options.model else None
+    except CheckpointError as error:
+        raise UsageError(f"--model: {error}") from None
     repeats = min(3, options.repeats) if options.quick else options.repeats
     plan = bench.Bench(device, repeats, options.quick, model)
     conditions, rows = bench.conditions(device), []
-    for name, section in _progress(plan.sections()):
-        logging.getLogger("earlyexit").info("%s …", name)
+    for name, section in tqdm(plan.sections().items(), desc="bench", file=sys.stderr):
+        log.info("%s …", name)
         rows += section()
     if options.json:
         print(json.dumps({"conditions": conditions, "rows": [r.to_dict() for r in rows]}, indent=2))
@@ -114,26 +107,16 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _progress(sections: dict) -> Iterator[tuple]:
-    from tqdm.auto import tqdm
-
-    yield from tqdm(sections.items(), desc="bench", file=sys.stderr)
-
-
 def _predict(options: argparse.Namespace) -> int:
-    from earlyexit.cost import predict as prediction
-    from earlyexit.runs import cli, machine
-
     load = cli.load_from(options)
     device = cli.device_and_threads(options.device, options.threads)
-    model = machine.time_model(device, refit=options.refit)
-    answer = prediction.answer(model, load)
-    print(json.dumps(answer, indent=2) if options.json else prediction.text(answer))
+    answer = predict.answer(machine.time_model(device, refit=options.refit), load)
+    print(json.dumps(answer, indent=2) if options.json else predict.text(answer))
     return 0
 
 
-def _show(plan: Plan) -> None:
-    """One line per notebook; the expected time where something is to be done."""
+def _show(plan) -> None:
+    """Print a ``runner.Plan``: a line per notebook, and the time of what is to be done."""
     print(f"{plan.label}: {plan.command}")
     stale = [step for step in plan.steps if step.reasons]
     for step in plan.steps:
@@ -189,37 +172,37 @@ def _parser() -> argparse.ArgumentParser:
     readme.set_defaults(command=_readme)
     readme.add_argument("--check", action="store_true", help="only say which differ")
 
-    bench = commands.add_parser("bench", help="ratios of times, beside their targets")
-    bench.set_defaults(command=_bench)
-    bench.add_argument("--quick", action="store_true", help="small sizes, three repeats")
-    bench.add_argument("--repeats", type=int, default=7, help="of each run (default: 7)")
-    bench.add_argument("--model", metavar="FILE", help="checkpoint for the end-to-end rows")
-    _add_machine(bench)
+    ratios = commands.add_parser("bench", help="ratios of times, beside their targets")
+    ratios.set_defaults(command=_bench)
+    ratios.add_argument("--quick", action="store_true", help="small sizes, three repeats")
+    ratios.add_argument("--repeats", type=int, default=7, help="of each run (default: 7)")
+    ratios.add_argument("--model", metavar="FILE", help="checkpoint for the end-to-end rows")
+    _add_machine(ratios)
 
-    predict = commands.add_parser(
+    prediction = commands.add_parser(
         "predict", help="time of a configuration that was never run",
         description="Time of scoring a batch with and without exits, from prices fitted on this"
         " machine (once; kept in the cache).",
     )  # fmt: skip
-    predict.set_defaults(command=_predict)
-    predict.add_argument("--d-model", type=int, required=True, metavar="D")
-    predict.add_argument("--n-layers", type=int, required=True, metavar="L")
-    predict.add_argument("--vocab", type=int, required=True, metavar="V")
-    predict.add_argument("--batch", type=int, default=32, metavar="B")
-    predict.add_argument("--n-seq", type=int, default=128, metavar="N")
-    predict.add_argument("--bk-heads", type=int, default=16, metavar="H")
-    predict.add_argument("--num-experts", type=int, default=4, metavar="E")
-    predict.add_argument("--top-k", type=int, default=1, metavar="K")
-    predict.add_argument("--output-head", default="linear", help="linear or adaptive")
-    predict.add_argument("--criterion", default="gate", help="what decides (default: gate)")
-    exits = predict.add_mutually_exclusive_group()
+    prediction.set_defaults(command=_predict)
+    prediction.add_argument("--d-model", type=int, required=True, metavar="D")
+    prediction.add_argument("--n-layers", type=int, required=True, metavar="L")
+    prediction.add_argument("--vocab", dest="vocab_size", type=int, required=True, metavar="V")
+    prediction.add_argument("--batch", type=int, default=32, metavar="B")
+    prediction.add_argument("--n-seq", type=int, default=128, metavar="N")
+    prediction.add_argument("--bk-heads", type=int, default=16, metavar="H")
+    prediction.add_argument("--num-experts", type=int, default=4, metavar="E")
+    prediction.add_argument("--top-k", type=int, default=1, metavar="K")
+    prediction.add_argument("--output-head", default="linear", help="linear or adaptive")
+    prediction.add_argument("--criterion", default="gate", help="what decides (default: gate)")
+    exits = prediction.add_mutually_exclusive_group()
     exits.add_argument("--mean-depth", type=float, help="layers executed (default: (L + 1) / 2)")
     exits.add_argument(
         "--exit-shares", type=float, nargs="+", metavar="P",
         help="share of tokens leaving at each layer, and last those that leave at none",
     )  # fmt: skip
-    predict.add_argument("--refit", action="store_true", help="measure this machine again")
-    _add_machine(predict)
+    prediction.add_argument("--refit", action="store_true", help="measure this machine again")
+    _add_machine(prediction)
     return parser
 
 

@@ -286,6 +286,8 @@ def remedy(label: str, notebook: str | None) -> str:
     """The command that makes what is missing under a label, as part of a sentence."""
     profile, *changed = label.split("~")
     options = ["--profile", profile]
+    if any("=" not in pair for pair in changed):  # a digest: the label is too long to say it all
+        return f"run it with the settings in the records of results/{label}"
     for pair in changed:
         key, _, value = pair.partition("=")
         options += ["--seeds", *value.split(",")] if key == "seeds" else ["--set", pair]

@@ -1,4 +1,4 @@
-"""runs/machine."""
+"""The prices of work on this machine: measured once, then read from the cache."""
 
 from __future__ import annotations
 

@@ -285,8 +285,12 @@ def get_profile(
     if "model" in changes:  # whether the embedding can be tied follows the head that is asked for
         changes["model"] = {"tie_embeddings": None} | changes["model"]
     profile, top = PROFILES[name], changes.pop("", {})
-    parts = {part: replace(getattr(profile, part), **new) for part, new in changes.items()}
-    return replace(profile, **parts, **top)
+    for part, new in changes.items():
+        try:
+            top[part] = replace(getattr(profile, part), **new)
+        except ValueError as error:
+            raise ValueError(f"{part}: {error}") from None
+    return replace(profile, **top)
 
 
 LONGEST_LABEL = 100  # bytes; file systems allow 255, and names are joined to it

@@ -15,9 +15,9 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.checkpoints import CheckpointError, checkpoint_about, load_model
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.runs import digests
+from earlyexit.runs.artifacts import owner_of
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import get_profile
-from earlyexit.runs.provenance import read_records
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +101,12 @@ def _known() -> str:
 
 
 def _check_bytes(path: Path) -> None:
-    """Compare a file with the record of the run that published it.
+    """Compare a file with the record of the run that wrote it.
 
     Raises:
-        CheckpointError: it was changed, or no record lists it.
+        CheckpointError: it was changed, or never finished.
     """
     name = project().relative(path)
-    listed = [r.files[name] for r in read_records(path.parent) if name in r.files]
-    if not listed or listed[0].sha256 != digests.of_file(path):
+    record = owner_of(name, path.parent)
+    if record is None or record.files[name].sha256 != digests.of_file(path):
         raise CheckpointError(f"{path} is not the file that was published: fetch it again")

@@ -1,17 +1,37 @@
-"""The systems that are compared: each idea alone, in pairs, and all together, each with exits."""
+"""Training of the systems that are compared, each once: then they come from the cache."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from earlyexit.corpus.corpus import Corpus
-from earlyexit.runs import cache as stages
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.nn.config import ModelConfig
+from earlyexit.runs import cache
 from earlyexit.runs.cache import Trained
-from earlyexit.study import Study
+from earlyexit.runs.profiles import Profile
+from earlyexit.training.config import TrainingConfig
 from earlyexit.training.systems import CALIBRATION_RATE, REFERENCE, Budget, System
 
 
-def train_system(study: Study, system: System, seed: int, budget: Budget) -> Trained:
+class Source(Protocol):
+    """What a system is trained with; a :class:`earlyexit.study.Study` is one."""
+
+    profile: Profile
+    corpus: Corpus
+    cache: Path
+    device: torch.device
+
+    def model_config(self, kind: type[EarlyExitLanguageModel], **changes) -> ModelConfig: ...
+
+    def training_config(self, seed: int, **changes) -> TrainingConfig: ...
+
+
+def train_system(study: Source, system: System, seed: int, budget: Budget) -> Trained:
     """The system's weights, trained now unless they are in the cache; with ACT the ACT model."""
     changes: dict = {}
     if "sparse" in system.parts:
@@ -27,7 +47,7 @@ def train_system(study: Study, system: System, seed: int, budget: Budget) -> Tra
         training["exit_loss_weight"] = 0.0  # its one head reads averages; exits come afterwards
     if system is REFERENCE:
         training["exit_loss_weight"] = 0.0
-    return stages.trained_model(
+    return cache.trained_model(
         _corpus(study, budget),
         study.model_config(system.kind, **changes),
         study.training_config(seed, **training),
@@ -38,14 +58,14 @@ def train_system(study: Study, system: System, seed: int, budget: Budget) -> Tra
     )
 
 
-def _corpus(study: Study, budget: Budget) -> Corpus:
+def _corpus(study: Source, budget: Budget) -> Corpus:
     """The text with a short fit part: reading all of it would take longer than a short training."""
     fit = study.corpus.splits["fit"].limit(budget.validation_tokens)
     return replace(study.corpus, splits=study.corpus.splits | {"fit": fit})
 
 
 def with_exits(
-    study: Study, system: System, seed: int, trained: Trained, budget: Budget
+    study: Source, system: System, seed: int, trained: Trained, budget: Budget
 ) -> Trained:
     """The system ready to exit: with learned gates, or converted from ACT and calibrated.
 
@@ -54,15 +74,15 @@ def with_exits(
     if system is REFERENCE:
         return trained
     if system.convert is None:
-        return stages.gated_model(
+        return cache.gated_model(
             trained,
             study.corpus,
             study.cache,
             study.device,
-            hidden=study.profile.gate_hidden,
+            hidden=study.profile.gates.hidden,
             max_tokens=budget.gate_tokens,
             seed=seed,
-            steps=min(stages.GATE_STEPS, max(50, budget.gate_tokens // 10)),
+            steps=min(cache.GATE_STEPS, max(50, budget.gate_tokens // 10)),
         )
     training = study.training_config(
         seed,
@@ -72,7 +92,7 @@ def with_exits(
         exit_sampling="all",
         freeze_backbone=True,
     )
-    return stages.converted_model(
+    return cache.converted_model(
         trained,
         system.convert,
         _corpus(study, budget),

@@ -1,4 +1,4 @@
-"""training/systems."""
+"""The systems that are compared: each idea alone, in pairs, and all together."""
 
 from __future__ import annotations
 
