@@ -271,11 +271,6 @@ def evaluator_of(model: EarlyExitModel) -> EarlyExitEvaluator:
     return EarlyExitEvaluator(model, next(model.parameters()).device)
 
 
-def layers_executed(exit_layers: np.ndarray, n_layers: int) -> np.ndarray:
-    """Layers that tokens run which leave at ``exit_layers`` (n_layers: not early)."""
-    return np.minimum(np.asarray(exit_layers) + 1, n_layers)
-
-
 # ---------------------------------------------------------------------------- tables of tables
 
 

@@ -21,12 +21,12 @@ from earlyexit.cost.synthetic import (
     random_tokens,
 )
 from earlyexit.cost.timing import interleaved_times, median_ratio
-from earlyexit.evaluation.compare import evaluator_of, layers_executed
+from earlyexit.evaluation.compare import evaluator_of
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.original import original_early_exit
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.exits.statistics import exit_shares
+from earlyexit.exits.statistics import exit_shares, layers_executed
 from earlyexit.nn.config import ModelConfig
 
 # Part of a run → what :func:`earlyexit.cost.parts.policy_flops` calls it; None: no FLOPs.

@@ -148,7 +148,3 @@ def test_tables_are_stacked_with_their_keys_first():
     assert found["seed"].tolist() == [0, 0, 1] and found["name"].tolist() == ["a", "a", "b"]
     assert found.index.tolist() == [0, 1, 2] and found["y"].isna().sum() == 2
     assert tables.stack({0: one, 5: two}, "seed")["seed"].tolist() == [0, 0, 5]
-
-
-def test_layers_executed_end_at_the_last():
-    assert tables.layers_executed(np.arange(4), 3).tolist() == [1, 2, 3, 3]
