@@ -108,7 +108,7 @@ def fitted_policy(
     Raises:
         Unreachable: only full depth keeps to ε.
     """
-    return fit_policy(trace, criterion, epsilon, costs=leaving_flops(model, criterion))
+    return fit_policy(trace, criterion, epsilon, costs=exit_costs(model, criterion))
 
 
 def nearest_policy(
@@ -157,11 +157,11 @@ def compare(
             tidy_row(c.criterion, {c.setting: c.value}, real, full[id(part)])
             | time_columns(seconds[None], seconds[c])
             | {
-                "speedup_flops": run_flops(model, shares, c.policy)["speedup_flops"],
+                "speedup_flops": policy_flops(model, shares, c.policy)["speedup_flops"],
                 "exited_early": 1 - shares[-2:].sum(),
             }
         )
-    whole = leaving_flops(model, "depth")[-1]
+    whole = exit_costs(model, "depth")[-1]
     for depth, other in shallow.items():
         real = evaluator_of(other).evaluate_policy(loaders["depth"])
         rows.append(
@@ -169,7 +169,7 @@ def compare(
             | time_columns(seconds[None], seconds[depth])
             | {
                 "speedup_layers": model.n_layers / depth,
-                "speedup_flops": whole / leaving_flops(other, "depth")[-1],
+                "speedup_flops": whole / exit_costs(other, "depth")[-1],
                 "exited_early": 0.0,
             }
         )
@@ -184,7 +184,7 @@ def oracle(model: EarlyExitModel, trace: ExitTrace, epsilons: Sequence[float]) -
     Returns:
         One row per ε, with ``COLUMNS``.
     """
-    front, whole = trace.oracle("kl", n_points=ORACLE_POINTS), leaving_flops(model, "depth")
+    front, whole = trace.oracle("kl", n_points=ORACLE_POINTS), exit_costs(model, "depth")
     rows = []
     for epsilon in epsilons:
         within = front[front["quality_loss"] <= epsilon]
@@ -269,23 +269,6 @@ def time_columns(
 def evaluator_of(model: EarlyExitModel) -> EarlyExitEvaluator:
     """An evaluator on the device where the model is."""
     return EarlyExitEvaluator(model, next(model.parameters()).device)
-
-
-def run_flops(
-    model: EarlyExitModel, shares: Sequence[float], policy: ExitPolicy
-) -> dict[str, float]:
-    """FLOPs per token of a compacted run by part, from its exit shares ``(L + 1,)``."""
-    return policy_flops(model.config, shares, policy)
-
-
-def leaving_flops(model: EarlyExitModel, criterion: str) -> np.ndarray:
-    """FLOPs per token of leaving at exit 0 … L − 1 ``(L,)``."""
-    return exit_costs(model.config, criterion)
-
-
-def layers_executed(exit_layers: np.ndarray, n_layers: int) -> np.ndarray:
-    """Layers that tokens run which leave at ``exit_layers`` (n_layers: not early)."""
-    return np.minimum(np.asarray(exit_layers) + 1, n_layers)
 
 
 # ---------------------------------------------------------------------------- tables of tables

@@ -10,9 +10,9 @@ import pandas as pd
 
 from earlyexit.calibration.thresholds import Thresholds, Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace, best_within
-from earlyexit.evaluation.compare import layers_executed
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.statistics import layers_executed
 
 LONG = 100  # points of a curve, above which every second is enough
 

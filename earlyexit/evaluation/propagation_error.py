@@ -14,9 +14,9 @@ import torch
 
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.windows import IGNORE
-from earlyexit.evaluation.compare import layers_executed
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.statistics import layers_executed
 
 POSITIONS = 8  # equal parts of a window
 

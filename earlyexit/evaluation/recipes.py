@@ -10,7 +10,8 @@ import pandas as pd
 from earlyexit.calibration.bounds import paired_interval
 from earlyexit.calibration.thresholds import Unreachable, fit_policy_to_cost
 from earlyexit.calibration.trace import ExitTrace, by_document
-from earlyexit.evaluation.compare import evaluator_of, fitted_policy, leaving_flops, run_flops
+from earlyexit.cost.parts import exit_costs, policy_flops
+from earlyexit.evaluation.compare import evaluator_of, fitted_policy
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 
@@ -81,13 +82,13 @@ def equal_cost(
         cheap), adaptive_perplexity, shallow_perplexity, difference (document mean) with its 95 %
         interval low to high, and p_value.
     """
-    cost, last = leaving_flops(shallow, "depth")[-1], model.n_layers - 1
+    cost, last = exit_costs(shallow, "depth")[-1], model.n_layers - 1
     try:
-        policy = fit_policy_to_cost(fit, "gate", cost, leaving_flops(model, "gate"))
+        policy = fit_policy_to_cost(fit, "gate", cost, exit_costs(model, "gate"))
     except Unreachable:  # the shallow model is cheaper than any exit: the nearest is the first
         policy = ExitPolicy.static(0, model.n_layers)
     exits = test.exit_layers(policy)
-    spent = run_flops(model, test.exit_distribution(exits), policy)["total"]
+    spent = policy_flops(model, test.exit_distribution(exits), policy)["total"]
     reached = np.minimum(exits, last)
     nll, shallow_nll = test.nll[np.arange(test.n_tokens), reached], shallow_test.nll[:, -1]
     mean, half, p = paired_interval(by_document(nll - shallow_nll, test.document))

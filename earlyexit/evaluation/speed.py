@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from torch import Tensor
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.cost import time_model
 from earlyexit.cost.breakdown import ORIGINAL, run_times
+from earlyexit.cost.parts import FULL_DEPTH, policy_flops
 from earlyexit.cost.synthetic import (
     geometric_shares,
     policy_for_shares,
@@ -19,16 +21,15 @@ from earlyexit.cost.synthetic import (
     random_tokens,
 )
 from earlyexit.cost.timing import interleaved_times, median_ratio
-from earlyexit.cost.work import FULL_DEPTH
-from earlyexit.evaluation.compare import evaluator_of, layers_executed, run_flops
+from earlyexit.evaluation.compare import evaluator_of
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.original import original_early_exit
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.exits.statistics import exit_shares
+from earlyexit.exits.statistics import exit_shares, layers_executed
 from earlyexit.nn.config import ModelConfig
 
-# Part of a run → what :func:`earlyexit.evaluation.compare.run_flops` calls it; None: no FLOPs.
+# Part of a run → what :func:`earlyexit.cost.parts.policy_flops` calls it; None: no FLOPs.
 PARTS_OF_FLOPS = {
     "blocks": "blocks",
     "check": "checks",
@@ -79,7 +80,7 @@ def batch_speedups(
     shares = exit_shares(model, *batch, policy)
     return {
         "speedup_layers": model.n_layers / _mean_layers(shares),
-        "speedup_flops": run_flops(model, shares, policy)["speedup_flops"],
+        "speedup_flops": policy_flops(model, shares, policy)["speedup_flops"],
     }
 
 
@@ -132,7 +133,7 @@ def execution_speedups(
     seconds, rows = interleaved_times(runs, x.device, repeats), []
     for policy, execution in list(runs)[2:]:
         shares = exit_shares(model, x, y, policy)
-        allowed = run_flops(model, shares, policy)["speedup_flops"]
+        allowed = policy_flops(model, shares, policy)["speedup_flops"]
         full = seconds[original_full_depth if execution == ORIGINAL else FULL_DEPTH]
         ratio, low, high = median_ratio(full, seconds[policy, execution])
         label = f"{execution}, {policy.rule.label}"
@@ -179,11 +180,11 @@ def compaction(
     runs = {FULL_DEPTH: lambda: model.nll(x, x)}
     runs |= {str(depth): lambda p=p: model.nll(x, x, p) for depth, p in policies.items()}
     seconds = interleaved_times(runs, device, repeats)
-    clocked = run_times(model, runs, repeats)
+    clocked = run_times(runs, device, repeats)
     milliseconds = clocked.pivot(index="run", columns="part", values="milliseconds")
     rows = []
     for depth, policy in policies.items():
-        allowed = run_flops(model, exit_shares(model, x, x, policy), policy)
+        allowed = policy_flops(model, exit_shares(model, x, x, policy), policy)
         price = milliseconds.loc[FULL_DEPTH].sum() / allowed["full_depth"]
         ratio, low, high = median_ratio(seconds[FULL_DEPTH], seconds[str(depth)])
         row = {
@@ -242,15 +243,19 @@ def output_heads(
     return pd.DataFrame(rows)
 
 
-def smallest(grid: Sequence[tuple], count: int = 0) -> Sequence[tuple]:
-    """The configurations of a time model's grid with the least work in their layers; 0: all, in order.
+def price_grids(which: Literal["all", "few"]) -> dict[str, Sequence[tuple]]:
+    """The configurations that prices are fitted on and checked on, arguments of ``calibrate``.
 
     Args:
-        grid: rows (d_model, n_layers, vocabulary, batch, length, …), as ``time_model.FITTED``.
+        which: all of them; or few, two and one of those with the least work in their layers.
     """
-    if not count:
-        return grid
-    return sorted(grid, key=lambda row: row[0] * row[1] * row[3] * row[4])[:count]
+    fitted, checked = time_model.FITTED, time_model.CHECKED[:4] + time_model.MAPPED
+    if which == "few":
+        fitted, checked = (
+            sorted(grid, key=lambda row: row[0] * row[1] * row[3] * row[4])[:count]
+            for grid, count in ((fitted, 2), (checked, 1))
+        )
+    return {"fitted": fitted, "checked": checked}
 
 
 def price_table(prices: time_model.TimeModel) -> pd.DataFrame:

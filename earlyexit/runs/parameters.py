@@ -84,6 +84,7 @@ class Build(Common):
 @dataclass(frozen=True)
 class Calibration(Common):
     fit_tokens: Count = 12_000
+    threshold: Share = 0.7
     epsilon: Positive = 0.05
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from earlyexit.calibration.thresholds import Unreachable, fit_policy
+from earlyexit.cost.parts import exit_costs, policy_flops
 from earlyexit.evaluation import compare as tables
 from earlyexit.evaluation.compare import COLUMNS, SETTINGS, Candidate, compare
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
@@ -40,7 +41,7 @@ def test_a_row_is_a_real_run_with_three_speedups(subject, make_policy, make_mode
         read = loaders[policy.criterion]
         real, full = (evaluator.evaluate_policy(read, p) for p in (policy, None))
         shares = np.array(real["exit_distribution"]) / 100
-        flops = tables.run_flops(model, shares, policy)["speedup_flops"]
+        flops = policy_flops(model, shares, policy)["speedup_flops"]
         assert row["perplexity"] == pytest.approx(real["perplexity"])
         assert row["quality_loss"] == pytest.approx(real["perplexity"] / full["perplexity"] - 1)
         assert row["tokens"] == real["total_tokens"]
@@ -79,7 +80,7 @@ def _real() -> dict:
 
 def test_policies_are_fitted_to_flops_and_left_out_where_unreachable(subject):
     model, trace = subject.model, subject.fit
-    costs = tables.leaving_flops(model, "gate")
+    costs = exit_costs(model, "gate")
     assert tables.fitted_policy(model, trace, "gate", EPSILON) == fit_policy(
         trace, "gate", EPSILON, costs=costs
     )
@@ -101,7 +102,7 @@ def test_the_oracle_keeps_to_its_epsilon_and_leaves_no_policy_behind_it(subject)
     assert (table["quality_loss"] <= table["epsilon"]).all()
     assert table["speedup_layers"].is_monotonic_increasing
     assert table["speedup_time"].isna().all() and (table["tokens"] == subject.test.n_tokens).all()
-    whole = tables.leaving_flops(subject.model, "depth")
+    whole = exit_costs(subject.model, "depth")
     row = table.iloc[-1]
     assert 1 <= row["speedup_flops"] <= whole[-1] / whole[0]
 
@@ -147,7 +148,3 @@ def test_tables_are_stacked_with_their_keys_first():
     assert found["seed"].tolist() == [0, 0, 1] and found["name"].tolist() == ["a", "a", "b"]
     assert found.index.tolist() == [0, 1, 2] and found["y"].isna().sum() == 2
     assert tables.stack({0: one, 5: two}, "seed")["seed"].tolist() == [0, 0, 5]
-
-
-def test_layers_executed_end_at_the_last():
-    assert tables.layers_executed(np.arange(4), 3).tolist() == [1, 2, 3, 3]

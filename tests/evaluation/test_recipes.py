@@ -7,7 +7,8 @@ import pytest
 
 from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.trace import by_document
-from earlyexit.evaluation.compare import fitted_policy, leaving_flops
+from earlyexit.cost.parts import exit_costs
+from earlyexit.evaluation.compare import fitted_policy
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
 from earlyexit.evaluation.recipes import against_twin, equal_cost, twin_row
 
@@ -52,7 +53,7 @@ def test_against_itself_a_model_is_neither_better_nor_worse(subject):
 def test_gates_are_fitted_to_the_cost_of_the_shallow_model(subject, other):
     shallow, trace = other
     row = equal_cost(subject.model, subject.fit, subject.test, shallow, trace).iloc[0]
-    cost, costs = leaving_flops(shallow, "depth")[-1], leaving_flops(subject.model, "gate")
+    cost, costs = exit_costs(shallow, "depth")[-1], exit_costs(subject.model, "gate")
     assert costs[0] < cost  # so that some exit is affordable
     assert row["adaptive_cost"] < 1.1 and 1 <= row["adaptive_layers"] <= 3
     assert row["low"] <= row["difference"] <= row["high"]

@@ -8,8 +8,8 @@ import torch
 
 from earlyexit.cost import time_model
 from earlyexit.cost.breakdown import ORIGINAL, execution_runs, run_times
+from earlyexit.cost.parts import policy_flops
 from earlyexit.evaluation import memory, speed
-from earlyexit.evaluation.compare import run_flops
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import exit_shares
@@ -21,14 +21,16 @@ SMALL = ModelConfig(40, 16, 3, n_seq=16, num_experts=2, bk_heads=4, dropout_p=0.
 def test_end_to_end(subject, make_policy):
     model, (x, y) = subject.model, subject.batch
     policy = make_policy(model, x, "gate")
-    pieces = run_times(model, execution_runs(model, x, y, policy, model, 0.5), 2)
+    pieces = run_times(execution_runs(model, x, y, policy, model, 0.5), x.device, 2)
     (row,) = speed.end_to_end(model, policy, (x, y), pieces, subject.batches).to_dict("records")
     evaluator = EarlyExitEvaluator(model, "cpu")
     real, full = (evaluator.evaluate_policy(subject.batches, p) for p in (policy, None))
     assert row["quality_loss"] == pytest.approx(real["perplexity"] / full["perplexity"] - 1)
     shares = exit_shares(model, x, y, policy)
     assert row["speedup_layers"] == pytest.approx(3 / (shares @ [1, 2, 3, 3]))
-    assert row["speedup_flops"] == pytest.approx(run_flops(model, shares, policy)["speedup_flops"])
+    assert row["speedup_flops"] == pytest.approx(
+        policy_flops(model, shares, policy)["speedup_flops"]
+    )
     assert row["time_of_flops"] == pytest.approx(row["speedup_time"] / row["speedup_flops"])
     totals = pieces.groupby("run")["total_ms"].first()
     assert row["original_time"] == pytest.approx(totals[ORIGINAL] / totals["compacted"])
@@ -89,10 +91,11 @@ def test_output_heads(subject, make_policy, make_model):
             assert row[f"{task}_speedup_time"] == pytest.approx(ratio)
 
 
-def test_the_smallest_configurations_and_the_table_of_prices():
-    grid = time_model.FITTED
-    assert speed.smallest(grid) is grid
-    assert speed.smallest(grid, 2) == [grid[0], grid[3]]
+def test_few_configurations_are_the_smallest_and_prices_have_a_row_each():
+    grids, few = speed.price_grids("all"), speed.price_grids("few")
+    assert grids["fitted"] is time_model.FITTED and not set(grids["fitted"]) & set(grids["checked"])
+    assert few["fitted"] == [time_model.FITTED[0], time_model.FITTED[3]]
+    assert few["checked"] == [time_model.MAPPED[3]]
     prices = time_model.TimeModel({"blocks": {"launches": 2e-5, "bytes": 1e-10}}, {})
     assert speed.price_table(prices).to_dict("records") == [
         {"part": "blocks", "work": "launches", "seconds_per_unit": 2e-5},

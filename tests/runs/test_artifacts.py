@@ -219,8 +219,8 @@ def test_the_label_is_the_runners_or_the_profiles(monkeypatch):
 
 
 def test_a_remedy_asks_for_what_the_label_says():
-    told = artifacts.remedy("cpu~seeds=3,4~tolerances=[0.01, 0.1]", "03_threshold_sweep")
+    told = artifacts.remedy("cpu~seeds=3,4~epsilons=[0.01, 0.1]", "03_threshold_sweep")
     assert told == (
-        "run `python -m earlyexit run --profile cpu --seeds 3 4 --set 'tolerances=[0.01, 0.1]'"
+        "run `python -m earlyexit run --profile cpu --seeds 3 4 --set 'epsilons=[0.01, 0.1]'"
         " --only 03_threshold_sweep`"
     )
