@@ -153,7 +153,7 @@ def legend(
     if own and loc:
         axes[0].figure.legend(loc=f"outside {loc}", ncols=ncols, **options)
     else:
-        axes[0].legend(**options)
+        axes[0].legend(frameon=True, edgecolor="none", **options)  # legible on curves
 
 
 def percent(axis: Axis, decimals: int | None = None) -> None:

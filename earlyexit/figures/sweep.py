@@ -63,7 +63,8 @@ def pareto(
     ax.axhline(0, **REFERENCE)
     top = min(largest_loss, curves["quality_loss"].max()) * 1.05
     lowest = max(-0.6 * top, ax.get_ylim()[0])  # hindsight about the target falls far below
-    ax.set(ylim=(lowest, top), xlabel=x_label, ylabel="quality loss (perplexity / full depth − 1)")
+    ax.set(ylim=(lowest, top), xlabel=x_label)
+    ax.set_ylabel("quality loss\n(perplexity / full depth − 1)")
     style.percent(ax.yaxis)
     style.legend(ax, own)
     return ax

@@ -187,7 +187,7 @@ def test_draws_on_the_given_axes_and_nowhere_else(name):
     assert not fig.legends and not fig.texts and fig._supxlabel is None and fig._supylabel is None
     assert all(ax.has_data() or ax.texts for ax in given)
     assert not other.has_data() and not other.texts and other.get_legend() is None
-    fig.canvas.draw()
+    fig.draw_without_rendering()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -197,7 +197,6 @@ def test_makes_a_figure_of_its_own(name):
     assert len(drawn) == n_panels
     assert plt.get_fignums() == [drawn[0].figure.number]
     assert all(ax.figure is drawn[0].figure for ax in drawn)
-    drawn[0].figure.canvas.draw()
 
 
 @pytest.mark.parametrize("name", [name for name, (_, n_panels) in CASES.items() if n_panels > 1])
