@@ -1,4 +1,18 @@
-"""Early exit in a ResNet-BK language model: what it saves, at what price, with what guarantee."""
+"""Early exit in a ResNet-BK language model: what it saves, at what price, with what guarantee.
+
+The package is read from bottom to top, and a wing uses only those before it: ``corpus`` (text to ids),
+``nn`` (one layer a file), ``exits`` (the contract of a model with exits, and running it), ``models``
+(kinds of models), ``figures``, ``training``, ``calibration`` (trace, thresholds, certificates), ``cost``
+(operations, time, memory), ``evaluation`` (tables), ``runs`` (profiles, cache, notebooks), ``study``.
+
+Dimensions, as they are written in shapes everywhere:
+
+    B  sequences of a batch             V  words of the vocabulary
+    N  positions of a sequence          L  layers
+    D  width of the residual stream     E  experts; where tokens leave, the tokens that leave
+    H  potentials (heads) per token     T  tokens: of a batch, B · N, or of a split
+    K  what a token hands to others     A  running tokens, those that have not left
+"""
 
 from earlyexit.calibration.certificate import Certificate, certify
 from earlyexit.calibration.collect import collect_trace
