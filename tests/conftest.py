@@ -41,6 +41,11 @@ PRICES = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks, which take longest, first: another worker runs the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., EarlyExitLanguageModel]:
     """``make_model(seed=0, **changes)``: noise on every weight, predictions of every confidence."""

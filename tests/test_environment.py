@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from earlyexit.runs import digests, settings
+from earlyexit.runs import digests
 from earlyexit.runs.paths import project
 
 ROOT = project().root
@@ -23,6 +23,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = [
     Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
 ]
+# What every notebook takes, and its annotation in the parameters cell.
+COMMON = {
+    "profile": "str",
+    "seeds": "list",
+    "data_dir": "str",
+    "device": "str",
+    "overrides": "dict",
+}
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -71,7 +79,7 @@ def test_a_notebook_opens_with_its_question_and_its_parameters(path):
     assert cells[0]["cell_type"] == "markdown"
     assert "parameters" in cells[1]["metadata"].get("tags", [])
     declared = digests.notebook_parameters(path)
-    assert {key: declared[key][0] for key in settings.COMMON} == settings.COMMON
+    assert {key: declared[key][0] for key in COMMON} == COMMON
     source = "".join(cells[1]["source"])
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     comments = [token for token in tokens if token.type == tokenize.COMMENT]

@@ -10,6 +10,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -58,11 +59,14 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
                 yield name, id(node) in inside
 
 
-def of_package() -> Iterator[tuple[str, str, bool]]:
+@cache
+def of_package() -> list[tuple[str, str, bool]]:
     """Every import within the package: which module, of which module, whether inside a function."""
-    for module, path in MODULES.items():
-        for imported, hidden in imports(ast.parse(path.read_text(encoding="utf-8"))):
-            yield module, imported, hidden
+    return [
+        (module, *found)
+        for module, path in MODULES.items()
+        for found in imports(ast.parse(path.read_text(encoding="utf-8")))
+    ]
 
 
 def test_every_module_lies_in_a_wing():

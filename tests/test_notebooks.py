@@ -16,8 +16,7 @@ from earlyexit.runs.paths import project
 from earlyexit.runs.settings import Settings
 from earlyexit.study import Study
 
-# One worker runs the series, once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("series")]
+pytestmark = pytest.mark.slow
 NOTEBOOKS = [path.stem for path in discover(project())]
 WRITES = re.compile(r"\*\*Writes\*\*.*")
 

@@ -36,7 +36,6 @@ from earlyexit.corpus.tokenizers import EOS_ID, UNK_ID
 from earlyexit.corpus.windows import IGNORE, loader, windows
 from earlyexit.runs.paths import PACKAGE
 
-pytestmark = pytest.mark.xdist_group("corpus")  # they share the text read whole
 NAMES = ("train", "fit", "certify", "valid", "test")
 WIKITEXT2 = os.environ.get("EARLYEXIT_WIKITEXT2")
 

@@ -27,7 +27,6 @@ from earlyexit.runs.profiles import get_profile
 from earlyexit.runs.provenance import Record
 from earlyexit.runs.settings import Settings, UsageError, resolve
 
-pytestmark = pytest.mark.xdist_group("runner")  # they share a finished series
 SMOKE = Settings("smoke")
 COMMAND = [sys.executable, "-m", "earlyexit", "run", "--profile", "smoke"]
 
