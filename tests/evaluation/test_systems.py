@@ -127,7 +127,8 @@ def test_every_system_sweeps_and_is_drawn(batch):
         tables.append(rows.assign(system=system.name, policy=names))
     curves = pd.concat(tables)
     alone = curves[curves["policy"] == "full depth"]
-    plt.close(figures.combinations(curves[curves["policy"] == "adaptive"], alone, 0.05))
+    figures.combinations(curves[curves["policy"] == "adaptive"], alone, 0.05)
+    plt.close("all")
 
 
 def test_sparse_times_say_what_could_be_gained():
@@ -137,7 +138,8 @@ def test_sparse_times_say_what_could_be_gained():
     share = row["skippable_share"] * (1 - row["kept"])
     assert row["at_most"] == pytest.approx(1 / (1 - share))
     assert 0 < row["core_share"] < row["skippable_share"] <= 1
-    plt.close(figures.sparse_limits(table))
+    figures.sparse_limits(table)
+    plt.close("all")
 
 
 def test_an_act_policy_beyond_its_threshold_runs_deeper(batch):
