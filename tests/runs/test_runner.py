@@ -242,7 +242,7 @@ def test_local_text_counts_by_its_content(tmp_path):
 
 def test_the_estimate_is_the_last_time_or_scaled_by_work():
     def record(label, seconds, work):
-        plain = ("", {}, None, None, {}, {}, "")
+        plain = ("", "", {}, None, None, {}, {}, "")
         return Record("01", label, *plain, seconds=seconds, work=work)
 
     known = [record("cpu", 120, 4.0), record("smoke", 6, 0.1)]
