@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from earlyexit.models.checkpoints import checkpoint_about, load_model
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.runs import runner
 from earlyexit.runs.parameters import NOTEBOOKS, as_dict
+from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
 from earlyexit.runs.settings import Settings
 from earlyexit.study import Study
@@ -63,3 +66,15 @@ def test_every_profile_has_a_plan_a_model_and_a_training(name):
     assert model.config == profile.model
     for recipe in profile.parameters("03_threshold_sweep").recipes:
         assert study.training_config(1, **RECIPES[recipe]).epochs == profile.training.epochs
+
+
+PUBLISHED = sorted(project().results.glob("*/model_seed*.safetensors"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_published_models_are_those_of_their_profile(path):
+    """Otherwise a study would train again what is there to be read."""
+    profile, seed = PROFILES[path.parent.name], int(path.stem.removeprefix("model_seed"))
+    assert checkpoint_about(path)["training"] == asdict(replace(profile.training, seed=seed))
+    config = replace(profile.model, gate_hidden=profile.gates.hidden)
+    assert load_model(path, config).n_layers == profile.model.n_layers
