@@ -174,18 +174,18 @@ class ExitTrace:
         return pd.DataFrame({"criterion": criterion, "threshold": thresholds, **_columns(rows)})
 
     def static(self) -> pd.DataFrame:
-        """Read-outs of every token leaving at the same ``exit_layer``."""
+        """Read out every token leaving at the same ``exit_layer``, for each of them."""
         rows = [self.evaluate(ExitPolicy.static(i, self.n_layers)) for i in range(self.n_layers)]
         return pd.DataFrame(
             {"criterion": "static", "exit_layer": range(self.n_layers), **_columns(rows)}
         )
 
     def oracle(self, loss: str = "nll", n_points: int = 60) -> pd.DataFrame:
-        """Best front with hindsight: per token the exit that minimises depth + price · loss.
+        """Read out the best front with hindsight: each token's exit minimises depth + price · loss.
 
         Args:
             loss: ``"nll"`` (the target is known) or ``"kl"`` (the last layer is known).
-            n_points: prices of a nat, in layers.
+            n_points: number of prices of a nat, in layers.
         """
         if loss not in ("nll", "kl"):
             raise ValueError(f"loss={loss!r} must be 'nll' or 'kl'")
@@ -258,7 +258,7 @@ class ExitTrace:
 
 
 def best_within(curve: pd.DataFrame, epsilon: float) -> float:
-    """Largest speedup in layers at a quality loss ≤ ``epsilon``, between points of a curve.
+    """Return the largest speedup in layers at a quality loss ≤ ``epsilon``, between points of a curve.
 
     Args:
         curve: columns quality_loss and speedup_layers, as :meth:`ExitTrace.oracle` returns.
