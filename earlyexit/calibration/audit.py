@@ -1,4 +1,4 @@
-"""Does the certificate keep its word? Resample units, certify, and count the violations."""
+"""An audit resamples units, certifies, and counts how often the certificate breaks its word."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def audit(
     trials: int,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How often resampled units certify a candidate whose true risk is too high.
+    """Count how often resampled units certify a candidate whose true risk is too high.
 
     The known-bad control returns the first candidate that *fails*, an off-by-one found in published
     risk-control code; an audit that does not catch it is worth nothing.
@@ -37,6 +37,8 @@ def audit(
     Args:
         losses: a pool of units ``(units, candidates)``, resampled with replacement.
         risks: true mean clipped loss of each candidate ``(candidates,)``.
+        epsilon, delta: tolerated quality loss, and the probability with which it may be broken.
+        n, trials: number of units in a sample, and of samples.
 
     Returns:
         One row per procedure: ``violations``, ``trials``, ``rate`` with its exact 95 % interval
@@ -71,10 +73,10 @@ def audit(
 def synthetic_units(
     n: int, epsilon: float, candidates: int = 12, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Units with known risks, rising through the level in the middle of the path.
+    """Make units with known risks, which rise through the level in the middle of the path.
 
-    A unit has one difficulty, drawn from a skewed law with mean 1; its loss under candidate k is the
-    candidate's risk times that, clipped at the ceiling.
+    A unit has one difficulty, drawn from a skewed law with mean 1; its loss under a candidate is the
+    candidate's risk times its difficulty, clipped at the ceiling.
 
     Returns:
         Losses ``(n, candidates)`` and true mean clipped losses ``(candidates,)``.
@@ -89,14 +91,14 @@ def synthetic_units(
 
 
 def _clipped_gamma_mean(shape: float, means: np.ndarray, ceiling: float) -> np.ndarray:
-    """E min(X, B) of gamma variables of a shape and mean, in closed form."""
+    """Return E min(X, B) of gamma variables of a shape and mean, in closed form."""
     edge = ceiling / means
     below = gamma.cdf(edge, shape + 1, scale=1 / shape)
     return means * below + ceiling * gamma.sf(edge, shape, scale=1 / shape)
 
 
 def width_table(losses: np.ndarray, delta: float, ceiling: float) -> pd.DataFrame:
-    """Upper bounds on one candidate's mean loss by every method: columns method, n, mean, bound."""
+    """Bound one candidate's mean loss by every method: columns method, n, mean, bound."""
     clipped = np.minimum(losses, ceiling)
     return pd.DataFrame(
         {

@@ -1,7 +1,7 @@
-"""Is the mean of a bounded loss below a level? Pure functions on arrays of units.
+"""Tests decide whether the mean of a bounded loss lies below a level.
 
 A unit (a document, say) has one loss x ≤ B. A test's p-value is for the hypothesis "the mean is above
-the level", so a small one certifies the level; the upper bound is the smallest level not excluded.
+the level", so a small one certifies the level; the upper bound is the smallest level that is certified.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ SAFE = 0.9  # largest bet as a share of what could lose everything on one unit
 
 
 def betting_p_value(x: np.ndarray, level: np.ndarray | float, ceiling: float, seed: int = 0):
-    """Variance-adaptive p-value by betting (Waudby-Smith & Ramdas 2024, §B.2, aGRAPA bets).
+    """Return a variance-adaptive p-value by betting (Waudby-Smith & Ramdas 2024, §B.2, aGRAPA).
 
-    Capital grows by 1 + λ_i (level − x_i); λ_i depends on earlier units only and keeps every factor
-    positive, so under the hypothesis it is a supermartingale and one over its maximum is a p-value
-    (Ville). Losses need a ceiling only: very negative ones help. Units come in one random order, fixed
-    by the seed.
+    Capital grows by 1 + λ_i (level − x_i); the bet λ_i depends on earlier units only and keeps every
+    factor positive, so under the hypothesis capital is a supermartingale, and one over its maximum is a
+    p-value (Ville). Losses need a ceiling only: very negative ones help. The seed fixes a random order
+    of the units.
 
     Args:
         x: losses ``(…, n)``, each ≤ ``ceiling``; leading dimensions are independent problems.
-        level: one level, or several ``(K,)``.
+        level: one level, or several ``(levels,)``.
         ceiling: B.
 
     Returns:
-        p-values ``(…,)``, or ``(…, K)``.
+        p-values ``(…,)``, or ``(…, levels)``.
 
     Raises:
         ValueError: a loss is NaN or above the ceiling, or a level is not below it.
@@ -51,7 +51,7 @@ def betting_p_value(x: np.ndarray, level: np.ndarray | float, ceiling: float, se
 
 @numba.njit(cache=True, nogil=True)
 def _most_log_capital(x, levels, ceiling):
-    """Largest log capital on the way through the units, at least 0: ``(problems, levels)``."""
+    """Return the largest log capital on the way through the units, ≥ 0: ``(problems, levels)``."""
     out = np.zeros((len(x), len(levels)))
     for problem in range(len(x)):
         for k in range(len(levels)):
@@ -72,15 +72,15 @@ def _most_log_capital(x, levels, ceiling):
 
 
 def hoeffding_bentkus_p_value(x: np.ndarray, level: float, ceiling: float) -> float:
-    """Hoeffding–Bentkus p-value (Bates et al. 2021, Prop. 8) of losses clipped to [−B, B]."""
+    """Return the Hoeffding–Bentkus p-value (Bates et al. 2021, Prop. 8), losses clipped to [−B, B]."""
     scaled = (np.clip(x, -ceiling, ceiling) + ceiling) / (2 * ceiling)
-    at = (level + ceiling) / (2 * ceiling)
-    p = compute_hoeffding_bentkus_p_value(np.array([scaled.mean()]), len(scaled), np.array([at]))
+    alpha = np.array([(level + ceiling) / (2 * ceiling)])
+    p = compute_hoeffding_bentkus_p_value(np.array([scaled.mean()]), len(scaled), alpha)
     return float(np.ravel(p)[0])
 
 
 def bootstrap_p_value(x: np.ndarray, level: float, ceiling: float, draws: int = 2000) -> float:
-    """Share of bootstrap means at or above the level: **asymptotic**, no finite-sample guarantee."""
+    """Return the share of bootstrap means ≥ the level, a p-value that is **asymptotic** only."""
     del ceiling
     rng = np.random.default_rng(0)
     means = x[rng.integers(0, len(x), (draws, len(x)))].mean(axis=1)
@@ -95,10 +95,7 @@ METHODS: dict[str, Callable[[np.ndarray, float, float], float]] = {
 
 
 def upper_bound(x: np.ndarray, delta: float, ceiling: float, method: str = "betting") -> float:
-    """Smallest level that the test certifies with failure probability δ; B where none is.
-
-    No level below −B is tried.
-    """
+    """Return the smallest level ≥ −B that the test certifies at δ; B where it certifies none."""
     if method == "betting":
         levels = np.linspace(max(float(x.mean()), -ceiling), ceiling, 2001)
         refused = np.flatnonzero(betting_p_value(x, levels[:-1], ceiling) > delta)
@@ -114,7 +111,7 @@ def upper_bound(x: np.ndarray, delta: float, ceiling: float, method: str = "bett
 
 
 def smallest_level(n: int, delta: float, ceiling: float) -> float:
-    """No valid test can certify less at n units where no loss is negative: B (1 − δ^{1/n}).
+    """Return B (1 − δ^{1/n}), the least that a valid test can certify if no loss is negative.
 
     A loss that is B with probability level/B, otherwise 0, shows only zeros in n units with
     probability (1 − level/B)ⁿ.
@@ -123,7 +120,7 @@ def smallest_level(n: int, delta: float, ceiling: float) -> float:
 
 
 def fixed_sequence(p_values: np.ndarray, delta: float) -> int:
-    """Fixed-sequence testing: index of the last accepted candidate, −1 if the first fails.
+    """Return the index of the last candidate that fixed-sequence testing accepts, −1 for none.
 
     Candidates are ordered from safest to riskiest beforehand; each is tested at δ until one fails, so
     the probability of accepting any that should not be is at most δ (Angelopoulos et al. 2021, LTT).
@@ -133,7 +130,7 @@ def fixed_sequence(p_values: np.ndarray, delta: float) -> int:
 
 
 def paired_interval(differences: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of paired differences over units, half its t interval, and the two-sided p-value."""
+    """Return the mean of paired differences, half its t interval, and the two-sided p-value."""
     result = stats.ttest_1samp(differences, 0.0)
     low, _ = result.confidence_interval(level)
     mean = float(np.mean(differences))
@@ -141,6 +138,6 @@ def paired_interval(differences: np.ndarray, level: float = 0.95) -> tuple[float
 
 
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Exact interval of a proportion (Clopper & Pearson 1934)."""
+    """Return the exact interval of a proportion (Clopper & Pearson 1934)."""
     result = stats.binomtest(successes, trials).proportion_ci(level, method="exact")
     return float(result.low), float(result.high)

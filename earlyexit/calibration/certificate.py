@@ -1,4 +1,4 @@
-"""A certificate on perplexity: the riskiest policy that a test on held-out units accepts.
+"""A certificate guarantees perplexity: it holds the riskiest policy that a test accepts.
 
 The fit part proposes policies, ordered from safest to riskiest. They are run for real (compacted) on
 the certification part, which nothing else reads. A unit's loss is its mean NLL gap to full depth,
@@ -33,22 +33,10 @@ from earlyexit.exits.policy import ExitPolicy
 
 log = logging.getLogger(__name__)
 
-CEILING = 4.0  # B in multiples of log(1 + ε): a unit four times over budget counts as that
+CEILING = 4.0  # B in multiples of log(1 + ε): a unit that loses more counts as losing that
 
-PATH = (
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    1.0,
-    1.1,
-    1.2,
-)  # budgets of the candidates, in multiples of ε
+# Losses that candidates are fitted to, in multiples of ε.
+PATH = tuple(k / 10 for k in range(1, 13))
 
 
 class Refused(ValueError):
@@ -57,23 +45,23 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was certified, of which policy, on which units.
+    """A certificate says what was certified, of which policy, on which units.
 
     Attributes:
         policy: the certified policy.
         epsilon, delta: tolerated quality loss, and the probability with which it may be broken.
-        unit, n: what the units are, and how many; longest_unit: tokens of the longest, which tells
-            whether documents were cut.
-        ceiling: B in nats; clipped_share: of units above it.
-        method: the test; p_value: of the certified policy.
-        bound: upper bound (1 − δ) on its mean clipped loss, nats; only the certified level is covered
-            by the family-wise guarantee.
-        mean_gap, token_gap: its mean loss over units (unclipped), and over tokens, nats.
-        layers: mean layers executed on the certification part; n_layers: of the model.
-        smallest_level: the least mean loss that any valid test could certify here if no loss were
-            negative, nats.
-        candidates, accepted: how many were on the path, and how many passed.
-        model_hash, data_hash: of the weights and the text.
+        unit, n: what the units are, and how many there were.
+        longest_unit: tokens of the longest unit, which shows whether documents were cut.
+        ceiling: B in nats; clipped_share: share of units above it.
+        method: the test; p_value: its p-value for the certified policy.
+        bound: upper bound (1 − δ) on the policy's mean clipped loss, nats; only the certified level is
+            covered by the family-wise guarantee.
+        mean_gap, token_gap: the policy's mean loss over units (unclipped), and over tokens, nats.
+        layers: mean layers executed on the certification part, of the model's n_layers.
+        smallest_level: the least mean loss that any valid test could certify on so many units if no
+            loss were negative, nats.
+        candidates, accepted: how many policies were on the path, and how many passed.
+        model_hash, data_hash: hashes of the weights and of the text.
     """
 
     policy: ExitPolicy
@@ -102,7 +90,7 @@ class Certificate:
         return self.n_layers / self.layers
 
     def check(self, model: EarlyExitModel, text: Corpus | Split) -> bool:
-        """Whether the guarantee covers this model and text.
+        """Tell whether the guarantee covers this model and text.
 
         It speaks of the mean over documents like those it was made on, read up to ``longest_unit``
         tokens; which split of the text they come from makes no difference.
@@ -111,7 +99,7 @@ class Certificate:
             True on any split of the text it was made on; False, with a warning in the log, on another.
 
         Raises:
-            ValueError: another model.
+            ValueError: the certificate is for another model.
         """
         if (found := model.fingerprint()) != self.model_hash:
             raise ValueError(
@@ -123,7 +111,7 @@ class Certificate:
         return True
 
     def to_json(self) -> str:
-        """All of it as JSON."""
+        """Return the certificate as JSON."""
         return json.dumps(asdict(self) | {"policy": self.policy.to_dict()}, indent=2)
 
     def save(self, path: str | Path) -> None:
@@ -140,21 +128,22 @@ class Certificate:
 
 def propose(
     trace: ExitTrace,
-    budgets: Sequence[float],
+    epsilons: Sequence[float],
     criterion: str = "gate",
     thresholds: Thresholds = "per_layer",
     costs: Sequence[float] | None = None,
 ) -> list[ExitPolicy]:
-    """Candidates fitted to each budget on the fit part, safest first (Pareto testing,
-    Laufer-Goldshtein et al. 2023).
+    """Fit a candidate to each ε on the fit part, and order them safest first.
+
+    This is the proposal of Pareto testing (Laufer-Goldshtein et al. 2023).
 
     Raises:
         Unreachable: no candidate leaves early.
     """
     found: list[ExitPolicy] = []
-    for budget in budgets:
+    for epsilon in epsilons:
         try:
-            policy = fit_policy(trace, criterion, float(budget), thresholds, costs)
+            policy = fit_policy(trace, criterion, float(epsilon), thresholds, costs)
         except Unreachable as error:
             reason = error
         else:
@@ -168,13 +157,13 @@ def propose(
 def certify_losses(
     losses: np.ndarray, epsilon: float, delta: float, method: str = "betting", ceiling: float = 0.0
 ) -> tuple[int, np.ndarray]:
-    """Fixed-sequence testing of candidates on unit losses ``(units, candidates)``.
+    """Test candidates in a fixed sequence on unit losses ``(units, candidates)``.
 
     Returns:
-        Index of the riskiest accepted candidate, or −1, and the p-values.
+        Index of the riskiest accepted candidate, or −1, and the p-values ``(candidates,)``.
 
     Raises:
-        ValueError: ε ≤ 0, δ outside (0, 1), fewer than two units, or NaN among the losses.
+        ValueError: ε ≤ 0, δ is outside (0, 1), there are fewer than two units, or a loss is NaN.
     """
     check_risk(epsilon, delta)
     if losses.shape[0] < 2:
@@ -201,17 +190,19 @@ def certify(
     unit: Unit = "document",
     method: str = "betting",
 ) -> Certificate:
-    """The fastest policy that can be certified.
+    """Certify the fastest policy that can be certified.
 
     Args:
-        trace: of the fit part; proposes the candidates.
-        split: the certification part; decides.
+        trace: a trace of the fit part, which proposes the candidates.
+        split: the certification part, which decides.
         epsilon: tolerated quality loss; delta: probability with which it may be broken.
+        criterion, thresholds, costs: see :func:`earlyexit.calibration.thresholds.fit_policy`.
+        unit: what a loss is averaged over.
         method: a key of ``METHODS``; the bootstrap is asymptotic only.
 
     Raises:
-        ValueError: bad ε or δ, fewer than two units, a trace of another model, or a split that may not
-            certify.
+        ValueError: ε or δ is out of range, there are fewer than two units, the trace is of another
+            model, or the split or the trace may not be used so.
         Unreachable: no candidate within reach of ε leaves early.
         Refused: the safest candidate could not be certified.
     """
@@ -238,7 +229,7 @@ def decide(
     unit: Unit = "document",
     method: str = "betting",
 ) -> Certificate:
-    """The certificate that these losses allow; see :func:`certify`."""
+    """Return the certificate that these losses allow; see :func:`certify`."""
     level, ceiling = math.log1p(epsilon), CEILING * math.log1p(epsilon)
     per_unit = losses.per_unit(unit)
     n = len(per_unit)
@@ -278,6 +269,7 @@ def decide(
 
 
 def check_risk(epsilon: float, delta: float) -> None:
+    """Raise ValueError unless ε > 0 and δ lies in (0, 1)."""
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon} must be > 0: it is the tolerated quality loss")
     if not 0 < delta < 1:

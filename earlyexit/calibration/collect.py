@@ -1,4 +1,4 @@
-"""calibration/collect."""
+"""A trace is collected in one full-depth pass, in which every exit is judged by every criterion."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, windows
 from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.execution import scored_states
 from earlyexit.exits.protocol import ExitModel, exit_state
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 
@@ -28,10 +29,11 @@ def collect_trace(
     """Run ``model`` at full depth over ``split`` and record what every exit says.
 
     Args:
-        temperatures: divide the logits of each exit, by default 1.
+        temperatures: one per exit, by which its logits are divided; by default 1.
 
     Raises:
         FloatingPointError: an NLL is not finite.
+        ValueError: the number of temperatures differs from that of exits.
     """
     device, exits = next(model.parameters()).device, model.n_layers
     temperatures = list(temperatures or [1.0] * exits)
@@ -46,11 +48,9 @@ def collect_trace(
     inputs, targets = (torch.as_tensor(a) for a in (w.inputs, w.targets))
     for start in tqdm(range(0, len(inputs), batch_size), desc=f"trace {split.name}", mininterval=2):
         x, y = (a[start : start + batch_size].to(device) for a in (inputs, targets))
-        scored = (y.flatten() != IGNORE).nonzero().squeeze(1)
-        states = [h.flatten(0, 1)[scored] for h in model.hidden_states(x)]
-        target = y.flatten()[scored]
+        states, target = scored_states(model, x, y)
         rows = max(1, CHUNK_ELEMENTS // (model.vocab_size * exits))
-        for chunk in torch.arange(len(scored), device=device).split(rows):
+        for chunk in torch.arange(len(target), device=device).split(rows):
             part = _judge(model, [h[chunk] for h in states], target[chunk], temperatures, names)
             for name, values in part.items():
                 kept[name].append(torch.stack(values, dim=1).cpu().numpy())
@@ -77,7 +77,7 @@ def collect_trace(
 
 
 def _judge(model, states, target, temperatures, names) -> dict[str, list]:
-    """Everything the trace keeps of one chunk: name → per exit ``(T,)``."""
+    """Return all that the trace keeps of one chunk: name → one ``(T,)`` per exit."""
     out: dict[str, list] = {k: [] for k in ("nll", "kl", "prediction", *names)}
     log_p = [
         (model.head(layer)(states[layer + 1]) / temperatures[layer]).log_softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Calibration: is a token with confidence 0.7 right seven times in ten?"""
+"""Temperatures calibrate exits: a token with confidence 0.7 should be right seven times in ten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.splits import Split
-from earlyexit.corpus.windows import IGNORE, loader
+from earlyexit.corpus.windows import loader
+from earlyexit.exits.execution import scored_states
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.nn.heads import ExitHead
 
@@ -22,12 +23,16 @@ def fit_temperatures(
     split: Split,
     eos_id: int,
     max_tokens: int = 20_000,
-    tolerance: float = 1e-3,
+    precision: float = 1e-3,
 ) -> list[float]:
-    """Temperature of each exit that minimises its NLL on ``split`` (Guo et al. 2017, §4.2).
+    """Return the temperature of each exit that minimises its NLL on ``split`` (Guo et al. 2017, §4.2).
 
     The NLL is convex in β = 1/T; Newton's method needs the mean and the variance of the logits under
     the prediction, one pass over the tokens per step.
+
+    Args:
+        max_tokens: number of tokens used, in random windows.
+        precision: the method stops at a step below this share of β.
 
     Raises:
         ValueError: the split is the test split, which nothing may be fitted on.
@@ -38,22 +43,21 @@ def fit_temperatures(
     features: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
     targets, count = [], 0
     for x, y in loader(split, model.n_seq, 32, eos_id, shuffle=True):
-        states, flat = model.hidden_states(x.to(device)), y.flatten().to(device)
-        for layer in range(model.n_layers):
-            h = states[layer + 1].flatten(0, 1)[flat != IGNORE]
+        (_, *states), target = scored_states(model, x.to(device), y.to(device))
+        for layer, h in enumerate(states):
             features[layer].append(model.head(layer).features(h))
-        targets.append(flat[flat != IGNORE])
-        count += len(targets[-1])
+        targets.append(target)
+        count += len(target)
         if count >= max_tokens:
             break
     target = torch.cat(targets)[:max_tokens]
     return [
-        _newton(model.head(layer), torch.cat(parts)[:max_tokens], target, tolerance)
+        _newton(model.head(layer), torch.cat(parts)[:max_tokens], target, precision)
         for layer, parts in enumerate(features)
     ]
 
 
-def _newton(head: ExitHead, features: Tensor, target: Tensor, tolerance: float) -> float:
+def _newton(head: ExitHead, features: Tensor, target: Tensor, precision: float) -> float:
     unembedding, beta = head.unembedding, 1.0
     for _ in range(10):
         slope = curvature = 0.0
@@ -64,13 +68,13 @@ def _newton(head: ExitHead, features: Tensor, target: Tensor, tolerance: float) 
             curvature += ((p * logits.square()).sum(-1) - mean**2).double().sum().item()
         step = slope / max(curvature, 1e-12)
         beta = min(max(beta - step, beta / 2), beta * 2)  # stays positive far from the optimum
-        if abs(step) < tolerance * beta:
+        if abs(step) < precision * beta:
             break
     return 1 / beta
 
 
 def reliability(trace: ExitTrace, n_bins: int = N_BINS) -> pd.DataFrame:
-    """Confidence against accuracy in equal-width bins, per exit.
+    """Compare confidence and accuracy in equal-width bins, per exit.
 
     Returns:
         Columns ``exit``, ``bin`` (centre), ``confidence``, ``accuracy``, ``share`` of tokens; bins
@@ -96,8 +100,9 @@ def reliability(trace: ExitTrace, n_bins: int = N_BINS) -> pd.DataFrame:
 
 
 def calibration_errors(trace: ExitTrace, n_bins: int = N_BINS) -> pd.DataFrame:
-    """Per exit: ``accuracy``, mean ``confidence``, ``ece`` (expected calibration error: the mean
-    distance of the reliability diagram from its diagonal), ``nll``.
+    """Return ``accuracy``, mean ``confidence``, ``ece`` and ``nll`` in nats of every ``exit``.
+
+    The expected calibration error is the mean distance of the reliability diagram from its diagonal.
     """
     bins = reliability(trace, n_bins)
     gap = (bins["confidence"] - bins["accuracy"]).abs() * bins["share"]
@@ -117,11 +122,7 @@ def calibration_errors(trace: ExitTrace, n_bins: int = N_BINS) -> pd.DataFrame:
 
 
 def refuse_test(split: str) -> None:
-    """Nothing that fits may see the test split.
-
-    Raises:
-        ValueError: it is the test split.
-    """
+    """Raise ValueError for the test split, on which nothing may be fitted."""
     if split == "test":
         raise ValueError("the test split reports; fit on the validation split's fit part instead")
 

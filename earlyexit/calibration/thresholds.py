@@ -1,8 +1,8 @@
-"""Fitting a policy to a quality budget, on a trace of the fit part."""
+"""A policy is fitted on a trace of the fit part: to a tolerated quality loss ε, or to a cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from earlyexit.calibration.temperature import refuse_test
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.statistics import layers_executed
 
 Thresholds = Literal["global", "per_layer", "decaying"]
 
@@ -20,44 +21,44 @@ DECAYS = (0.0, 1.0, 2.0, 4.0, 8.0)  # temperatures tried for decaying thresholds
 
 
 class Unreachable(ValueError):
-    """No policy of this criterion keeps to the budget; the message says what the best one does."""
+    """No policy of this criterion keeps to the limit; the message says what the best one does."""
 
 
 def fit_policy(
     trace: ExitTrace,
     criterion: str = "gate",
-    budget: float = 0.05,
+    epsilon: float = 0.05,
     thresholds: Thresholds = "per_layer",
     costs: Sequence[float] | None = None,
 ) -> ExitPolicy:
-    """The cheapest policy whose quality loss on the trace is at most ``budget``.
+    """Return the cheapest policy whose quality loss on the trace is at most ``epsilon``.
 
     Args:
-        trace: of the fit part; never of the test split.
+        trace: a trace of the fit part, never of the test split.
         criterion: a key of ``CRITERIA``.
-        budget: tolerated quality loss ε > 0 (perplexity over full depth − 1).
+        epsilon: tolerated quality loss ε > 0 (perplexity over full depth − 1).
         thresholds: one ``"global"`` threshold, one ``"per_layer"`` (Lagrangian, coordinate descent),
             or one ``"decaying"`` with the position (CALM, eq. 5).
         costs: cost of leaving at exit 0 … L − 1, by default layers executed; see
             :func:`earlyexit.cost.parts.exit_costs`.
 
     Raises:
-        ValueError: a budget that is not positive, a trace of the test split, costs of another length.
-        Unreachable: only full depth keeps to the budget.
+        ValueError: ε is not positive, the trace is of the test split, or costs have another length.
+        Unreachable: only full depth keeps to ε.
     """
     refuse_test(trace.split)
-    if not budget > 0:
-        raise ValueError(f"budget={budget} must be > 0: it is the tolerated quality loss")
+    if not epsilon > 0:
+        raise ValueError(f"epsilon={epsilon} must be > 0: it is the tolerated quality loss")
     costs = np.arange(1.0, trace.n_layers + 1) if costs is None else np.asarray(costs, dtype=float)
     if costs.shape != (trace.n_layers,):
         raise ValueError(f"{costs.size} costs for {trace.n_layers} exits")
     fit = {"global": _global, "per_layer": _per_layer, "decaying": _decaying}[thresholds]
-    policy = fit(trace, criterion, budget, costs)
+    policy = fit(trace, criterion, epsilon, costs)
     if policy is None:
         cheapest = trace.sweep(criterion).query("layers < @trace.n_layers")["quality_loss"]
         least = f"{cheapest.min():.2%}" if len(cheapest) else "none"
         raise Unreachable(
-            f"no policy of {criterion!r} leaves early within {budget:.2%} on the {trace.split} part;"
+            f"no policy of {criterion!r} leaves early within {epsilon:.2%} on the {trace.split} part;"
             f" the smallest loss of any that does is {least}: allow more, train the exits longer, or"
             " run full depth"
         )
@@ -67,14 +68,16 @@ def fit_policy(
 def fit_policy_to_cost(
     trace: ExitTrace, criterion: str, cost: float, costs: Sequence[float]
 ) -> ExitPolicy:
-    """The policy of least loss on the trace whose mean cost is at most ``cost``; per-layer thresholds.
+    """Return the policy of least loss on the trace whose mean cost is at most ``cost``.
+
+    Its thresholds are per layer.
 
     Args:
-        trace: of the fit part; never of the test split.
-        cost: per token, in the unit of ``costs``; see :func:`fit_policy`.
+        trace: a trace of the fit part, never of the test split.
+        cost: cost per token, in the unit of ``costs``; see :func:`fit_policy`.
 
     Raises:
-        ValueError: a trace of the test split.
+        ValueError: the trace is of the test split.
         Unreachable: even leaving at exit 0 costs more.
     """
     refuse_test(trace.split)
@@ -93,50 +96,52 @@ def fit_policy_to_cost(
 
 
 def mean_cost(trace: ExitTrace, policy: ExitPolicy, costs: np.ndarray) -> float:
-    """Mean cost per token of a policy on the trace."""
-    return float(costs[np.minimum(trace.exit_layers(policy), trace.n_layers - 1)].mean())
+    """Return the mean cost per token of a policy on the trace."""
+    return float(costs[layers_executed(trace.exit_layers(policy), trace.n_layers) - 1].mean())
 
 
-def _global(trace, criterion, budget, costs, decay: float = 0.0) -> ExitPolicy | None:
+def _global(trace, criterion, epsilon, costs, decay: float = 0.0) -> ExitPolicy | None:
     rule, layers = CRITERIA[criterion], trace.n_layers
     scores = trace.score(criterion)[:, : layers - 1]
     grid = np.unique(np.quantile(scores, np.linspace(0, 1, 100 if decay else 400)))
     best, cheapest = None, costs[-1]
     if not decay:  # the sweep answers all thresholds at once; only the extremes are run through
         sweep = trace.sweep(criterion, grid)
-        grid = sweep[sweep["quality_loss"] <= budget]["threshold"].to_numpy()
-        edge = (grid[:3], grid[-3:])
-        grid = np.concatenate(edge) if len(grid) > 6 else grid
+        grid = sweep[sweep["quality_loss"] <= epsilon]["threshold"].to_numpy()
+        grid = np.concatenate([grid[:3], grid[-3:]]) if len(grid) > 6 else grid
     for threshold in grid:
         policy = ExitPolicy(
             criterion, (float(threshold),) * (layers - 1) + (rule.never,), decay=decay
         )
         cost = mean_cost(trace, policy, costs)
-        if cost < cheapest and trace.evaluate(policy)["quality_loss"] <= budget:
+        if cost < cheapest and trace.evaluate(policy)["quality_loss"] <= epsilon:
             best, cheapest = policy, cost
     return best
 
 
-def _decaying(trace, criterion, budget, costs) -> ExitPolicy | None:
-    fitted = [_global(trace, criterion, budget, costs, decay) for decay in DECAYS[1:]]
-    fitted = [p for p in (_global(trace, criterion, budget, costs), *fitted) if p is not None]
-    return min(fitted, key=lambda p: mean_cost(trace, p, costs)) if fitted else None
+def _decaying(trace, criterion, epsilon, costs) -> ExitPolicy | None:
+    fitted = (_global(trace, criterion, epsilon, costs, decay) for decay in DECAYS)
+    return _cheapest(trace, fitted, costs)
 
 
-def _per_layer(trace, criterion, budget, costs) -> ExitPolicy | None:
-    """The cheapest on the path of prices that keeps to the budget, or a global threshold."""
+def _per_layer(trace, criterion, epsilon, costs) -> ExitPolicy | None:
+    """Return the cheapest on the path of prices that keeps to ε, or a global threshold."""
 
     def within(policy: ExitPolicy) -> bool:
-        return trace.evaluate(policy)["quality_loss"] <= budget
+        return trace.evaluate(policy)["quality_loss"] <= epsilon
 
     found = [p for p in _path(trace, criterion, costs, within) if within(p)]
-    found += [p for p in [_global(trace, criterion, budget, costs)] if p is not None]
-    best = min(found, key=lambda p: mean_cost(trace, p, costs), default=None)
+    best = _cheapest(trace, [*found, _global(trace, criterion, epsilon, costs)], costs)
     return best if best and mean_cost(trace, best, costs) < costs[-1] else None
 
 
+def _cheapest(trace, policies: Iterable[ExitPolicy | None], costs) -> ExitPolicy | None:
+    found = (policy for policy in policies if policy is not None)
+    return min(found, key=lambda policy: mean_cost(trace, policy, costs), default=None)
+
+
 def _path(trace, criterion, costs, cheaper: Callable[[ExitPolicy], bool]) -> Iterator[ExitPolicy]:
-    """Bisection over the price λ of a nat, with the best thresholds at each price.
+    """Bisect over the price λ of a nat, and yield the policy that is best at each price.
 
     After each policy ``cheaper`` says whether the next one may spend less.
     """
@@ -150,7 +155,7 @@ def _path(trace, criterion, costs, cheaper: Callable[[ExitPolicy], bool]) -> Ite
 
 
 def _at_price(trace, criterion, price, costs, start=None) -> ExitPolicy:
-    """Thresholds that minimise mean cost + price · NLL, one layer at a time.
+    """Minimise mean cost + price · NLL over the thresholds, one layer at a time.
 
     With the other thresholds fixed, each token that reaches exit l gains or loses a known amount by
     leaving there; the best threshold is where the sorted gains sum to their maximum.

@@ -1,4 +1,4 @@
-"""ExitTrace: one full-depth pass over a split, then thousands of policies without the model.
+"""A trace takes one full-depth pass over a split, and then answers for thousands of policies.
 
 Per token and exit the trace holds the NLL of the target, every criterion's score, the prediction and
 its agreement with the last layer, and KL(last ‖ exit). What it cannot know is what exited tokens leave
@@ -23,21 +23,22 @@ from earlyexit.atomic import atomic_path
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel
+from earlyexit.exits.statistics import layers_executed
 
 
 @dataclass(frozen=True, eq=False)
 class ExitTrace:
-    """What every exit would have said of T tokens.
+    """A trace holds what every exit would have said of T tokens.
 
     Attributes:
         split: name of the split it was taken on.
-        document, position, target: of each token ``(T,)``; position counts inside the window.
-        nll: nats ``(T, L)``.
+        document, position, target: each token's document, place in its window and target ``(T,)``.
+        nll: NLL in nats ``(T, L)``.
         kl: KL(last layer ‖ exit) in nats ``(T, L)``.
-        prediction: most probable token ``(T, L)``.
-        scores: criterion name → ``(T, L)``.
+        prediction: most probable word ``(T, L)``.
+        scores: criterion name → scores ``(T, L)``.
         n_seq: window length of the model.
-        model_hash, data_hash: of the weights and the text.
+        model_hash, data_hash: hashes of the weights and of the text.
     """
 
     split: str
@@ -62,32 +63,34 @@ class ExitTrace:
 
     @property
     def agreement(self) -> np.ndarray:
-        """Whether an exit predicts what the last layer predicts ``(T, L)``."""
+        """Tell whether an exit predicts what the last layer predicts ``(T, L)``."""
         return self.prediction == self.prediction[:, -1:]
 
     # ------------------------------------------------------------------ read-outs
 
     def read_out(self, exit_layers: np.ndarray) -> dict[str, float]:
-        """Quality and depth if token i left at ``exit_layers[i]`` (n_layers: not at all).
+        """Return quality and depth if token i left at ``exit_layers[i]``, n_layers meaning not at all.
 
         Returns:
             ``perplexity``, ``quality_loss`` (against the same weights at full depth), ``layers`` (mean
             layers executed), ``speedup_layers``, ``agreement`` with the last layer.
         """
-        reached = np.minimum(exit_layers, self.n_layers - 1)
-        rows = np.arange(self.n_tokens)
+        executed = layers_executed(exit_layers, self.n_layers)
+        chosen = np.arange(self.n_tokens), executed - 1
         return self._summary(
-            self.nll[rows, reached].mean(dtype=np.float64),
-            reached.mean() + 1,
-            self.agreement[rows, reached].mean(),
+            self.nll[chosen].mean(dtype=np.float64), executed.mean(), self.agreement[chosen].mean()
         )
 
     def evaluate(self, policy: ExitPolicy) -> dict[str, float]:
-        """:meth:`read_out` of a policy."""
+        """Return the :meth:`read_out` of a policy."""
         return self.read_out(self.exit_layers(policy))
 
     def exit_layers(self, policy: ExitPolicy) -> np.ndarray:
-        """Where each token would leave ``(T,)``."""
+        """Return where each token would leave ``(T,)``.
+
+        Raises:
+            ValueError: the policy is for another depth.
+        """
         if len(policy.thresholds) != self.n_layers:
             raise ValueError(
                 f"the policy has {len(policy.thresholds)} thresholds, the trace {self.n_layers} exits"
@@ -95,7 +98,7 @@ class ExitTrace:
         return policy.exit_layers(self.score(policy.criterion), self.position / self.n_seq)
 
     def score(self, criterion: str) -> np.ndarray:
-        """Scores of a criterion ``(T, L)``.
+        """Return the scores of a criterion ``(T, L)``.
 
         Raises:
             KeyError: the trace does not hold it.
@@ -118,22 +121,22 @@ class ExitTrace:
 
     @property
     def criteria(self) -> list[str]:
-        """Criteria the trace can answer for, but for the constant depth."""
+        """Return the criteria that the trace can answer for, but for the constant depth."""
         return [*self.scores, "patience"]
 
     def exit_distribution(self, exit_layers: np.ndarray) -> np.ndarray:
-        """Share of tokens per exit layer ``(L + 1,)``, the last for "no early exit"."""
+        """Return the share of tokens per exit layer ``(L + 1,)``, the last for "no early exit"."""
         return np.bincount(exit_layers, minlength=self.n_layers + 1) / self.n_tokens
 
     def sweep(self, criterion: str, thresholds: Iterable[float] | None = None) -> pd.DataFrame:
-        """Read-outs of one global threshold after another, exact, in O(log T) each.
+        """Read out one global threshold after another, exactly, in O(log T) each.
 
         A token has left by exit l when the best score up to l passes. Sorting those running bests
         once, with cumulative sums of what leaving at l rather than l + 1 changes, answers every
         threshold by bisection.
 
         Args:
-            thresholds: by default 200 quantiles of the scores and "never".
+            thresholds: by default 200 quantiles of the scores, and the one that no score reaches.
         """
         rule = CRITERIA[criterion]
         sign = 1.0 if rule.exit_above else -1.0
@@ -154,10 +157,10 @@ class ExitTrace:
         for layer in range(self.n_layers - 1):
             order = np.argsort(best[:, layer])
             ranked = best[order, layer]
-            here, after = self.nll[order, layer], self.nll[order, layer + 1]
+            at_exit, at_next = self.nll[order, layer], self.nll[order, layer + 1]
             change = np.stack(
                 [
-                    here.astype(np.float64) - after,
+                    at_exit.astype(np.float64) - at_next,
                     np.full(self.n_tokens, -1.0),
                     agreement[order, layer].astype(float) - agreement[order, layer + 1],
                 ]
@@ -171,18 +174,18 @@ class ExitTrace:
         return pd.DataFrame({"criterion": criterion, "threshold": thresholds, **_columns(rows)})
 
     def static(self) -> pd.DataFrame:
-        """Read-outs of every token leaving at the same ``exit_layer``."""
+        """Read out every token leaving at the same ``exit_layer``, for each of them."""
         rows = [self.evaluate(ExitPolicy.static(i, self.n_layers)) for i in range(self.n_layers)]
         return pd.DataFrame(
             {"criterion": "static", "exit_layer": range(self.n_layers), **_columns(rows)}
         )
 
     def oracle(self, loss: str = "nll", n_points: int = 60) -> pd.DataFrame:
-        """Best front with hindsight: per token the exit that minimises depth + price · loss.
+        """Read out the best front with hindsight: each token's exit minimises depth + price · loss.
 
         Args:
             loss: ``"nll"`` (the target is known) or ``"kl"`` (the last layer is known).
-            n_points: prices of a nat, in layers.
+            n_points: number of prices of a nat, in layers.
         """
         if loss not in ("nll", "kl"):
             raise ValueError(f"loss={loss!r} must be 'nll' or 'kl'")
@@ -196,7 +199,7 @@ class ExitTrace:
 
     @cached_property
     def full_nll(self) -> float:
-        """Mean NLL at full depth, nats per token."""
+        """Return the mean NLL at full depth, nats per token."""
         return self.nll[:, -1].mean(dtype=np.float64)
 
     def _summary(self, nll: float, layers: float, agreement: float) -> dict[str, float]:
@@ -211,7 +214,7 @@ class ExitTrace:
     # ------------------------------------------------------------------ files
 
     def to_frame(self) -> pd.DataFrame:
-        """Tidy: one row per token and exit."""
+        """Return a tidy table with one row per token and exit."""
         n, exits = self.nll.shape
         frame = {
             "token": np.repeat(np.arange(n, dtype=np.int32), exits),
@@ -237,7 +240,7 @@ class ExitTrace:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: not a trace.
+            ValueError: the file holds no trace.
         """
         table = pq.read_table(path)
         if b"exit_trace" not in (table.schema.metadata or {}):
@@ -255,7 +258,7 @@ class ExitTrace:
 
 
 def best_within(curve: pd.DataFrame, epsilon: float) -> float:
-    """Largest speedup in layers at a quality loss ≤ ``epsilon``, between points of a curve.
+    """Return the largest speedup in layers at a quality loss ≤ ``epsilon``, between points of a curve.
 
     Args:
         curve: columns quality_loss and speedup_layers, as :meth:`ExitTrace.oracle` returns.
@@ -266,7 +269,7 @@ def best_within(curve: pd.DataFrame, epsilon: float) -> float:
 
 
 def by_document(values: np.ndarray, document: np.ndarray) -> np.ndarray:
-    """Mean of per-token values ``(T,)`` over each document ``(documents,)``."""
+    """Return the mean of per-token values ``(T,)`` over each document ``(documents,)``."""
     _, index = np.unique(document, return_inverse=True)
     return np.bincount(index, values) / np.bincount(index)
 
@@ -276,9 +279,12 @@ def _columns(rows: list[dict]) -> dict[str, list]:
 
 
 def block_trace(trace: ExitTrace, model: ExitModel) -> ExitTrace:
-    """The trace with each token's scores replaced by those its block is judged by.
+    """Return the trace with each token's scores replaced by those that its block is judged by.
 
-    Patience, which a trace derives from predictions, stays that of the token itself.
+    Patience, which a trace derives from predictions, remains that of the token itself.
+
+    Raises:
+        ValueError: the trace does not hold whole windows.
     """
     scores = {name: values.copy() for name, values in trace.scores.items()}
     token = np.arange(trace.n_tokens)

@@ -1,4 +1,4 @@
-"""calibration/unit_losses."""
+"""Candidate policies are run for real, and lose some NLL on every window, document or token."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, windows
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.statistics import layers_executed
 
 Unit = Literal["document", "window"]
 
 
 @dataclass(frozen=True)
 class WindowLosses:
-    """Summed NLL gaps of candidate policies on the windows of a split.
+    """These losses are the NLL gaps of candidate policies on the windows of a split.
 
     Attributes:
         gaps: sum over a window's tokens of NLL − NLL at full depth, nats ``(windows, candidates)``.
         tokens: scored tokens per window ``(windows,)``.
-        document: of each window ``(windows,)``.
-        layers: mean layers executed per token, per candidate ``(candidates,)``.
-        n_layers: of the model; model_hash, data_hash: of its weights and the text.
+        document: document of each window ``(windows,)``.
+        layers: mean layers executed per token of each candidate ``(candidates,)``.
+        n_layers: layers of the model.
+        model_hash, data_hash: hashes of the weights and of the text.
     """
 
     gaps: np.ndarray
@@ -39,7 +41,7 @@ class WindowLosses:
     data_hash: str = ""
 
     def per_unit(self, unit: Unit) -> np.ndarray:
-        """Mean gap per token of each unit ``(units, candidates)``.
+        """Return the mean gap per token of each unit ``(units, candidates)``.
 
         Raises:
             ValueError: the unit is neither document nor window; tokens are never units.
@@ -48,11 +50,11 @@ class WindowLosses:
         return np.stack([np.bincount(index, gap) for gap in self.gaps.T], axis=1) / tokens[:, None]
 
     def longest(self, unit: Unit) -> int:
-        """Tokens of the longest unit."""
+        """Return the number of tokens of the longest unit."""
         return int(self._units(unit)[1].max())
 
     def _units(self, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
-        """The unit of each window, and the tokens of each unit."""
+        """Return the unit of each window, and the tokens of each unit."""
         if unit not in ("document", "window"):
             raise ValueError(f"unit={unit!r} must be 'document' or 'window'")
         label = self.document if unit == "document" else np.arange(len(self.tokens))
@@ -61,7 +63,7 @@ class WindowLosses:
 
     @property
     def per_token(self) -> np.ndarray:
-        """Mean gap per token of each candidate ``(candidates,)``."""
+        """Return the mean gap per token of each candidate ``(candidates,)``."""
         return self.gaps.sum(axis=0) / self.tokens.sum()
 
 
@@ -91,7 +93,7 @@ def window_losses(
         for k, policy in enumerate(policies):
             nll, exits = model.nll(x, y, policy)
             gaps[rows, k] = (nll.double().sum(dim=1) - full).cpu()
-            layers[k] += (exits + 1).clamp_max(model.n_layers)[y != IGNORE].sum().item()
+            layers[k] += layers_executed(exits, model.n_layers)[y != IGNORE].sum().item()
     if not np.isfinite(gaps).all():
         raise FloatingPointError("an NLL is not finite: the weights hold NaN or infinity")
     return WindowLosses(

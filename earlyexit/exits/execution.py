@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from earlyexit.corpus.windows import IGNORE
 from earlyexit.exits.clock import marker
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.propagation import LeftBehind
@@ -65,6 +66,18 @@ def decide(
     if policy.rule.reads == "logits":
         raise ValueError(f"{policy.criterion!r} reads logits: its decisions are not free of them")
     return run(model, x, policy, None, execution)
+
+
+def scored_states(model: ExitModel, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Run full depth, and keep the tokens that have a target.
+
+    Returns:
+        Their states before the first and after every layer, L + 1 tensors ``(S, D)``, and their
+        targets ``(S,)``.
+    """
+    scored = (y.flatten() != IGNORE).nonzero().squeeze(1)
+    states = [h.flatten(0, 1)[scored] for h in model.hidden_states(x)]
+    return states, y.flatten()[scored]
 
 
 class DenseWalk(Walk):

@@ -13,7 +13,7 @@ from earlyexit.exits.readers import Scores
 
 
 def layers_executed(exit_layers, n_layers: int):
-    """Return min(exit + 1, n_layers) of a tensor or array of exits, n_layers where there is none."""
+    """Return min(exit + 1, n_layers) of a tensor or array of exit layers; n_layers is no exit."""
     return (exit_layers + 1).clip(max=n_layers)
 
 

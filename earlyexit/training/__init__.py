@@ -1,0 +1,1 @@
+"""This wing trains models, exits and gates; an interrupted training goes on where it was."""

@@ -1,6 +1,6 @@
-"""Learned gates: how much would deeper layers still change this prediction?
+"""Gates learn how much deeper layers would still change an exit's prediction.
 
-A gate reads the normalised state that the next block reads anyway, and predicts two things of it: the
+A gate reads the normalised state that the next block reads anyway, and predicts two things from it: the
 KL divergence from the last layer's prediction to this exit's, which is the loss a calibrated last layer
 expects from leaving now, and the probability that both predict the same word (the classifier of
 Schuster et al. 2022, CALM, §3.4). At inference it never touches the vocabulary.
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from earlyexit.corpus.splits import Split
-from earlyexit.corpus.windows import IGNORE, loader
+from earlyexit.corpus.windows import loader
+from earlyexit.exits.execution import scored_states
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 from earlyexit.nn.gates import AGREE, KL, ExitGates
@@ -24,19 +25,20 @@ from earlyexit.nn.gates import AGREE, KL, ExitGates
 def gate_data(
     model: ExitModel, split: Split, eos_id: int, max_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What gates learn from: states ``(L − 1, T, D)``, KL ``(L − 1, T)``, agreement ``(L − 1, T)``."""
+    """Collect what gates learn from.
 
+    Returns:
+        Normed states ``(L − 1, T, D)``, KL ``(L − 1, T)`` in nats and agreement ``(L − 1, T)``.
+    """
     device = next(model.parameters()).device
     exits = model.n_layers - 1
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     count = 0
     bar = tqdm(total=min(max_tokens, split.n_tokens), desc="gate data", mininterval=2)
     for x, y in loader(split, model.n_seq, 32, eos_id, shuffle=True):
-        scored = (y.flatten() != IGNORE).nonzero().squeeze(1).to(device)
-        hidden = model.hidden_states(x.to(device))
-        states = [h.flatten(0, 1)[scored] for h in hidden[1:]]
+        (_, *states), target = scored_states(model, x.to(device), y.to(device))
         rows = max(1, CHUNK_ELEMENTS // (2 * model.vocab_size))
-        for part in torch.arange(len(scored), device=device).split(rows):
+        for part in torch.arange(len(target), device=device).split(rows):
             last = model.head(exits)(states[-1][part]).log_softmax(dim=-1)
             normal, kl, agree = [], [], []
             for layer in range(exits):
@@ -46,8 +48,8 @@ def gate_data(
                 kl.append((last.exp() * (last - log_p)).sum(dim=-1).clamp_min(0))
                 agree.append(last.argmax(dim=-1) == log_p.argmax(dim=-1))
             kept.append((torch.stack(normal), torch.stack(kl), torch.stack(agree)))
-        count += len(scored)
-        bar.update(len(scored))
+        count += len(target)
+        bar.update(len(target))
         if count >= max_tokens:
             break
     bar.close()
@@ -65,21 +67,21 @@ def train_gates(
     learning_rate: float = 1e-2,
     seed: int = 0,
 ) -> list[dict]:
-    """Train ``model.gates`` in place, everything else frozen.
+    """Train ``model.gates`` in place; everything else is frozen.
 
     The KL is fitted with a log link and the Poisson deviance, whose minimiser is the conditional mean
     whatever the noise; agreement with the binary cross-entropy.
 
     Args:
         split: the training split; validation and test have other uses.
-        max_tokens: tokens used, in random windows.
-        steps, batch_size, learning_rate: of AdamW, on those tokens.
+        max_tokens: number of tokens used, in random windows.
+        steps, batch_size, learning_rate: set AdamW, which runs on those tokens.
 
     Returns:
         One row per exit: the share of the KL's deviance explained, and the mean KL and agreement.
 
     Raises:
-        ValueError: the model has no gates, has one layer only, or ``split`` is not the training split.
+        ValueError: the model has no gates or only one layer, or ``split`` is not the training split.
     """
     if split.name != "train":
         raise ValueError(f"gates are trained on the training split, not on {split.name!r}")

@@ -1,4 +1,4 @@
-"""What a training step minimises, for every kind of model."""
+"""A training step minimises the same loss for every kind of model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from earlyexit.training.config import TrainingConfig
 
 
 def exit_features(model: ExitModel, states: list[Tensor], layer: int) -> Tensor:
-    """What the unembedding of exit ``layer`` reads, ``(T, D)``; states as ``hidden_states`` gives."""
+    """Return what the unembedding of exit ``layer`` reads ``(T, D)``, given all ``hidden_states``."""
     return model.head(layer).features(states[layer + 1]).flatten(0, 1)
 
 
@@ -26,16 +26,15 @@ def training_loss(
     step: int,
     progress: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of one batch, and the last layer's mean NLL in nats (detached).
+    """Return the loss of one batch, and the last layer's mean NLL in nats (detached).
 
-    Joint training: NLL_L + w · NLL_exit + b · balance, and what the kind of model adds. On a frozen
-    backbone: NLL_exit alone. With sampled exits each token counts once, at its own exit; then its mean
-    NLL is what is returned.
+    Joint training minimises NLL_L + w · NLL_exit + b · balance, and what the kind of model adds; on a
+    frozen backbone NLL_exit replaces the first three. With exits sampled by token, each token counts
+    once, at its exit, and the mean NLL of these is returned.
 
     Args:
         step: seeds the draw of the exit and of dropped layers.
-        progress: share of the training that is done, for ``exit_ramp`` and for what the kind of model
-            changes with it.
+        progress: share of the training that is done; ``exit_ramp`` and the kind of model use it.
     """
     model.prepare_step(progress)
     last, draw = model.n_layers - 1, random.Random(config.seed * 1_000_003 + step)
@@ -76,7 +75,7 @@ def _sampled_exits_nll(
     config: TrainingConfig,
     draw: random.Random,
 ) -> Tensor:
-    """Mean NLL of every token at its own, random exit; exited states stay as they are."""
+    """Return the mean NLL of tokens that each leave at a random exit; exited states are frozen."""
     last, generator = model.n_layers - 1, torch.Generator().manual_seed(draw.getrandbits(60))
     early = torch.rand(x.shape, generator=generator) < weight / (1 + weight)
     layer_of = torch.randint(max(1, last), x.shape, generator=generator)
@@ -84,8 +83,8 @@ def _sampled_exits_nll(
     h, by_head = model.embed(x), {}
     for layer in range(model.n_layers):
         h = torch.where((layer_of < layer)[..., None], h, model.layer(layer, h))
-        head, here = model.head(layer), layer_of == layer
-        part = head.features(h[here]).float(), y[here]
+        head, leaving = model.head(layer), layer_of == layer
+        part = head.features(h[leaving]).float(), y[leaving]
         by_head.setdefault(id(head.unembedding), (head.unembedding, []))[1].append(part)
     total, count = torch.zeros((), device=x.device), (y != IGNORE).sum().clamp_min(1)
     for unembedding, parts in by_head.values():
@@ -96,7 +95,7 @@ def _sampled_exits_nll(
 
 
 def _states(model, x: Tensor, config: TrainingConfig, draw: random.Random) -> list[Tensor]:
-    """Hidden states as ``model.hidden_states`` gives, some layers skipped."""
+    """Return the states that ``model.hidden_states`` gives, but skip some layers."""
     if not config.layer_dropout:
         return model.hidden_states(x)
     states, last = [model.embed(x)], max(1, model.n_layers - 1)

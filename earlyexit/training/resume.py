@@ -1,4 +1,4 @@
-"""training/resume."""
+"""A training that was interrupted goes on from its last saved state, to the same result."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from earlyexit.models.checkpoints import CheckpointError
 
 
 class TrainingState:
-    """A resumable state of a training: weights, optimiser, schedule, random numbers, history.
+    """This state of a training holds weights, optimiser, schedule, random numbers and history.
 
     Args:
-        folder: where it lives; None keeps nothing.
-        key: the configuration it belongs to; a state of another key is ignored.
+        folder: where the state is kept; None keeps nothing.
+        key: the configuration that it belongs to; a state of another key is ignored.
     """
 
     def __init__(self, folder: Path | None, key: dict):
@@ -24,7 +24,7 @@ class TrainingState:
         self.key = key
 
     def save(self, model, optimizer, schedule, log: dict) -> None:
-        """Write everything that decides the steps to come; ``log`` holds what came before."""
+        """Write everything that decides the coming steps; ``log`` holds what came before."""
         state = {
             "key": self.key,
             "model": model.state_dict(),
@@ -38,7 +38,7 @@ class TrainingState:
             torch.save(state, temporary)
 
     def restore(self, model, optimizer, schedule) -> dict:
-        """Load a state of the same key into the arguments; returns its log, or an empty one.
+        """Load a state of the same key into the arguments, and return its log, or else an empty one.
 
         Raises:
             CheckpointError: the file is damaged or not a training state.
@@ -70,5 +70,6 @@ class TrainingState:
             ) from e
 
     def delete(self) -> None:
+        """Delete the state, if there is one."""
         if self.path:
             self.path.unlink(missing_ok=True)

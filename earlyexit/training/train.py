@@ -1,4 +1,4 @@
-"""Training: the backbone with its exits jointly, or exits alone on a frozen backbone."""
+"""A backbone is trained jointly with its exits, or exits alone are trained on a frozen backbone."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def train(
     Args:
         checkpoint_dir: where to keep a resumable state, written every ``checkpoint_every`` steps. If it
             holds one of the same configuration, training goes on from it, to the same result.
-        max_tokens: use only documents up to about this many training tokens; 0 uses all.
+        max_tokens: limits the training split to about this many tokens; 0 uses all.
 
     Returns:
         One row per evaluation: step, tokens, train_nll, and the fit part's perplexity per exit.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite.
-        ValueError: a frozen backbone of one layer, or a way of training that the model refuses.
+        ValueError: the frozen backbone has one layer, or the model refuses this way of training.
         CheckpointError: the resumable state is damaged.
     """
     device = resolve_device(device)
@@ -56,8 +56,7 @@ def train(
     model.to(device).train(not config.freeze_backbone)
     if model.gates is not None:
         model.gates.trained.fill_(False)  # of other weights
-    split = corpus.splits["train"]
-    split = split.limit(max_tokens) if max_tokens else split
+    split = corpus.splits["train"].limit(max_tokens)
     per_epoch = len(loader(split, model.n_seq, config.batch_size, corpus.eos_id))
     total = max(1, round(config.epochs * per_epoch))
     parameters = _trainable(model, config)
@@ -113,7 +112,7 @@ def _finite_mean(losses: list[Tensor], step: int, config: TrainingConfig) -> flo
 def perplexity_per_exit(
     model: ExitModel, split: Split, eos_id: int, batch_size: int = 32
 ) -> list[float]:
-    """Perplexity of each exit over a whole split, every token at full depth before it.
+    """Return the perplexity of each exit over a split, with full-depth states before it.
 
     Raises:
         FloatingPointError: the model's NLL is not finite.
@@ -178,7 +177,7 @@ def _schedule(total: int, warmup: float) -> Callable[[int], float]:
 def _batches(
     split: Split, n_seq: int, config: TrainingConfig, eos_id: int, start: int, stop: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Steps ``start`` … ``stop`` of an order that depends on the seed alone."""
+    """Yield the batches of steps ``start`` … ``stop``, in an order that depends on the seed alone."""
     step, epoch = 0, 0
     while step < stop:
         seed = config.seed * 1_000_003 + epoch

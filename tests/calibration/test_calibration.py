@@ -109,7 +109,7 @@ def test_a_known_temperature_is_recovered(make_model, sampled, scale):
 
 def test_each_temperature_minimises_its_exits_nll(sampled):
     model, split = sampled
-    found = fit_temperatures(model, split, 1, tolerance=1e-6)
+    found = fit_temperatures(model, split, 1, precision=1e-6)
     ((x, y),) = loader(split, 12, 10**6, 1)
     with torch.no_grad():
         states = model.hidden_states(x)

@@ -1,4 +1,4 @@
-"""Fitting: the budget is kept, brute force does no better, and the test split stays unseen."""
+"""Fitting: the epsilon is kept, brute force does no better, and the test split stays unseen."""
 
 from itertools import product
 
@@ -28,18 +28,18 @@ def made_up_trace(split="fit", tokens=400, layers=4, seed=0) -> ExitTrace:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("budget", [0.01, 0.05, 0.2])
-def test_keeps_to_the_budget_and_saves(kind, budget):
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.2])
+def test_keeps_to_the_epsilon_and_saves(kind, epsilon):
     trace = made_up_trace()
-    policy = fit_policy(trace, "agreement", budget, kind)
+    policy = fit_policy(trace, "agreement", epsilon, kind)
     read = trace.evaluate(policy)
-    assert read["quality_loss"] <= budget and read["layers"] < trace.n_layers
+    assert read["quality_loss"] <= epsilon and read["layers"] < trace.n_layers
 
 
 def test_per_layer_is_never_dearer_than_global():
     trace, costs = made_up_trace(), np.array([1.0, 2.5, 3.0, 6.0])
-    for budget in (0.01, 0.05, 0.1):
-        one, each = (fit_policy(trace, "gate", budget, k, costs) for k in KINDS[:2])
+    for epsilon in (0.01, 0.05, 0.1):
+        one, each = (fit_policy(trace, "gate", epsilon, k, costs) for k in KINDS[:2])
         assert mean_cost(trace, each, costs) <= mean_cost(trace, one, costs) + 1e-12
 
 
@@ -75,9 +75,9 @@ def test_refusals():
     trace = made_up_trace()
     with pytest.raises(ValueError, match="test split"):
         fit_policy(made_up_trace("test"))
-    for budget in (0.0, -0.1, np.nan):
-        with pytest.raises(ValueError, match="budget"):
-            fit_policy(trace, "gate", budget)
+    for epsilon in (0.0, -0.1, np.nan):
+        with pytest.raises(ValueError, match="epsilon"):
+            fit_policy(trace, "gate", epsilon)
     with pytest.raises(ValueError, match="costs"):
         fit_policy(trace, "gate", 0.05, costs=[1.0, 2.0])
     with pytest.raises(ValueError, match="decay"):
