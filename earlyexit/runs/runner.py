@@ -62,7 +62,7 @@ def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None
         again = [s.notebook for s in steps if s.reasons and s.notebook in upstream[path.stem]]
         why = why or [f"input {name} will be made again" for name in again]
         time, basis = freshness.minutes(path.stem, resolved.label, work, known)
-        basis += _of_an_earlier_version(record)
+        basis += ", by an earlier version" if _made_before(record) else ""
         steps.append(Step(path.stem, upstream[path.stem], why, time, basis))
     return Plan(resolved.label, settings.command(*only), steps)
 
@@ -89,7 +89,8 @@ def run(
         for position, path in enumerate(chosen, start=1):
             why, current, record = _check(place, path, resolved, upstream[path.stem])
             if not why and not force:
-                log.info("%s is fresh%s", path.stem, _of_an_earlier_version(record))
+                old = ", made by an earlier version: --force makes it anew"
+                log.info("%s is fresh%s", path.stem, old if _made_before(record) else "")
                 continue
             log.info("%s: %s", path.stem, "; ".join(why) or "forced")
             title = f"[{position}/{len(chosen)}] {path.stem}"
@@ -166,9 +167,8 @@ def _check(
     return freshness.reasons(place, record, current), current, record
 
 
-def _of_an_earlier_version(record: Record | None) -> str:
-    made_before = record is not None and record.format < FORMAT
-    return ", made by an earlier version (--force makes it anew)" if made_before else ""
+def _made_before(record: Record | None) -> bool:
+    return record is not None and record.format < FORMAT
 
 
 @contextmanager

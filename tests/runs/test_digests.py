@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from dataclasses import dataclass
 
@@ -178,7 +179,15 @@ def training_code(package):
     )
 
 
-def stale(copy, file, old, new):
+def edited(text, name):
+    """A file with another statement in one of its definitions."""
+    node = next(n for n in ast.parse(text).body if getattr(n, "name", "") == name)
+    lines, last = text.splitlines(), node.body[-1]
+    lines.insert(last.lineno - 1, " " * last.col_offset + "_unheard_of = 1")
+    return "\n".join(lines)
+
+
+def stale(copy, file, edit):
     """What one edit of the package changes: notebook → keys, and "training" → keys."""
 
     def now():
@@ -188,10 +197,13 @@ def stale(copy, file, old, new):
 
     before, path = now(), copy / file
     text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-    after = now()
-    path.write_text(text)
+    changed = edit(text)
+    assert changed != text
+    path.write_text(changed)
+    try:
+        after = now()
+    finally:
+        path.write_text(text)
     changes = {
         key: {name for name in before[key] | after[key] if before[key].get(name) != after[key].get(name)}
         for key in before
@@ -200,12 +212,15 @@ def stale(copy, file, old, new):
 
 
 def test_editing_a_figure_makes_exactly_its_notebook_stale(copy):
-    found = stale(copy, "figures/build.py", "def leak(", "def leak(unheard_of=None, *, ")
+    found = stale(copy, "figures/build.py", lambda text: edited(text, "leak"))
     assert found == {"01_build": {"earlyexit/figures/build.py:leak"}}
 
 
 def test_a_message_of_the_text_reader_retrains_nothing(copy):
-    assert stale(copy, "corpus/documents.py", "raise ValueError(", "raise ValueError('!', ") == {}
+    def louder(text):
+        return text.replace("raise ValueError(", "raise ValueError('!', ")
+
+    assert stale(copy, "corpus/documents.py", louder) == {}
 
 
 def test_a_training_depends_on_neither_the_text_reader_nor_running_with_exits():
@@ -223,15 +238,17 @@ def test_a_training_depends_on_neither_the_text_reader_nor_running_with_exits():
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new"),
+    ("file", "name"),
     [
-        ("training/train.py", "REPORT_EVERY = 50", "REPORT_EVERY = 51"),
-        ("nn/bk_core.py", "class BKCore(", "class BKCore(object, "),
-        ("corpus/windows.py", "def windows(", "def windows(unheard_of, "),
+        ("training/train.py", "_schedule"),
+        ("nn/bk_core.py", "BKCore"),
+        ("corpus/windows.py", "windows"),
+        ("models/resnet_bk.py", "EarlyExitLanguageModel"),
     ],
 )
-def test_a_training_depends_on_its_model_and_data(copy, file, old, new):
-    assert "training" in stale(copy, file, old, new)
+def test_a_training_depends_on_its_model_and_data(copy, file, name):
+    found = stale(copy, file, lambda text: edited(text, name))
+    assert found["training"] == {f"earlyexit/{file}:{name}"}
 
 
 def test_notebook_digest_survives_saving_but_not_editing(tmp_path):
