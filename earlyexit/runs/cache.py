@@ -1,4 +1,4 @@
-"""Costly steps, computed once: trained models and exit traces.
+"""Costly steps, computed once: trained models, exit traces and this machine's prices of work.
 
 Each is kept under a digest of its configuration, its text and the definitions that it uses, so that
 neither a comment nor a new figure costs an hour. Deleting the cache costs time only.
@@ -6,6 +6,7 @@ neither a comment nor a new figure costs an hour. Deleting the cache costs time 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as remember
@@ -19,28 +20,23 @@ from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
+from earlyexit.cost import time_model as times
+from earlyexit.cost.time_model import TimeModel
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.models import checkpoints
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
-from earlyexit.runs import digests
+from earlyexit.runs import digests, provenance
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.gates import train_gates
 from earlyexit.training.resume import TrainingState
 from earlyexit.training.train import train
 
+log = logging.getLogger(__name__)
+
 GATE_STEPS = 600  # as many as train_gates takes by default
 
-
-@remember
-def _code(*roots: Callable) -> dict[str, str]:
-    """Digests of the code that this process has loaded: read once, it cannot change."""
-    return digests.of_code(*roots, contract=ExitModel)
-
-
-def _kept(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
-    """Where the result of a step is kept."""
-    return folder / f"{digests.of_object(key)[:16]}{suffix}"
+Kind = type[EarlyExitLanguageModel]
 
 
 class NotTrained(FileNotFoundError):
@@ -78,7 +74,7 @@ def trained_model(
     max_tokens: int = 0,
     backbone: Trained | None = None,
     may_train: bool = True,
-    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
+    kind: Kind = EarlyExitLanguageModel,
 ) -> Trained:
     """The model of this configuration: from the cache, or trained now and kept.
 
@@ -100,26 +96,24 @@ def trained_model(
         "kind": kind.__qualname__,
         "code": _code(train, kind),
     }
-    path = _kept(cache / "models", ".safetensors", key)
-    if path.exists():
-        try:
-            return load_trained(path, model_config, device, kind)
-        except checkpoints.CheckpointError:
-            if not may_train:
-                raise
-    if not may_train:
-        raise NotTrained(f"no trained model of {model_config} with {training}")
-    torch.manual_seed(training.seed)
-    if backbone:
-        model = checkpoints.load_model(cache / "models" / f"{backbone.model_hash}.safetensors")
-    else:
-        model = kind.from_config(model_config)
-    state = cache / "training" / path.stem
-    history = train(model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens)
-    about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
-    checkpoints.save_model(model, path, about)
-    TrainingState(state, {}).delete()
-    return load_trained(path, model_config, device, kind)
+    path = _path(cache / "models", ".safetensors", key)
+
+    def make() -> tuple[EarlyExitLanguageModel, dict]:
+        torch.manual_seed(training.seed)
+        if backbone:
+            model = checkpoints.load_model(path.with_stem(backbone.model_hash))
+        else:
+            model = kind.from_config(model_config)
+        state = cache / "training" / path.stem
+        history = train(
+            model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens
+        )
+        about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
+        return model, about
+
+    trained = _cached_model(path, model_config, device, kind, make if may_train else None)
+    TrainingState(cache / "training" / path.stem, {}).delete()
+    return trained
 
 
 def converted_model(
@@ -147,12 +141,13 @@ def converted_model(
         "text": corpus.data_hash,
         "code": _code(train, convert),
     }
-    path = _kept(cache / "models", ".safetensors", key)
     model = convert(trained.model)
-    if not path.exists():
-        history = train(model, corpus, training, device, max_tokens=max_tokens)
-        checkpoints.save_model(model, path, {"history": history})
-    return load_trained(path, trained.config, device, type(model))
+
+    def make() -> tuple[EarlyExitLanguageModel, dict]:
+        return model, {"history": train(model, corpus, training, device, max_tokens=max_tokens)}
+
+    path = _path(cache / "models", ".safetensors", key)
+    return _cached_model(path, trained.config, device, type(model), make)
 
 
 def gated_model(
@@ -175,44 +170,23 @@ def gated_model(
     Raises:
         NotTrained: not in the cache, and ``may_train`` is False.
     """
-    config = replace(trained.config, gate_hidden=hidden)
+    config, kind = replace(trained.config, gate_hidden=hidden), type(trained.model)
     key = {
         "model": trained.model_hash,
         "gates": [hidden, max_tokens, seed, *([steps] if steps != GATE_STEPS else [])],
         "text": corpus.data_hash,
         "code": _code(train_gates),
     }
-    path = _kept(cache / "models", ".safetensors", key)
-    kind = type(trained.model)
-    if path.exists():
-        return load_trained(path, config, device, kind)
-    if not may_train:
-        raise NotTrained(f"no gates for {trained.config}")
-    model = kind.from_config(config).to(device)
-    model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
-    report = train_gates(
-        model, corpus.splits["train"], corpus.eos_id, max_tokens, steps=steps, seed=seed
-    )
-    about = {"history": trained.history.to_dict("records"), "gates": report}
-    checkpoints.save_model(model, path, about)
-    return load_trained(path, config, device, kind)
 
+    def make() -> tuple[EarlyExitLanguageModel, dict]:
+        model = kind.from_config(config).to(device)
+        model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
+        text = corpus.splits["train"]
+        report = train_gates(model, text, corpus.eos_id, max_tokens, steps=steps, seed=seed)
+        return model, {"history": trained.history.to_dict("records"), "gates": report}
 
-def load_trained(
-    path: Path,
-    config: ModelConfig,
-    device: torch.device,
-    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
-) -> Trained:
-    """A stored model with its history.
-
-    Raises:
-        CheckpointError: see :func:`earlyexit.models.checkpoints.load_model`.
-    """
-    model = checkpoints.load_model(path, config, device, kind)
-    about = checkpoints.checkpoint_about(path)
-    history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
-    return Trained(model, history, path.stem, gates)
+    path = _path(cache / "models", ".safetensors", key)
+    return _cached_model(path, config, device, kind, make if may_train else None)
 
 
 def exit_trace(
@@ -231,9 +205,88 @@ def exit_trace(
         "temperatures": list(temperatures or ()),
         "code": _code(collect_trace, ExitTrace),
     }
-    path = _kept(cache / "traces", ".parquet", key)
+    path = _path(cache / "traces", ".parquet", key)
     if path.exists():
         return ExitTrace.load(path)
     trace = collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures)
     trace.save(path)
     return trace
+
+
+def with_short_fit(corpus: Corpus, tokens: int) -> Corpus:
+    """The text for a short training: its fit part takes no longer to read than the training."""
+    fit = corpus.splits["fit"].limit(tokens)
+    return replace(corpus, splits=corpus.splits | {"fit": fit})
+
+
+def time_model(cache: Path, device: torch.device, refit: bool = False) -> TimeModel:
+    """This machine's prices: from the cache, or measured now and kept."""
+    path = time_model_path(cache, device)
+    if path.exists() and not refit:
+        return TimeModel.load(path)
+    log.info("no prices of this machine yet: measuring them, once, about a minute")
+    model, _ = times.calibrate(device)
+    model = replace(model, machine=_machine())
+    model.save(path)
+    return model
+
+
+def time_model_path(cache: Path, device: torch.device) -> Path:
+    """Where this machine's prices are kept; another machine or other code has another place."""
+    code = digests.of_code(times.calibrate, TimeModel)
+    key = {"machine": _machine(), "device": str(device), "code": code}
+    return _path(cache / "time_model", ".json", key)
+
+
+def load_trained(
+    path: Path, config: ModelConfig, device: torch.device, kind: Kind = EarlyExitLanguageModel
+) -> Trained:
+    """A stored model with its history.
+
+    Raises:
+        CheckpointError: see :func:`earlyexit.models.checkpoints.load_model`.
+    """
+    model = checkpoints.load_model(path, config, device, kind)
+    about = checkpoints.checkpoint_about(path)
+    history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
+    return Trained(model, history, path.stem, gates)
+
+
+def _cached_model(
+    path: Path,
+    config: ModelConfig,
+    device: torch.device,
+    kind: Kind,
+    make: Callable[[], tuple[EarlyExitLanguageModel, dict]] | None,
+) -> Trained:
+    """The model at ``path``; where it is missing or damaged, what ``make`` returns is kept there.
+
+    Raises:
+        NotTrained, CheckpointError: it is missing, or damaged, and ``make`` is None.
+    """
+    try:
+        return load_trained(path, config, device, kind)
+    except (FileNotFoundError, checkpoints.CheckpointError):
+        if make is None and path.exists():
+            raise
+    if make is None:
+        raise NotTrained(f"no trained model of {config}")
+    model, about = make()
+    checkpoints.save_model(model, path, about)
+    return load_trained(path, config, device, kind)
+
+
+def _path(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
+    """Where the result of a step is kept."""
+    return folder / f"{digests.of_object(key)[:16]}{suffix}"
+
+
+@remember
+def _code(*roots: Callable) -> dict[str, str]:
+    """Digests of the code that this process has loaded: read once, it cannot change."""
+    return digests.of_code(*roots, contract=ExitModel)
+
+
+def _machine() -> dict:
+    """What prices depend on besides the configuration."""
+    return {"torch": torch.__version__, "hardware": provenance.hardware()}

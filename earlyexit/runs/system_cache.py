@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +9,6 @@ import torch
 
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
-from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.profiles import Profile
@@ -26,9 +24,12 @@ class Source(Protocol):
     cache: Path
     device: torch.device
 
-    def model_config(self, kind: type[EarlyExitLanguageModel], **changes) -> ModelConfig: ...
-
     def training_config(self, seed: int, **changes) -> TrainingConfig: ...
+
+    def train(
+        self, seed: int, model: dict, training: dict, max_tokens: int, *,
+        fit_tokens: int, kind: type[EarlyExitLanguageModel],
+    ) -> Trained: ...  # fmt: skip
 
 
 def train_system(study: Source, system: System, seed: int, budget: Budget) -> Trained:
@@ -47,21 +48,10 @@ def train_system(study: Source, system: System, seed: int, budget: Budget) -> Tr
         training["exit_loss_weight"] = 0.0  # its one head reads averages; exits come afterwards
     if system is REFERENCE:
         training["exit_loss_weight"] = 0.0
-    return cache.trained_model(
-        _corpus(study, budget),
-        study.model_config(system.kind, **changes),
-        study.training_config(seed, **training),
-        study.cache,
-        study.device,
-        max_tokens=budget.tokens,
-        kind=system.kind,
-    )
-
-
-def _corpus(study: Source, budget: Budget) -> Corpus:
-    """The text with a short fit part: reading all of it would take longer than a short training."""
-    fit = study.corpus.splits["fit"].limit(budget.validation_tokens)
-    return replace(study.corpus, splits=study.corpus.splits | {"fit": fit})
+    return study.train(
+        seed, changes, training, budget.tokens,
+        fit_tokens=budget.validation_tokens, kind=system.kind,
+    )  # fmt: skip
 
 
 def with_exits(
@@ -73,17 +63,14 @@ def with_exits(
     """
     if system is REFERENCE:
         return trained
+    corpus, folder, device = study.corpus, study.cache, study.device
     if system.convert is None:
+        hidden, tokens = study.profile.gates.hidden, budget.gate_tokens
+        steps = min(cache.GATE_STEPS, max(50, tokens // 10))
         return cache.gated_model(
-            trained,
-            study.corpus,
-            study.cache,
-            study.device,
-            hidden=study.profile.gates.hidden,
-            max_tokens=budget.gate_tokens,
-            seed=seed,
-            steps=min(cache.GATE_STEPS, max(50, budget.gate_tokens // 10)),
-        )
+            trained, corpus, folder, device,
+            hidden=hidden, max_tokens=tokens, seed=seed, steps=steps,
+        )  # fmt: skip
     training = study.training_config(
         seed,
         epochs=1.0,
@@ -95,9 +82,9 @@ def with_exits(
     return cache.converted_model(
         trained,
         system.convert,
-        _corpus(study, budget),
+        cache.with_short_fit(corpus, budget.validation_tokens),
         training,
-        study.cache,
-        study.device,
+        folder,
+        device,
         max_tokens=budget.calibration_tokens,
     )
