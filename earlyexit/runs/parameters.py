@@ -26,16 +26,13 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-def _criterion(name: str) -> str:
-    if name not in CRITERIA:
-        raise ValueError(f"must be one of {', '.join(CRITERIA)}")
-    return name
+def _one_of(known: Mapping[str, Any]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return name
 
-
-def _recipe(name: str) -> str:
-    if name not in RECIPES:
-        raise ValueError(f"must be one of {', '.join(RECIPES)}")
-    return name
+    return AfterValidator(check)
 
 
 _list = Field(strict=False)  # JSON and notebooks have lists where a frozen dataclass has a tuple
@@ -45,8 +42,8 @@ Seeds = Annotated[tuple[Limit, ...], _list, AfterValidator(_distinct)]
 Counts = Annotated[tuple[Count, ...], _some]
 Positives = Annotated[tuple[Positive, ...], _some]
 Shares = Annotated[tuple[Share, ...], _some]
-Criterion = Annotated[str, AfterValidator(_criterion)]
-Recipe = Annotated[str, AfterValidator(_recipe)]
+Criterion = Annotated[str, _one_of(CRITERIA)]
+Recipe = Annotated[str, _one_of(RECIPES)]
 
 
 @dataclass(frozen=True)
