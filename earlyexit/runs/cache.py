@@ -73,6 +73,7 @@ def trained_model(
     *,
     max_tokens: int = 0,
     backbone: Trained | None = None,
+    convert: Callable[[EarlyExitLanguageModel], EarlyExitLanguageModel] | None = None,
     may_train: bool = True,
     kind: Kind = EarlyExitLanguageModel,
 ) -> Trained:
@@ -82,11 +83,14 @@ def trained_model(
         max_tokens: see :func:`earlyexit.training.train.train`.
         kind: class of the model.
         backbone: the model whose exits are trained when ``training.freeze_backbone``.
+        convert: makes of the backbone the model whose exits are trained, with the same configuration.
         may_train: otherwise a model that is not in the cache raises.
 
     Raises:
         NotTrained: not in the cache, and ``may_train`` is False.
     """
+    if convert:
+        kind = type(convert(backbone.model))
     key = {
         "model": model_config,
         "training": training,
@@ -94,17 +98,19 @@ def trained_model(
         "text": corpus.data_hash,
         "backbone": backbone.model_hash if backbone else "",
         "kind": kind.__qualname__,
-        "code": _code(train, kind),
+        "code": _code(train, convert or kind),
     }
     path = _path(cache / "models", ".safetensors", key)
+    state = cache / "training" / path.stem
 
     def make() -> tuple[EarlyExitLanguageModel, dict]:
         torch.manual_seed(training.seed)
-        if backbone:
+        if convert:
+            model = convert(backbone.model)
+        elif backbone:
             model = checkpoints.load_model(path.with_stem(backbone.model_hash))
         else:
             model = kind.from_config(model_config)
-        state = cache / "training" / path.stem
         history = train(
             model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens
         )
@@ -112,42 +118,8 @@ def trained_model(
         return model, about
 
     trained = _cached_model(path, model_config, device, kind, make if may_train else None)
-    TrainingState(cache / "training" / path.stem, {}).delete()
+    TrainingState(state, {}).delete()
     return trained
-
-
-def converted_model(
-    trained: Trained,
-    convert: Callable[[EarlyExitLanguageModel], EarlyExitLanguageModel],
-    corpus: Corpus,
-    training: TrainingConfig,
-    cache: Path,
-    device: torch.device,
-    *,
-    max_tokens: int,
-) -> Trained:
-    """``convert(trained.model)`` with its exits trained on the frozen backbone: cached, or now.
-
-    Args:
-        training: of the exits; it must freeze the backbone.
-        max_tokens: see :func:`earlyexit.training.train.train`.
-    """
-    if not training.freeze_backbone:
-        raise ValueError("a converted model keeps its backbone: training.freeze_backbone")
-    key = {
-        "model": trained.model_hash,
-        "training": training,
-        "max_tokens": max_tokens,
-        "text": corpus.data_hash,
-        "code": _code(train, convert),
-    }
-    model = convert(trained.model)
-
-    def make() -> tuple[EarlyExitLanguageModel, dict]:
-        return model, {"history": train(model, corpus, training, device, max_tokens=max_tokens)}
-
-    path = _path(cache / "models", ".safetensors", key)
-    return _cached_model(path, trained.config, device, type(model), make)
 
 
 def gated_model(
@@ -168,7 +140,7 @@ def gated_model(
         hidden, max_tokens, seed, steps: see :func:`earlyexit.training.gates.train_gates`.
 
     Raises:
-        NotTrained: not in the cache, and ``may_train`` is False.
+        NotTrained: see :func:`trained_model`.
     """
     config, kind = replace(trained.config, gate_hidden=hidden), type(trained.model)
     key = {

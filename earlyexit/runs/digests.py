@@ -84,12 +84,12 @@ def of_code(
     def find(root: str | Callable) -> tuple[str, str]:
         name = root if isinstance(root, str) else f"{root.__module__}.{root.__qualname__}"
         module, _, last = name.rpartition(".")
-        if not (targets := list(source.named(module, last))):
-            raise LookupError(f"no definition {name} in {package.name}/")
-        return targets[0]
+        if target := next(source.named(module, last), None):
+            return target
+        raise LookupError(f"no definition {name} in {package.name}/")
 
     source.contract = find(contract) if contract else None
-    return source.closure([find(root) for root in roots])
+    return source.closure(map(find, roots))
 
 
 def of_notebook(path: Path, package: Path = PACKAGE) -> dict[str, str]:
@@ -120,11 +120,9 @@ def notebook_parameters(path: Path) -> dict[str, tuple[str, Any]]:
         raise ValueError(f"{path.name}: {len(tagged)} cells are tagged `{PARAMETERS}`, not one")
     for node in ast.parse(tagged[0]).body:
         try:
-            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-                raise ValueError
             kind = ast.unparse(node.annotation).split("[")[0]
             found[node.target.id] = (kind, ast.literal_eval(node.value))
-        except (ValueError, TypeError):
+        except (AttributeError, ValueError, TypeError):
             line = ast.unparse(node)
             raise ValueError(f"{path.name}: not an annotated literal: `{line}`") from None
     return found

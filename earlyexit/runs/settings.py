@@ -38,13 +38,11 @@ class Settings:
     """The options of ``python -m earlyexit run`` that decide what is computed.
 
     Attributes:
-        profile: a name in ``profiles.PROFILES``.
-        seeds: instead of the profile's, if any.
+        profile, seeds, device: see :class:`earlyexit.runs.parameters.Common`.
         sets: ``key=value`` for profile fields and notebook parameters; they change the label, as
             other seeds do.
         data_dir: folder with local text, if the corpus needs one; None: there is one, but it is not
             known, as where results of another day are looked at.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``.
     """
 
     profile: str = "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -34,19 +35,17 @@ class Source(Protocol):
 
 def train_system(study: Source, system: System, seed: int, budget: Budget) -> Trained:
     """The system's weights, trained now unless they are in the cache; with ACT the ACT model."""
-    changes: dict = {}
-    if "sparse" in system.parts:
-        changes["keep"] = budget.keep
-    if "multi-scale" in system.parts:
-        changes["n_layers"] = budget.scales
+    options = {
+        "sparse": {"keep": budget.keep},
+        "multi-scale": {"n_layers": budget.scales},
+        "ACT": {"ponder_weight": budget.ponder_weight},
+    }
+    changes = {key: value for part in system.parts for key, value in options[part].items()}
     # One way for all: single tokens cannot leave where blocks do, nor where halting decides.
     training = {
         "epochs": budget.epochs, "batch_size": budget.batch_size, "exit_sampling": "one"
     }  # fmt: skip
-    if "ACT" in system.parts:
-        changes["ponder_weight"] = budget.ponder_weight
-        training["exit_loss_weight"] = 0.0  # its one head reads averages; exits come afterwards
-    if system is REFERENCE:
+    if system is REFERENCE or "ACT" in system.parts:  # ACT's one head reads averages: exits later
         training["exit_loss_weight"] = 0.0
     return study.train(
         seed, changes, training, budget.tokens,
@@ -63,14 +62,12 @@ def with_exits(
     """
     if system is REFERENCE:
         return trained
-    corpus, folder, device = study.corpus, study.cache, study.device
     if system.convert is None:
-        hidden, tokens = study.profile.gates.hidden, budget.gate_tokens
-        steps = min(cache.GATE_STEPS, max(50, tokens // 10))
+        steps = min(cache.GATE_STEPS, max(50, budget.gate_tokens // 10))
+        gates = replace(study.profile.gates, max_tokens=budget.gate_tokens, steps=steps)
         return cache.gated_model(
-            trained, corpus, folder, device,
-            hidden=hidden, max_tokens=tokens, seed=seed, steps=steps,
-        )  # fmt: skip
+            trained, study.corpus, study.cache, study.device, **asdict(gates), seed=seed
+        )
     training = study.training_config(
         seed,
         epochs=1.0,
@@ -79,12 +76,13 @@ def with_exits(
         exit_sampling="all",
         freeze_backbone=True,
     )
-    return cache.converted_model(
-        trained,
-        system.convert,
-        cache.with_short_fit(corpus, budget.validation_tokens),
+    return cache.trained_model(
+        cache.with_short_fit(study.corpus, budget.validation_tokens),
+        trained.config,
         training,
-        folder,
-        device,
+        study.cache,
+        study.device,
         max_tokens=budget.calibration_tokens,
+        backbone=trained,
+        convert=system.convert,
     )
