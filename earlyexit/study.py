@@ -92,9 +92,8 @@ class Study:
     def run_tokens(self, criterion: str, logits_tokens: int) -> int:
         """Tokens of the test split that real runs by a criterion are scored on; 0: all.
 
-        Args:
-            logits_tokens: for checks that need all logits, which take several times as long as
-                everything else.
+        Checks that need all logits take several times as long as everything else: they get
+        ``logits_tokens``.
         """
         part = CRITERIA[criterion].read_by_check(operations(self.model_config()))
         return logits_tokens if part else 0

@@ -1,10 +1,8 @@
 """Tables and figures, and the record of the run that wrote them.
 
-A notebook writes into a folder of its own, which git ignores: a table is ``results/<name>.csv`` and
-``.tex`` there, a figure ``figures/<name>.pdf`` and ``.png``, and after each of them the record is
-written anew. ``python -m earlyexit run`` gives it the folder and, when the notebook has succeeded,
-publishes what lies there; a notebook opened by hand has ``build/by-hand/<label>/``. What does not
-match a record was never finished and is not read.
+A notebook writes into a folder that git ignores, and after each file its record anew. ``run`` gives
+it the folder and publishes what lies there when the notebook has succeeded; opened by hand, it has
+``build/by-hand/<label>/``. What does not match a record was never finished and is not read.
 """
 
 from __future__ import annotations

@@ -254,29 +254,21 @@ def _bindings(tree: ast.AST) -> dict[str, tuple[str, str]]:
     return found
 
 
-class _Uses(NamedTuple):
+@lru_cache(maxsize=4096)
+def _uses(code: str) -> tuple[list[list[str]], dict[str, tuple[str, str]], set[str]]:
     """What a piece of code names.
 
-    Attributes:
-        chains: names that are not its own, with the attributes taken of them: ``a.b.c`` is [a, b, c].
-        bindings: as of a module, of the imports inside of it.
-        files: the last parts of its strings, read as paths.
+    Returns:
+        Names that are not its own, with the attributes taken of them (``a.b.c`` is [a, b, c]); the
+        bindings of the imports inside of it; and the last parts of its strings, read as paths.
     """
-
-    chains: list[list[str]]
-    bindings: dict[str, tuple[str, str]]
-    files: set[str]
-
-
-@lru_cache(maxsize=4096)
-def _uses(code: str) -> _Uses:
     tree = ast.parse(code)
     bindings = _bindings(tree)
     names = set(_outside_names(symtable.symtable(code, "", "exec")))
     chains = [chain for chain in _chains(tree) if chain[0] in names]
     chains += [["*"]] if "*" in bindings else []
     strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
-    return _Uses(chains, bindings, {s.rpartition("/")[2] for s in strings if isinstance(s, str)})
+    return chains, bindings, {s.rpartition("/")[2] for s in strings if isinstance(s, str)}
 
 
 def _outside_names(table: symtable.SymbolTable) -> Iterator[str]:
@@ -331,7 +323,7 @@ class _Source:
             if code := module.definitions[name]:
                 key = f"{self._relative(self.path(module.name))}:{name}".rstrip(":")
                 found[key] = of_bytes(code.encode())[:DIGITS]
-            for file in self.data.keys() & _uses(code).files:
+            for file in self.data.keys() & _uses(code)[2]:
                 found[self._relative(self.data[file])] = of_file(self.data[file])[:DIGITS]
         return dict(sorted(found.items()))
 
@@ -341,9 +333,9 @@ class _Source:
             yield from self._bases(target) if self._only_adds(target) else [target]
 
     def _named_in(self, code: str, module: _Module) -> Iterator[tuple[str, str]]:
-        uses = _uses(code)
-        bindings = module.bindings | uses.bindings
-        for root, *attributes in uses.chains:
+        chains, inside, _ = _uses(code)
+        bindings = module.bindings | inside
+        for root, *attributes in chains:
             if root in module.definitions:
                 yield module.name, root
             elif root in bindings:
@@ -375,8 +367,8 @@ class _Source:
 
     def _bases(self, target: tuple[str, str]) -> Iterator[tuple[str, str]]:
         """The base classes of a definition that lie in the package."""
-        bases = map(ast.unparse, getattr(self._node(target), "bases", []))
-        yield from self._named_in("\n".join(bases), self.module(target[0]))
+        bases = "\n".join(map(ast.unparse, getattr(self._node(target), "bases", [])))
+        yield from self._named_in(bases, self.module(target[0]))
 
     def _node(self, target: tuple[str, str]) -> ast.stmt | None:
         code = self.module(target[0]).definitions.get(target[1], "")

@@ -156,9 +156,7 @@ def minutes(
     """Expected minutes of a notebook and what they rest on.
 
     Args:
-        notebook: its name.
-        label: of the run that is asked for.
-        work: its training work.
+        label, work: of the run that is asked for; see :func:`training_work`.
         records: of earlier runs, under any label.
 
     Returns:

@@ -1,8 +1,7 @@
 """The parameters of every notebook: their names, types, bounds and defaults.
 
-Defaults are those of the profile ``cpu``; what other profiles change stands in the profiles. A
-notebook's parameters cell shows the defaults, and ``run`` takes them from here: a cell that somebody
-saved with other values changes nothing that is published.
+Defaults are those of the profile ``cpu``. A parameters cell shows them, but ``run`` takes them from
+here: a cell that somebody saved with other values changes nothing that is published.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Runs the notebooks in order, each only if something it depends on has changed.
-
-A notebook is executed in ``build/``; what it wrote is published when it has succeeded, and its record
-last. Killed at any moment, the next run finds either a record that matches its files or work to do.
-"""
+"""Runs the notebooks in order, each only if something it depends on has changed."""
 
 from __future__ import annotations
 
@@ -156,11 +152,7 @@ def status(profile: str | None = None, root: str | Path | None = None) -> list[P
 
 
 def _request(place: Project, settings: Settings, only: tuple[str, ...]) -> _Request:
-    """The chosen notebooks with their typed parameters.
-
-    Raises:
-        UsageError: see ``plan``.
-    """
+    """The chosen notebooks with their typed parameters; raises as ``plan`` does."""
     notebooks = freshness.discover(place)
     chosen = sorted({_find(name, notebooks) for name in only}) or notebooks
     needs = {path.stem: freshness.needs(path, notebooks) for path in notebooks}

@@ -127,9 +127,9 @@ def _declared(path: Path) -> type[Common]:
         if cell.get(name, ("",))[0] != kind:
             raise ValueError(f"{path.stem}: its parameters cell needs `{name}: {kind}`")
     if saved := saved_otherwise(path):
-        pairs = [f"--set={name}={json.dumps(value)}" for name, value in saved.items()]
+        pairs = shlex.join(f"--set={name}={json.dumps(value)}" for name, value in saved.items())
         warning = "%s: run does not take the values saved in its parameters cell; give %s"
-        log.warning(warning, path.stem, shlex.join(pairs))
+        log.warning(warning, path.stem, pairs)
     return declared(path)
 
 
