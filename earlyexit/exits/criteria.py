@@ -4,6 +4,7 @@ A criterion reads either the exit's logits, which costs a vocabulary projection 
 hidden state alone, which costs O(d). Where the most probable word says all that a criterion wants of the
 logits, an adaptive output head finds it without most of them. To add a criterion, write its score and
 put it into ``CRITERIA``, with what it costs and needs: nothing else knows criteria by name.
+CALM is Schuster et al. 2022, Confident Adaptive Language Modeling.
 """
 
 from __future__ import annotations
@@ -116,14 +117,14 @@ class Criterion:
         return self.of_top is not None and unembedding.cheap_top
 
     def of_features(self, unembedding: Unembedding, features: Tensor) -> Tensor:
-        """Compute the score ``(T,)`` of a criterion that reads logits, from an exit's features ``(T, D)``."""
+        """Score an exit's features ``(T, D)`` by a criterion that reads logits: ``(T,)``."""
         if self.cheap(unembedding):
             return self.of_top(*unembedding.top(features))
         return torch.cat([self.score(logits) for _, logits in unembedding.chunks(features)])
 
 
 def max_probability(logits: Tensor) -> Tensor:
-    """Return the largest softmax probability, the "softmax response" (Schuster et al. 2022, CALM, §3.4)."""
+    """Return the largest softmax probability, the "softmax response" (CALM, §3.4)."""
     return logits.log_softmax(dim=-1).amax(dim=-1).exp()
 
 
@@ -156,7 +157,7 @@ def gate(state: ExitState) -> Tensor:
 
 
 def agreement(state: ExitState) -> Tensor:
-    """Return the probability, by the learned gate, that the last layer predicts the same word (CALM, §3.4)."""
+    """Return the gate's probability that the last layer predicts the same word (CALM, §3.4)."""
     return _gate(state)[:, AGREE].sigmoid()
 
 
