@@ -262,7 +262,7 @@ class Study:
             self.corpus,
             self.cache,
             self.device,
-            **asdict(self.profile.gates),
+            self.profile.gates,
             seed=seed,
             may_train=may_train,
         )

@@ -9,7 +9,7 @@ match a record was never finished and is not read.
 
 from __future__ import annotations
 
-import ast
+import json
 import os
 import shlex
 import uuid
@@ -296,12 +296,7 @@ def remedy(label: str, notebook: str | None) -> str:
 
 
 def _producer(place: Project, name: str) -> str | None:
-    """The notebook that calls ``.table(..., name, ...)``."""
-    for path in sorted(place.notebooks.glob("*.ipynb")):
-        for call in filter(lambda n: isinstance(n, ast.Call), digests.notebook_nodes(path)):
-            arguments = [*call.args, *(k.value for k in call.keywords)]
-            if getattr(call.func, "attr", "") == "table" and any(
-                isinstance(a, ast.Constant) and a.value == name for a in arguments
-            ):
-                return path.stem
-    return None
+    """The first notebook that names a table."""
+    quoted = json.dumps(f'"{name}"')[1:-1]  # as a notebook's JSON has it
+    paths = sorted(place.notebooks.glob("*.ipynb"))
+    return next((p.stem for p in paths if quoted in p.read_text("utf-8")), None)

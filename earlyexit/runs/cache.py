@@ -24,23 +24,16 @@ from earlyexit.models import checkpoints
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import digests
-from earlyexit.training.config import TrainingConfig
+from earlyexit.training.config import GatesConfig, TrainingConfig
 from earlyexit.training.gates import train_gates
 from earlyexit.training.resume import TrainingState
 from earlyexit.training.train import train
-
-GATE_STEPS = 600  # as many as train_gates takes by default
 
 
 @remember
 def _code(*roots: Callable) -> dict[str, str]:
     """Digests of the code that this process has loaded: read once, it cannot change."""
     return digests.of_code(*roots, contract=ExitModel)
-
-
-def _kept(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
-    """Where the result of a step is kept."""
-    return folder / f"{digests.of_object(key)[:16]}{suffix}"
 
 
 class NotTrained(FileNotFoundError):
@@ -66,6 +59,36 @@ class Trained:
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+
+def _kept(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
+    """Where the result of a step is kept."""
+    return folder / f"{digests.of_object(key)[:16]}{suffix}"
+
+
+def _model(
+    cache: Path,
+    key: dict[str, Any],
+    config: ModelConfig,
+    device: torch.device,
+    kind: type[EarlyExitLanguageModel],
+    make: Callable[[Path], tuple[EarlyExitLanguageModel, dict]],
+    may_train: bool = True,
+) -> Trained:
+    """The model kept under ``key``, or the one that ``make`` trains now, with what it says of it."""
+    path = _kept(cache / "models", ".safetensors", key)
+    if path.exists():
+        try:
+            return load_trained(path, config, device, kind)
+        except checkpoints.CheckpointError:  # damaged
+            if not may_train:
+                raise
+    if not may_train:
+        raise NotTrained(f"no trained model of {config}")
+    model, about = make(path)
+    checkpoints.save_model(model, path, about)
+    TrainingState(cache / "training" / path.stem, {}).delete()
+    return load_trained(path, config, device, kind)
 
 
 def trained_model(
@@ -100,26 +123,20 @@ def trained_model(
         "kind": kind.__qualname__,
         "code": _code(train, kind),
     }
-    path = _kept(cache / "models", ".safetensors", key)
-    if path.exists():
-        try:
-            return load_trained(path, model_config, device, kind)
-        except checkpoints.CheckpointError:
-            if not may_train:
-                raise
-    if not may_train:
-        raise NotTrained(f"no trained model of {model_config} with {training}")
-    torch.manual_seed(training.seed)
-    if backbone:
-        model = checkpoints.load_model(cache / "models" / f"{backbone.model_hash}.safetensors")
-    else:
-        model = kind.from_config(model_config)
-    state = cache / "training" / path.stem
-    history = train(model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens)
-    about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
-    checkpoints.save_model(model, path, about)
-    TrainingState(state, {}).delete()
-    return load_trained(path, model_config, device, kind)
+
+    def make(path: Path) -> tuple[EarlyExitLanguageModel, dict]:
+        torch.manual_seed(training.seed)
+        if backbone:
+            model = checkpoints.load_model(cache / "models" / f"{backbone.model_hash}.safetensors")
+        else:
+            model = kind.from_config(model_config)
+        state = cache / "training" / path.stem
+        history = train(
+            model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens
+        )
+        return model, {"training": asdict(training), "text": corpus.data_hash, "history": history}
+
+    return _model(cache, key, model_config, device, kind, make, may_train)
 
 
 def converted_model(
@@ -147,12 +164,12 @@ def converted_model(
         "text": corpus.data_hash,
         "code": _code(train, convert),
     }
-    path = _kept(cache / "models", ".safetensors", key)
     model = convert(trained.model)
-    if not path.exists():
-        history = train(model, corpus, training, device, max_tokens=max_tokens)
-        checkpoints.save_model(model, path, {"history": history})
-    return load_trained(path, trained.config, device, type(model))
+
+    def make(path: Path) -> tuple[EarlyExitLanguageModel, dict]:
+        return model, {"history": train(model, corpus, training, device, max_tokens=max_tokens)}
+
+    return _model(cache, key, trained.config, device, type(model), make)
 
 
 def gated_model(
@@ -160,42 +177,33 @@ def gated_model(
     corpus: Corpus,
     cache: Path,
     device: torch.device,
+    gates: GatesConfig,
     *,
-    hidden: int,
-    max_tokens: int,
     seed: int,
     may_train: bool = True,
-    steps: int = GATE_STEPS,
 ) -> Trained:
     """``trained`` with learned gates: from the cache, or trained now on frozen weights and kept.
-
-    Args:
-        hidden, max_tokens, seed, steps: see :func:`earlyexit.training.gates.train_gates`.
 
     Raises:
         NotTrained: not in the cache, and ``may_train`` is False.
     """
-    config = replace(trained.config, gate_hidden=hidden)
+    kind, config = type(trained.model), replace(trained.config, gate_hidden=gates.hidden)
     key = {
         "model": trained.model_hash,
-        "gates": [hidden, max_tokens, seed, *([steps] if steps != GATE_STEPS else [])],
+        "gates": gates,
+        "seed": seed,
         "text": corpus.data_hash,
         "code": _code(train_gates),
     }
-    path = _kept(cache / "models", ".safetensors", key)
-    kind = type(trained.model)
-    if path.exists():
-        return load_trained(path, config, device, kind)
-    if not may_train:
-        raise NotTrained(f"no gates for {trained.config}")
-    model = kind.from_config(config).to(device)
-    model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
-    report = train_gates(
-        model, corpus.splits["train"], corpus.eos_id, max_tokens, steps=steps, seed=seed
-    )
-    about = {"history": trained.history.to_dict("records"), "gates": report}
-    checkpoints.save_model(model, path, about)
-    return load_trained(path, config, device, kind)
+
+    def make(path: Path) -> tuple[EarlyExitLanguageModel, dict]:
+        model = kind.from_config(config).to(device)
+        model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
+        split, limits = corpus.splits["train"], (gates.max_tokens, gates.steps)
+        report = train_gates(model, split, corpus.eos_id, *limits, seed=seed)
+        return model, {"history": trained.history.to_dict("records"), "gates": report}
+
+    return _model(cache, key, config, device, kind, make, may_train)
 
 
 def load_trained(
@@ -232,8 +240,6 @@ def exit_trace(
         "code": _code(collect_trace, ExitTrace),
     }
     path = _kept(cache / "traces", ".parquet", key)
-    if path.exists():
-        return ExitTrace.load(path)
-    trace = collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures)
-    trace.save(path)
-    return trace
+    if not path.exists():
+        collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures).save(path)
+    return ExitTrace.load(path)

@@ -14,7 +14,7 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.profiles import Profile
-from earlyexit.training.config import TrainingConfig
+from earlyexit.training.config import GatesConfig, TrainingConfig
 from earlyexit.training.systems import CALIBRATION_RATE, REFERENCE, Budget, System
 
 
@@ -74,15 +74,14 @@ def with_exits(
     if system is REFERENCE:
         return trained
     if system.convert is None:
+        steps = min(GatesConfig().steps, max(50, budget.gate_tokens // 10))
         return cache.gated_model(
             trained,
             study.corpus,
             study.cache,
             study.device,
-            hidden=study.profile.gates.hidden,
-            max_tokens=budget.gate_tokens,
+            GatesConfig(study.profile.gates.hidden, budget.gate_tokens, steps),
             seed=seed,
-            steps=min(cache.GATE_STEPS, max(50, budget.gate_tokens // 10)),
         )
     training = study.training_config(
         seed,
