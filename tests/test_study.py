@@ -46,7 +46,7 @@ def test_an_adaptive_head_is_refused_where_it_cannot_train():
 
 def test_a_study_records_all_parameters_of_its_notebook_and_nothing_else():
     variables = {"profile": "smoke", "device": "cpu", "leak_tokens": 9, "__name__": "__main__"}
-    recorded = Study("01_build", variables).outputs.origin["parameters"]
+    recorded = Study("01_build", variables).outputs.record.parameters
     defaults = as_dict(NOTEBOOKS["01_build"]())
     assert recorded == defaults | {
         "profile": "smoke", "device": "cpu", "leak_tokens": 9, "seeds": [0]
