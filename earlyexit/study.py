@@ -56,18 +56,7 @@ class Study:
         ValueError: a parameter that has another type or lies outside its bounds, or an unknown profile.
     """
 
-    def __init__(
-        self,
-        notebook: str,
-        parameters: Mapping[str, Any] | str,
-        seeds: Sequence[int] = (),
-        data_dir: str = "",
-        device: str = "auto",
-        overrides: dict | None = None,
-    ):
-        if isinstance(parameters, str):  # one by one: notebooks that do not give globals() yet
-            parameters = {"profile": parameters, "seeds": seeds, "data_dir": data_dir}
-            parameters |= {"device": device, "overrides": overrides or {}}
+    def __init__(self, notebook: str, parameters: Mapping[str, Any]):
         given = read_parameters(project().notebooks / f"{notebook}.ipynb", parameters)
         self.profile = get_profile(given.profile, given.overrides, given.data_dir or None)
         self.seeds = list(given.seeds or self.profile.seeds)
@@ -100,15 +89,13 @@ class Study:
         rows = torch.linspace(0, len(inputs) - 1, min(size, len(inputs))).long()
         return inputs[rows].to(self.device), targets[rows].to(self.device)
 
-    def run_tokens(self, criterion: str, logits_tokens: int | None = None) -> int:
+    def run_tokens(self, criterion: str, logits_tokens: int) -> int:
         """Tokens of the test split that real runs by a criterion are scored on; 0: all.
 
         Args:
             logits_tokens: for checks that need all logits, which take several times as long as
                 everything else.
         """
-        if logits_tokens is None:
-            logits_tokens = self.profile.logits_tokens
         part = CRITERIA[criterion].read_by_check(operations(self.model_config()))
         return logits_tokens if part else 0
 
@@ -170,7 +157,7 @@ class Study:
         fit = self.corpus.splits["fit"].limit(max(1000, max_tokens // 50))
         return replace(self.corpus, splits=self.corpus.splits | {"fit": fit})
 
-    def recipe(self, seed: int, name: str, max_tokens: int | None = None) -> Trained:
+    def recipe(self, seed: int, name: str, max_tokens: int = 0) -> Trained:
         """A model with gates whose exits were trained in one of the ``RECIPES``.
 
         Raises:
@@ -178,20 +165,14 @@ class Study:
         """
         if name not in RECIPES:
             raise ValueError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
-        if max_tokens is None:
-            max_tokens = self.profile.recipe_tokens
         backbone = None
         if RECIPES[name].get("freeze_backbone"):
             backbone = self.twin(seed, max_tokens=max_tokens)
         trained = self.train(seed, None, RECIPES[name], max_tokens, backbone)
         return self.with_gates(seed, trained)
 
-    def twin(
-        self, seed: int, n_layers: int | None = None, max_tokens: int | None = None
-    ) -> Trained:
+    def twin(self, seed: int, n_layers: int | None = None, max_tokens: int = 0) -> Trained:
         """The model trained without exits, same data, seed and steps, at any depth."""
-        if max_tokens is None:
-            max_tokens = self.profile.recipe_tokens
         depth = {"n_layers": n_layers or self.profile.model.n_layers}
         recipe = {"exit_loss_weight": 0.0, "exit_sampling": "one"}
         return self.train(seed, depth, recipe, max_tokens)

@@ -107,10 +107,10 @@ def test_published_weights_stand_in_for_a_training(series, tmp_path, monkeypatch
     seen = []
     for root in (series.root, tmp_path):
         monkeypatch.setenv("EARLYEXIT_HOME", str(root))
-        seen.append(Study("02_calibration", "smoke").model(0))
+        seen.append(Study("02_calibration", {"profile": "smoke"}).model(0))
     assert not (tmp_path / ".cache/models").exists()
     trained, published = seen
     assert published.model.fingerprint() == trained.model.fingerprint()
     assert published.model_hash == trained.model_hash  # so that traces are shared
     with pytest.raises(NotTrained, match="run 01_build first"):  # another recipe
-        Study("02_calibration", "smoke", overrides={"epochs": 9.0}).model(0)
+        Study("02_calibration", {"profile": "smoke", "overrides": {"epochs": 9.0}}).model(0)

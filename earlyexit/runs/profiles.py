@@ -71,15 +71,6 @@ class Profile(Checked):
         """The parameters of a notebook under this profile."""
         return NOTEBOOKS[notebook](**self.notebooks.get(notebook, {}))
 
-    def __getattr__(self, name: str) -> Any:  # flat names, until the notebooks ask the parts
-        flat = {"gate_tokens": "gates.max_tokens", "batch_size": "training.batch_size"}
-        if (key := flat.get(name, name)) in _DOTTED:
-            return value_of(self, key)
-        for notebook, kind in NOTEBOOKS.items():
-            if name in names(kind):
-                return getattr(self.parameters(notebook), name)
-        raise AttributeError(name)
-
 
 PROFILES = {
     p.name: p
