@@ -230,9 +230,14 @@ class Study:
 
     def with_gates(self, seed: int, trained: Trained, may_train: bool = True) -> Trained:
         """A model of this profile with gates trained on its frozen weights."""
-        gates = asdict(self.profile.gates)
         return cache.gated_model(
-            trained, self.corpus, self.cache, self.device, **gates, seed=seed, may_train=may_train
+            trained,
+            self.corpus,
+            self.cache,
+            self.device,
+            self.profile.gates,
+            seed=seed,
+            may_train=may_train,
         )
 
     def trace(

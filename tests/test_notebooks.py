@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+from pydoc_data.topics import topics
 
 import nbformat
 import pytest
 
+from earlyexit.__main__ import main
 from earlyexit.runs import runner
-from earlyexit.runs.artifacts import certificates, read_json
 from earlyexit.runs.cache import NotTrained
-from earlyexit.runs.freshness import discover, executed_path, receipt_path
+from earlyexit.runs.freshness import all_published, discover, published
 from earlyexit.runs.paths import project
 from earlyexit.runs.settings import Settings
 from earlyexit.study import Study
@@ -42,9 +44,8 @@ def test_the_series_is_fresh_after_its_run(series):
 def test_a_notebook_writes_what_it_announces(series, name):
     source = nbformat.read(series.notebooks / f"{name}.ipynb", as_version=4)
     (announced,) = WRITES.findall(source.cells[0].source)
-    outputs = read_json(receipt_path(series, "smoke", name))["outputs"]
     kinds = {"results": set(), "figures": set()}
-    for path in outputs:
+    for path in published(series, "smoke", name).files:
         kinds[path.split("/")[0]].add(path.split("/")[-1].split(".")[0])
     tables, _, figures = announced.partition("figure")
     assert set(re.findall(r"`(\w+)`", tables)) <= kinds["results"]
@@ -55,7 +56,7 @@ def test_a_notebook_writes_what_it_announces(series, name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_says_numbers_and_complains_of_nothing(series, name):
-    executed = nbformat.read(executed_path(series, "smoke", name), as_version=4)
+    executed = nbformat.read(series.executed("smoke", name), as_version=4)
     outputs = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
     said = [o.data["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
     assert said and not [text for text in said if re.search(r"\b(nan|inf|None)\b", text)]
@@ -64,11 +65,40 @@ def test_a_notebook_says_numbers_and_complains_of_nothing(series, name):
 
 
 def test_every_result_names_its_command_text_and_machine(series):
-    found = list(certificates("smoke", series.root))
-    assert len(found) > 30
-    for path, meta in found:
-        assert meta["command"].startswith("python -m earlyexit run --profile smoke"), path
-        assert meta["text_hash"] and meta["hardware"]["cpu"] and meta["versions"]["torch"], path
+    records = [record for record in all_published(series) if record.label == "smoke"]
+    assert {record.notebook for record in records} == set(NOTEBOOKS)
+    for record in records:
+        assert record.command.startswith("python -m earlyexit run --profile smoke")
+        assert record.hardware["cpu"] and record.versions["torch"]
+        assert record.files and all(file.text_hash for file in record.files.values())
+
+
+def readme_commands() -> list[str]:
+    """The commands that the README offers for runs of a reader's own, each once."""
+    lines = re.findall(r"python -m earlyexit (run[^`#\n]*)", project().readme.read_text("utf-8"))
+    return sorted({line.strip() for line in lines if "--set" in line or "--seeds" in line})
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_the_readme_s_commands_run(series, tmp_path, monkeypatch, line):
+    """On the smallest profile; where a command names no notebook, the first one."""
+    for folder in ("notebooks", ".cache"):
+        shutil.copytree(series.root / folder, tmp_path / folder)
+    monkeypatch.setenv("EARLYEXIT_HOME", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = [*shlex.split(line), "--profile", "smoke"]
+    if "--only" not in arguments:
+        arguments += ["--only", "01"]
+    if "DIR" in arguments:  # the reader's own folder
+        texts = tmp_path / "texts"
+        texts.mkdir()
+        for name, text in topics.items():
+            (texts / f"{name.replace('/', '_')}.txt").write_text(text, encoding="utf-8")
+        arguments[arguments.index("DIR")] = str(texts)
+    assert main(arguments) == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    assert folder.name.startswith("smoke~")
+    assert list(folder.glob("*.run.json"))
 
 
 def test_published_weights_stand_in_for_a_training(series, tmp_path, monkeypatch):
@@ -77,10 +107,10 @@ def test_published_weights_stand_in_for_a_training(series, tmp_path, monkeypatch
     seen = []
     for root in (series.root, tmp_path):
         monkeypatch.setenv("EARLYEXIT_HOME", str(root))
-        seen.append(Study("02_calibration", "smoke").model(0))
+        seen.append(Study("02_calibration", {"profile": "smoke"}).model(0))
     assert not (tmp_path / ".cache/models").exists()
     trained, published = seen
     assert published.model.fingerprint() == trained.model.fingerprint()
     assert published.model_hash == trained.model_hash  # so that traces are shared
     with pytest.raises(NotTrained, match="run 01_build first"):  # another recipe
-        Study("02_calibration", "smoke", overrides={"epochs": 9.0}).model(0)
+        Study("02_calibration", {"profile": "smoke", "overrides": {"epochs": 9.0}}).model(0)

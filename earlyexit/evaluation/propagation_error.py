@@ -72,7 +72,7 @@ def propagation_cost(tokens: pd.DataFrame, n_layers: int, n_seq: int) -> pd.Data
         part of the window), tokens, perplexity, perplexity_trace, cost (ratio − 1), moved (share of
         tokens that leave elsewhere than the trace says).
     """
-    layers = layers_executed(tokens["exit_layer"], n_layers)
+    layers = layers_executed(tokens["exit_layer"].to_numpy(), n_layers)
     width = max(1, n_seq // POSITIONS)
     keys = {
         "all": pd.Series(0, index=tokens.index),

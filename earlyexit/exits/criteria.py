@@ -1,9 +1,10 @@
-"""When to exit: criteria that score a token at an exit, and policies that compare scores to thresholds.
+"""Criteria: how a token is scored at an exit, and what a score costs.
 
 A criterion reads either the exit's logits, which costs a vocabulary projection at every check, or the
 hidden state alone, which costs O(d). Where the most probable word says all that a criterion wants of the
 logits, an adaptive output head finds it without most of them. To add a criterion, write its score and
 put it into ``CRITERIA``, with what it costs and needs: nothing else knows criteria by name.
+CALM is Schuster et al. 2022, Confident Adaptive Language Modeling.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from earlyexit.nn.unembedding import Unembedding
 
 @dataclass(frozen=True)
 class ExitState:
-    """What a criterion that reads no logits may look at, for T tokens at one exit.
+    """The states that a criterion may look at when it reads no logits, of T tokens at one exit.
 
     Attributes:
         layer: 0-based exit.
@@ -42,13 +43,13 @@ class ExitState:
 
 
 def inner_product(model: Operations) -> float:
-    """FLOPs of one inner product with a state."""
+    """Count the FLOPs of one inner product with a state."""
     return 2 * model.width
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One way of judging whether a token's prediction is good enough.
+    """A criterion is one way of judging whether a token's prediction is good enough.
 
     Attributes:
         name: key in policies, columns and on the command line.
@@ -85,7 +86,7 @@ class Criterion:
 
     @property
     def history(self) -> bool:
-        """Whether a check needs what earlier exits saw."""
+        """Tell whether a check needs what earlier exits saw."""
         return self.streak or (self.reads == "state" and self.looks_back)
 
     @property
@@ -95,7 +96,7 @@ class Criterion:
 
     @property
     def may_decay(self) -> bool:
-        """Whether thresholds that fall with the position are defined (CALM, eq. 5)."""
+        """Tell whether thresholds that fall with the position are defined (CALM, eq. 5)."""
         return self.exit_above and self.bounds == (0, 1)
 
     @property
@@ -104,59 +105,59 @@ class Criterion:
         return "all" if self.of_top is None else "top"
 
     def read_by_check(self, model: Operations) -> bool:
-        """Whether a check makes all logits, so that an exit's prediction is read from them."""
+        """Tell whether a check makes all logits, so that an exit's prediction is read from them."""
         return self.reads == "logits" and not (self.wants == "top" and model.cheap_top)
 
     def passes(self, score, threshold):
-        """Whether ``score`` (array or tensor) reaches ``threshold``."""
+        """Tell whether ``score`` (array or tensor) reaches ``threshold``."""
         return score >= threshold if self.exit_above else score <= threshold
 
     def cheap(self, unembedding: Unembedding) -> bool:
-        """Whether a check by logits needs only some of what ``unembedding`` can give."""
+        """Tell whether a check by logits needs only some of what ``unembedding`` can give."""
         return self.of_top is not None and unembedding.cheap_top
 
     def of_features(self, unembedding: Unembedding, features: Tensor) -> Tensor:
-        """The score ``(T,)`` of a criterion that reads logits, from an exit's features ``(T, D)``."""
+        """Score an exit's features ``(T, D)`` by a criterion that reads logits: ``(T,)``."""
         if self.cheap(unembedding):
             return self.of_top(*unembedding.top(features))
         return torch.cat([self.score(logits) for _, logits in unembedding.chunks(features)])
 
 
 def max_probability(logits: Tensor) -> Tensor:
-    """Largest softmax probability, the "softmax response" (Schuster et al. 2022, CALM, §3.4)."""
+    """Return the largest softmax probability, the "softmax response" (CALM, §3.4)."""
     return logits.log_softmax(dim=-1).amax(dim=-1).exp()
 
 
 def margin(logits: Tensor) -> Tensor:
-    """Difference of the two largest softmax probabilities."""
+    """Return the difference of the two largest softmax probabilities."""
     top = logits.log_softmax(dim=-1).topk(2, dim=-1).values.exp()
     return top[..., 0] - top[..., 1]
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of the prediction over log V, so 1 is uniform (Teerapittayanon et al. 2016)."""
+    """Return the prediction's entropy over log V, so 1 is uniform (Teerapittayanon et al. 2016)."""
     log_p = logits.log_softmax(dim=-1)
     nats = -(log_p.exp() * log_p).sum(dim=-1)
     return (nats / math.log(logits.shape[-1])).clamp(0, 1)  # rounding may step over
 
 
 def saturation(state: ExitState) -> Tensor:
-    """Cosine of the hidden states before and after the layer (CALM, §3.4)."""
+    """Return the cosine of the states before and after the layer (CALM, §3.4)."""
     return F.cosine_similarity(state.hidden, state.previous, dim=-1).clamp(-1, 1)
 
 
 def depth(state: ExitState) -> Tensor:
-    """The layer's index, so that a threshold k means: every token leaves at layer k."""
+    """Return the layer's index, so that a threshold k means: every token leaves at layer k."""
     return torch.full_like(state.hidden[..., 0], state.layer)
 
 
 def gate(state: ExitState) -> Tensor:
-    """KL to the last layer that the learned gate predicts, nats."""
+    """Return the KL to the last layer that the learned gate predicts, in nats."""
     return _gate(state)[:, KL].exp()
 
 
 def agreement(state: ExitState) -> Tensor:
-    """Probability, by the learned gate, that the last layer predicts the same word (CALM, §3.4)."""
+    """Return the gate's probability that the last layer predicts the same word (CALM, §3.4)."""
     return _gate(state)[:, AGREE].sigmoid()
 
 
@@ -171,7 +172,7 @@ def _gate(state: ExitState) -> Tensor:
 
 
 def prediction(logits: Tensor) -> Tensor:
-    """Most probable token; patience counts how long it stays (Zhou et al. 2020, PABEE)."""
+    """Return the most probable token; patience counts how long it stays (Zhou et al. 2020, PABEE)."""
     return _word(*logits.max(dim=-1))
 
 

@@ -13,8 +13,8 @@ from earlyexit.exits.readers import Scores
 
 
 def layers_executed(exit_layers, n_layers: int):
-    """Return min(exit + 1, n_layers) of a tensor or array of exit layers; n_layers is no exit."""
-    return (exit_layers + 1).clip(max=n_layers)
+    """Return min(exit + 1, n_layers) of exit layers in a tensor, an array or a column."""
+    return (exit_layers + 1).clip(None, n_layers)
 
 
 def exit_statistics(counts: Tensor) -> dict:

@@ -7,7 +7,7 @@ it the folder and publishes what lies there when the notebook has succeeded; ope
 
 from __future__ import annotations
 
-import ast
+import json
 import os
 import shlex
 import uuid
@@ -282,11 +282,7 @@ def remedy(label: str, notebook: str | None) -> str:
 
 
 def _producer(place: Project, name: str) -> str | None:
-    """The notebook that calls ``.table(..., name, ...)``."""
-    for path in sorted(place.notebooks.glob("*.ipynb")):
-        for node in digests.notebook_nodes(path):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "table":
-                arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-                if any(getattr(argument, "value", None) == name for argument in arguments):
-                    return path.stem
-    return None
+    """The first notebook that names a table: those that read it come later."""
+    quoted = json.dumps(f'"{name}"')[1:-1]  # as a notebook's JSON has it
+    paths = sorted(place.notebooks.glob("*.ipynb"))
+    return next((p.stem for p in paths if quoted in p.read_text("utf-8")), None)

@@ -27,14 +27,12 @@ from earlyexit.models import checkpoints
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import digests, provenance
-from earlyexit.training.config import TrainingConfig
+from earlyexit.training.config import GatesConfig, TrainingConfig
 from earlyexit.training.gates import train_gates
 from earlyexit.training.resume import TrainingState
 from earlyexit.training.train import train
 
 log = logging.getLogger(__name__)
-
-GATE_STEPS = 600  # as many as train_gates takes by default
 
 Kind = type[EarlyExitLanguageModel]
 
@@ -127,25 +125,21 @@ def gated_model(
     corpus: Corpus,
     cache: Path,
     device: torch.device,
+    gates: GatesConfig,
     *,
-    hidden: int,
-    max_tokens: int,
     seed: int,
     may_train: bool = True,
-    steps: int = GATE_STEPS,
 ) -> Trained:
     """``trained`` with learned gates: from the cache, or trained now on frozen weights and kept.
-
-    Args:
-        hidden, max_tokens, seed, steps: see :func:`earlyexit.training.gates.train_gates`.
 
     Raises:
         NotTrained: see :func:`trained_model`.
     """
-    config, kind = replace(trained.config, gate_hidden=hidden), type(trained.model)
+    config, kind = replace(trained.config, gate_hidden=gates.hidden), type(trained.model)
     key = {
         "model": trained.model_hash,
-        "gates": [hidden, max_tokens, seed, *([steps] if steps != GATE_STEPS else [])],
+        "gates": gates,
+        "seed": seed,
         "text": corpus.data_hash,
         "code": _code(train_gates),
     }
@@ -153,8 +147,8 @@ def gated_model(
     def make() -> tuple[EarlyExitLanguageModel, dict]:
         model = kind.from_config(config).to(device)
         model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
-        text = corpus.splits["train"]
-        report = train_gates(model, text, corpus.eos_id, max_tokens, steps=steps, seed=seed)
+        split, limits = corpus.splits["train"], (gates.max_tokens, gates.steps)
+        report = train_gates(model, split, corpus.eos_id, *limits, seed=seed)
         return model, {"history": trained.history.to_dict("records"), "gates": report}
 
     path = _path(cache / "models", ".safetensors", key)
@@ -178,11 +172,9 @@ def exit_trace(
         "code": _code(collect_trace, ExitTrace),
     }
     path = _path(cache / "traces", ".parquet", key)
-    if path.exists():
-        return ExitTrace.load(path)
-    trace = collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures)
-    trace.save(path)
-    return trace
+    if not path.exists():
+        collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures).save(path)
+    return ExitTrace.load(path)
 
 
 def with_short_fit(corpus: Corpus, tokens: int) -> Corpus:

@@ -140,12 +140,6 @@ def read_notebook(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name} is no notebook: {error}") from None
 
 
-def notebook_nodes(path: Path) -> Iterator[ast.AST]:
-    """Every syntax node of a notebook's code cells."""
-    for source, _ in _code_cells(path):
-        yield from ast.walk(_parse(source))
-
-
 def _code_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(source, tags) of each code cell."""
     for cell in read_notebook(path)["cells"]:

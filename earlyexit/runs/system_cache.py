@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +12,7 @@ from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.runs import cache
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.profiles import Profile
-from earlyexit.training.config import TrainingConfig
+from earlyexit.training.config import GatesConfig, TrainingConfig
 from earlyexit.training.systems import CALIBRATION_RATE, REFERENCE, Budget, System
 
 
@@ -63,11 +62,9 @@ def with_exits(
     if system is REFERENCE:
         return trained
     if system.convert is None:
-        steps = min(cache.GATE_STEPS, max(50, budget.gate_tokens // 10))
-        gates = replace(study.profile.gates, max_tokens=budget.gate_tokens, steps=steps)
-        return cache.gated_model(
-            trained, study.corpus, study.cache, study.device, **asdict(gates), seed=seed
-        )
+        steps = min(GatesConfig().steps, max(50, budget.gate_tokens // 10))
+        gates = GatesConfig(study.profile.gates.hidden, budget.gate_tokens, steps)
+        return cache.gated_model(trained, study.corpus, study.cache, study.device, gates, seed=seed)
     training = study.training_config(
         seed,
         epochs=1.0,

@@ -23,7 +23,7 @@ RECIPES: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class TrainingConfig(Checked):
-    """How a model is trained.
+    """A training configuration says how a model is trained.
 
     Attributes:
         epochs: passes over the training split; fractions are allowed.

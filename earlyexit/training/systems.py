@@ -14,7 +14,7 @@ from earlyexit.models.sparse_bk import SparseBKLanguageModel
 
 @dataclass(frozen=True)
 class System:
-    """One way of saving computation, or several at once.
+    """A system is one way of saving computation, or several at once.
 
     Attributes:
         name: in tables and legends.
@@ -30,7 +30,7 @@ class System:
 
     @property
     def criterion(self) -> str:
-        """What decides: the gate's KL, or the cumulative halting probability."""
+        """The criterion that decides: the gate's KL, or the cumulative halting probability."""
         return "agreement" if self.convert else "gate"
 
 
@@ -70,7 +70,7 @@ CALIBRATION_RATE = 3e-3  # of exits that start as copies of a trained head
 
 @dataclass(frozen=True)
 class Budget:
-    """What every system gets, the reference included.
+    """The budget is what every system gets, the reference included.
 
     Attributes:
         tokens: training tokens, 0: the whole split; epochs: passes over them.

@@ -18,8 +18,7 @@ def test_every_notebook_has_its_parameters_here():
 @each_notebook
 def test_the_cell_shows_the_defaults(notebook):
     path = project().notebooks / f"{notebook}.ipynb"
-    if declared(path) is not NOTEBOOKS[notebook]:
-        pytest.skip("its cell still has the parameters of before")
+    assert declared(path) is NOTEBOOKS[notebook]
     assert saved_otherwise(path) == {}
 
 

@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import papermill
 import psutil
 import pytest
 from tiny_project import write_notebook, write_project
 
 from earlyexit.__main__ import main
-from earlyexit.runs import artifacts, digests, execute, freshness, profiles, runner
+from earlyexit.runs import artifacts, digests, execute, freshness, profiles, provenance, runner
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
 from earlyexit.runs.profiles import get_profile
@@ -79,6 +80,23 @@ def test_a_finished_series_is_fresh_and_says_where_it_ran(finished):
     assert record.hardware["cpu"] and record.seconds > 0
     assert not list(finished.rglob("*.tmp*")) and not list(finished.rglob("*.out"))
     assert not list(finished.rglob("by-hand"))
+
+
+@pytest.mark.slow
+def test_a_notebook_run_by_hand_publishes_nothing(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in tmp_path.glob("results/**/*.*")}
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
+    notebook = tmp_path / "notebooks/01_build.ipynb"
+    papermill.execute_notebook(
+        notebook, None, {"rows": 5}, kernel_name="python3", language="python"
+    )
+    assert {path: path.read_bytes() for path in tmp_path.glob("results/**/*.*")} == before
+    assert why(tmp_path) == {"01_build": [], "02_plot": []}
+    record = provenance.read_record(project(tmp_path).by_hand("smoke"), "01_build")
+    assert record.parameters["rows"] == 5 and record.command == "by hand"
+    assert len(artifacts.read_table("smoke", "numbers", tmp_path)) == 5  # by hand, that one is read
 
 
 def test_a_clone_takes_what_is_published_and_runs_nothing(finished, tmp_path):
