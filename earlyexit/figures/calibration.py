@@ -26,20 +26,15 @@ def reliability(
         ax: of the upper row, exit by exit, then of the lower row.
     """
     exits = sorted(table["exit"].unique())
-    upper = [partial(reliability_diagram, table, errors, layer) for layer in exits]
-    lower = [partial(confidence_shares, table, layer) for layer in exits]
+    panels = [partial(reliability_diagram, table, errors, layer) for layer in exits]
+    panels += [partial(confidence_shares, table, layer) for layer in exits]
     look = {"sharex": True, "sharey": "row", "height_ratios": [3, 1], "one_label": "x"}
-    return style.compose(ax, PAGE, 2.9, [upper, lower], key={"loc": None}, **look)
+    return style.compose(ax, PAGE, 2.9, panels, 2, key={"loc": None}, **look)
 
 
-def reliability_diagram(
-    table: pd.DataFrame, errors: pd.DataFrame, layer: int, *, ax: Axes | None = None
-) -> Axes:
-    """Accuracy over confidence at one exit, first seed; expected calibration error, mean of seeds.
-
-    The tables are those of :func:`reliability`.
-    """
-    ax, _ = style.new_axes(ax, COLUMN * 0.75, 2.5)
+@style.panel(COLUMN * 0.75, 2.5, loc=None)
+def reliability_diagram(table: pd.DataFrame, errors: pd.DataFrame, layer: int, *, ax: Axes) -> None:
+    """Accuracy over confidence at one exit, first seed; expected calibration error, mean of seeds."""
     ax.plot([0, 1], [0, 1], **REFERENCE)
     notes = []
     for k, (when, rows) in enumerate(_before_and_after(table, layer)):
@@ -51,18 +46,15 @@ def reliability_diagram(
     last = " (last)" if layer == table["exit"].max() else ""
     ax.set(title=f"exit {layer}{last}", xlim=(0, 1), ylim=(0, 1))
     ax.set(xlabel="maximum probability", ylabel="accuracy")
-    ax.legend(loc="upper left")
-    return ax
 
 
-def confidence_shares(table: pd.DataFrame, layer: int, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 0.75, 1.5)
+def confidence_shares(table: pd.DataFrame, layer: int, *, ax: Axes) -> None:
     """Share of the tokens in each bin of confidence at one exit, first seed, on a log scale."""
-    ax, _ = style.new_axes(ax, COLUMN * 0.75, 1.5)
-    for k, (when, rows) in enumerate(_before_and_after(table, layer)):
-        ax.step(rows["bin"], rows["share"], where="mid", color=f"C{k}", linewidth=0.9, label=when)
+    for k, (_, rows) in enumerate(_before_and_after(table, layer)):
+        ax.step(rows["bin"], rows["share"], where="mid", color=f"C{k}", linewidth=0.9)
     ax.set(yscale="log", xlim=(0, 1), ylim=(1e-4, 1))
     ax.set(xlabel="maximum probability", ylabel="share of\ntokens")
-    return ax
 
 
 def _before_and_after(table: pd.DataFrame, layer: int) -> list[tuple[str, pd.DataFrame]]:

@@ -1,14 +1,15 @@
 """What every figure shares: sizes, colours, new axes, legends, and the kinds of bars and lines.
 
 Sizes are inches of a paper's column (3.4) or page (7.0); colours and fonts come from the project's
-style. Seeds, where there are several, are drawn as a mean with its range. A function that draws
-takes its axes as ``ax``, or None for a figure of its own, and returns the axes it drew on.
+style. Seeds, where there are several, are drawn as a mean with its range. A function that draws one
+panel is decorated with :func:`panel`; :func:`compose` makes a picture of several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,7 +46,6 @@ def label_of(criterion: str) -> str:
 
 
 def layers_text(n: int) -> str:
-    """A number of layers in words: "1 layer", "2 layers"."""
     return f"{n} layer" if n == 1 else f"{n} layers"
 
 
@@ -78,11 +78,37 @@ def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Axes, bool]:
     return plt.subplots(figsize=(width, height), layout="constrained")[1], True
 
 
+def panel(width: float, height: float, **key) -> Callable:
+    """Decorate a function that draws on ``ax``: it may then be called without.
+
+    The decorated function draws on the axes it is given, or in a new figure of that size; it adds
+    the :func:`legend`, with the arguments ``key``, and returns the axes.
+    """
+
+    def decorate(draw: Callable[..., None]) -> Callable[..., Axes]:
+        @wraps(draw)
+        def drawn(*tables, ax: Axes | None = None, **options) -> Axes:
+            ax, own = new_axes(ax, width, height)
+            draw(*tables, ax=ax, **options)
+            legend(ax, own, **key)
+            return ax
+
+        optional = Parameter("ax", Parameter.KEYWORD_ONLY, default=None, annotation="Axes | None")
+        parameters = signature(draw).parameters | {"ax": optional}
+        drawn.__signature__ = signature(draw).replace(
+            parameters=list(parameters.values()), return_annotation="Axes"
+        )
+        return drawn
+
+    return decorate
+
+
 def compose(
     axes: Sequence[Axes] | np.ndarray | None,
     width: float,
     height: float,
-    rows: Sequence[Sequence[Callable[..., Axes]]],
+    draw: Sequence[Callable[..., Axes]],
+    n_rows: int = 1,
     *,
     key: dict | None = None,
     one_label: str = "",
@@ -94,7 +120,7 @@ def compose(
 
     Args:
         axes: one per panel, row by row, in any shape.
-        rows: of functions that draw one panel each, on the ``ax`` they are called with.
+        draw: functions that draw one panel each, row by row, on the ``ax`` they are called with.
         key: arguments of :func:`legend` for one legend in place of those of the panels.
         one_label: of the axes "x", "y" or "xy", whose label stands once for the whole figure.
         options: of ``plt.subplots``.
@@ -105,21 +131,21 @@ def compose(
     Raises:
         ValueError: there are more or fewer axes than panels.
     """
-    shape, own = (len(rows), len(rows[0])), axes is None
+    shape, own = (n_rows, len(draw) // n_rows), axes is None
     if own:
         options |= {"figsize": (width, height), "squeeze": False, "layout": "constrained"}
         axes = plt.subplots(*shape, **options)[1]
     panels = np.ravel(np.asarray(axes, dtype=object))
-    if panels.size != np.prod(shape):
-        raise ValueError(f"{panels.size} axes given: give {np.prod(shape)}, row by row")
+    if panels.size != len(draw):
+        raise ValueError(f"{panels.size} axes given: give {len(draw)}, row by row")
+    for ax, draw_panel in zip(panels, draw, strict=True):
+        draw_panel(ax=ax)
     panels = panels.reshape(shape)
-    for panel, draw in zip(panels.flat, chain(*rows), strict=True):
-        draw(ax=panel)
     if own:
         _label_once(panels, one_label)
     if key is not None:
         legend(panels, own, **key)
-    return panels if len(rows) > 1 else panels[0]
+    return panels if n_rows > 1 else panels[0]
 
 
 def _label_once(panels: np.ndarray, one_label: str) -> None:
@@ -138,7 +164,7 @@ def _label_once(panels: np.ndarray, one_label: str) -> None:
 def legend(
     axes: Axes | np.ndarray, own: bool, loc: str | None = "right upper", ncols: int = 1, **options
 ) -> None:
-    """One legend of what the first of ``axes`` shows, in place of those of the single panels.
+    """One legend of what the first of ``axes`` labels, in place of those of the single panels.
 
     Args:
         own: the figure is new, and the legend goes outside all axes, at ``loc``, in ``ncols``
@@ -150,6 +176,8 @@ def legend(
         old.remove()
     if "handles" not in options:
         options["handles"], options["labels"] = axes[0].get_legend_handles_labels()
+    if not options["handles"]:
+        return
     if own and loc:
         axes[0].figure.legend(loc=f"outside {loc}", ncols=ncols, **options)
     else:
@@ -189,6 +217,20 @@ def interval_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> Non
     ax.errorbar(table[x], table[y], yerr=error, capsize=2, **style)
 
 
+def setting_points(ax: Axes, rows: pd.DataFrame, x: str, largest: float, **style) -> None:
+    """One point per setting of a policy: means over the seeds of ``x`` and quality_loss, and ranges.
+
+    Points of a greater loss than ``largest`` are left out.
+    """
+    settings = rows.groupby(setting_of(rows))[[x, "quality_loss"]]
+    mean, low, high = settings.mean(), settings.min(), settings.max()
+    shown = mean["quality_loss"] <= largest
+    xerr, yerr = (
+        whiskers(mean[c][shown], low[c][shown], high[c][shown]) for c in (x, "quality_loss")
+    )
+    ax.errorbar(*mean[shown].to_numpy().T, xerr=xerr, yerr=yerr, **{"markersize": 4} | style)
+
+
 def mean_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> None:
     """Mean of ``y`` over rows with the same ``x``, and the range of these rows as a shade."""
     band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.2, "linewidth": 0}}
@@ -202,28 +244,34 @@ def mean_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
         mean_line(ax, rows, x, y, label=name, **look(k))
 
 
+@panel(PAGE * 0.75, 2.6)
 def lines(
     table: pd.DataFrame,
     x: str,
     y: str,
-    hue: str,
+    hue: str | None,
     x_label: str,
     y_label: str,
     log: bool = True,
     *,
-    ax: Axes | None = None,
-) -> Axes:
-    """One line per value of ``hue``, mean and range over repeated rows, log–log by default."""
-    ax, own = new_axes(ax, PAGE * 0.75, 2.6)
-    mean_lines(ax, table, x, y, hue)
+    ax: Axes,
+) -> None:
+    """One line per value of ``hue``, mean and range over repeated rows, log–log by default.
+
+    Where ``hue`` is None there is one line.
+    """
+    if hue is None:
+        mean_line(ax, table, x, y, marker="o")
+    else:
+        mean_lines(ax, table, x, y, hue)
     if log:
         ax.set(xscale="log", yscale="log")
         plain_ticks(ax.xaxis, sorted(table[x].unique()))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        integers(ax.xaxis)
     ax.set(xlabel=x_label, ylabel=y_label)
-    legend(ax, own)
-    return ax
 
 
 # ------------------------------------------------------------------ bars
@@ -270,9 +318,7 @@ def stacked_bars(
 ) -> None:
     """Lying bars: one for each row of ``values``, from the top, with a piece for each column.
 
-    Args:
-        text: format of the total written behind a bar, such as ``" {:.0f} MiB"``.
-        totals: the totals, where they are not the sums of the pieces.
+    ``text`` formats the total behind a bar; ``totals`` where they are not the sums of the pieces.
     """
     at, ends = np.arange(len(values)), np.zeros(len(values))
     for k, (name, column) in enumerate(values.fillna(0).items()):
