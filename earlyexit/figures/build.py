@@ -16,8 +16,7 @@ from earlyexit.figures.style import COLUMN, PAGE, SMALL
 def training_curves(history: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Training NLL against tokens, and the perplexity of every exit after training: two panels.
 
-    Args:
-        history: columns seed, tokens, train_nll, perplexity_0 … (NaN between evaluations).
+    Columns: seed, tokens, train_nll, perplexity_0 … (NaN between evaluations).
     """
     panels = [partial(draw, history) for draw in (training_nll, trained_exits)]
     return style.compose(ax, PAGE, 2.4, panels)
@@ -50,8 +49,7 @@ def trained_exits(history: pd.DataFrame, *, ax: Axes) -> None:
 def leak(table: pd.DataFrame, *, ax: Axes) -> None:
     """Perplexity on the true text and with the future of each scored token replaced.
 
-    Args:
-        table: columns model, future ("true" or "replaced"), perplexity.
+    Columns: model, future ("true" or "replaced"), perplexity.
     """
     means = table.pivot_table(index="model", columns="future", values="perplexity", sort=False)
     style.grouped_bars(ax, means[["true", "replaced"]], "{:.0f}")
@@ -63,8 +61,7 @@ def leak(table: pd.DataFrame, *, ax: Axes) -> None:
 def cost_shares(costs: pd.DataFrame, *, ax: Axes) -> None:
     """FLOPs per token of every part, as a multiple of one whole block.
 
-    Args:
-        costs: as :func:`earlyexit.cost.parts.cost_table` returns.
+    The table is as :func:`earlyexit.cost.parts.cost_table` returns.
     """
     style.part_bars(ax, costs, "{:.2g}×".format)
     ax.set(xlabel="FLOPs per token / FLOPs of one block")

@@ -17,8 +17,7 @@ from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL
 def target_achieved(table: pd.DataFrame, *, ax: Axes) -> None:
     """Tolerated against achieved quality loss on the test split, with the diagonal.
 
-    Args:
-        table: columns policy ("fitted", "certified …"), epsilon, test_quality_loss.
+    Columns: policy ("fitted", "certified …"), epsilon, test_quality_loss.
     """
     style.mean_lines(ax, table, "epsilon", "test_quality_loss", "policy")
     top = table["epsilon"].max() * 1.1
@@ -34,8 +33,7 @@ def violation_rates(
 ) -> np.ndarray:
     """Violation rate over n with exact binomial intervals, one panel per kind of unit; δ marked.
 
-    Args:
-        table: columns units, procedure, n, rate, low, high.
+    Columns: units, procedure, n, rate, low, high.
     """
     kinds = [rows for _, rows in table.groupby("units", sort=False)]
     panels = [partial(violation_rate, rows, delta) for rows in kinds]

@@ -13,8 +13,7 @@ from earlyexit.figures.style import COLUMN
 def memory(table: pd.DataFrame, *, ax: Axes) -> None:
     """Peak tensor memory of each way of running, logits and the rest apart.
 
-    Args:
-        table: columns execution, logits_mib, rest_mib.
+    Columns: execution, logits_mib, rest_mib.
     """
     labels = {"rest_mib": "everything else", "logits_mib": "logits"}
     means = table.groupby("execution", sort=False)[list(labels)].mean().rename(columns=labels)

@@ -27,8 +27,7 @@ OVER_BATCH = {
 def part_times(table: pd.DataFrame, *, ax: Axes) -> None:
     """Time of every part, and of a check by each criterion, as a share of one block.
 
-    Args:
-        table: columns part, group ("block", "check", "head", or "whole", not drawn), share_of_block.
+    Columns: part, group ("block", "check", "head", or "whole", not drawn), share_of_block.
     """
     parts = table[table["group"] != "whole"].groupby(["part", "group"], sort=False)
     median = parts["share_of_block"].median().reset_index()
@@ -40,8 +39,7 @@ def part_times(table: pd.DataFrame, *, ax: Axes) -> None:
 def speedups(table: pd.DataFrame, *, ax: Axes) -> None:
     """Wall-clock against layers with intervals, identity as the ideal, one colour per execution.
 
-    Args:
-        table: columns execution, speedup_layers, speedup_time, low, high.
+    Columns: execution, speedup_layers, speedup_time, low, high.
     """
     for k, (name, rows) in enumerate(table.groupby("execution", sort=False)):
         curve = style.look(k) | {"label": name}
@@ -58,8 +56,7 @@ def speedups(table: pd.DataFrame, *, ax: Axes) -> None:
 def layer_equivalents(table: pd.DataFrame, *, ax: Axes) -> None:
     """Where the layers go: share of tokens × layers executed, stacked per threshold.
 
-    Args:
-        table: columns threshold, exit_layer, layer_equivalents; n_layers is "no early exit".
+    Columns: threshold, exit_layer, layer_equivalents; n_layers is "no early exit".
     """
     grid = table.pivot_table(index="threshold", columns="exit_layer", values="layer_equivalents")
     none = int(grid.columns.max())
@@ -100,8 +97,7 @@ def time_by_part(table: pd.DataFrame, *, ax: Axes) -> None:
 def compaction(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """What layers and FLOPs allow, what the clock shows, and how much of it: two panels.
 
-    Args:
-        table: columns depth, speedup_layers, speedup_flops, speedup_time, low, high.
+    Columns: depth, speedup_layers, speedup_flops, speedup_time, low, high.
     """
     panels = [partial(draw, table) for draw in (compaction_speedups, compaction_efficiency)]
     return style.compose(ax, PAGE, 2.4, panels)
@@ -137,8 +133,7 @@ def compaction_efficiency(table: pd.DataFrame, *, ax: Axes) -> None:
 def throughput(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Tokens per second, and layers until the slowest token has left, over the batch size.
 
-    Args:
-        table: columns batch, execution, grouping, tokens_per_second, layers_run.
+    Columns: batch, execution, grouping, tokens_per_second, layers_run.
     """
     panels = [partial(over_batch_sizes, table, y) for y in OVER_BATCH]
     return style.compose(ax, PAGE, 2.5, panels, key={})
@@ -164,9 +159,8 @@ def over_batch_sizes(table: pd.DataFrame, y: str, *, ax: Axes) -> None:
 def propagation(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """What states left behind cost in perplexity, by layers executed and by position: two panels.
 
-    Args:
-        table: columns by, value, cost; see
-            :func:`earlyexit.evaluation.propagation_error.propagation_cost`.
+    Columns: by, value, cost; see
+    :func:`earlyexit.evaluation.propagation_error.propagation_cost`.
     """
     panels = [partial(propagation_by, table, by) for by in ("layers executed", "position")]
     return style.compose(ax, PAGE * 0.85, 2.2, panels, key={}, sharey=True)
@@ -189,8 +183,7 @@ def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes) -> None:
 def output_heads(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Milliseconds per batch of each output head, scoring and predicting: two panels.
 
-    Args:
-        table: columns head, scoring_ms, scoring_exits_ms, prediction_ms, prediction_exits_ms.
+    Columns: head, scoring_ms, scoring_exits_ms, prediction_ms, prediction_exits_ms.
     """
     panels = [partial(output_head_times, table, task) for task in ("scoring", "prediction")]
     return style.compose(ax, PAGE * 0.8, 2.3, panels, key={}, sharey=True)
@@ -211,8 +204,7 @@ def output_head_times(table: pd.DataFrame, task: str, *, ax: Axes) -> None:
 def predicted_measured(table: pd.DataFrame, *, ax: Axes) -> None:
     """Predicted against measured time of runs, with the identity and ±10 %.
 
-    Args:
-        table: columns measured_ms, predicted_ms, used ("fitted" or "checked"), criterion.
+    Columns: measured_ms, predicted_ms, used ("fitted" or "checked"), criterion.
     """
     ends = np.array([table["measured_ms"].min() * 0.7, table["measured_ms"].max() * 1.4])
     ax.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", zorder=0, label="±10 %")

@@ -65,8 +65,7 @@ def loss_against(table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes)
 def depth_by_class(table: pd.DataFrame, *, ax: Axes) -> None:
     """Mean layers executed by class of the predicted word, with the class's share of the tokens.
 
-    Args:
-        table: columns seed, word_class, share, layers.
+    Columns: seed, word_class, share, layers.
     """
     classes = table.groupby("word_class")
     rows = classes["layers"].agg(["mean", "min", "max"]).assign(share=classes["share"].mean())
@@ -83,8 +82,7 @@ def depth_by_class(table: pd.DataFrame, *, ax: Axes) -> None:
 def depth_by_position(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Mean layers executed and NLL over the position in the window: two panels.
 
-    Args:
-        table: columns seed, position, layers, nll.
+    Columns: seed, position, layers, nll.
     """
     panels = [
         partial(style.lines, table, "position", y, None, "position in the window", label, log=False)

@@ -37,9 +37,6 @@ def use_style() -> None:
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
 
 
-# ------------------------------------------------------------------ names and colours
-
-
 def label_of(criterion: str) -> str:
     """How a criterion is called in a legend."""
     return CRITERIA[criterion].label if criterion in CRITERIA else criterion
@@ -66,9 +63,6 @@ def layer_colours(n_layers: int) -> list[str]:
 def look(k: int) -> dict:
     """Colour and marker of the k-th curve of a figure."""
     return {"color": f"C{k}", "marker": MARKERS[k % len(MARKERS)]}
-
-
-# ------------------------------------------------------------------ axes and legends
 
 
 def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Axes, bool]:
@@ -202,9 +196,6 @@ def plain_ticks(axis: Axis, values: Sequence[float], text: str = "{:g}") -> None
     axis.set_ticks([], minor=True)
 
 
-# ------------------------------------------------------------------ lines
-
-
 def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
     """Lengths ``(2, n)`` of error bars that reach from ``low`` to ``high``, none below zero."""
     return np.clip([value - low, high - value], 0, None)
@@ -272,9 +263,6 @@ def lines(
     else:
         integers(ax.xaxis)
     ax.set(xlabel=x_label, ylabel=y_label)
-
-
-# ------------------------------------------------------------------ bars
 
 
 def grouped_bars(

@@ -141,8 +141,7 @@ def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes) ->
 def exit_quality(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Perplexity, agreement and KL with the last layer, per exit: three panels.
 
-    Args:
-        table: columns seed, exit, perplexity, agreement, kl.
+    Columns: seed, exit, perplexity, agreement, kl.
     """
     panels = [
         partial(style.lines, table, "exit", y, None, EXIT, label, log=False)
@@ -156,8 +155,7 @@ def exit_quality(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np
 def recipes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Perplexity per exit of models trained in different ways, mean and range over the seeds.
 
-    Args:
-        table: columns recipe, exit, perplexity.
+    Columns: recipe, exit, perplexity.
     """
     label = "perplexity, test split"
     return style.lines(table, "exit", "perplexity", "recipe", EXIT, label, log=False, ax=ax)
@@ -167,8 +165,7 @@ def recipes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def equal_cost(table: pd.DataFrame, *, ax: Axes) -> None:
     """Perplexity of an adaptive against a shallow model of the same cost, with paired intervals.
 
-    Args:
-        table: columns seed, depth, difference, low, high.
+    Columns: seed, depth, difference, low, high.
     """
     depths = sorted(table["depth"].unique())
     for k, (seed, rows) in enumerate(table.groupby("seed")):

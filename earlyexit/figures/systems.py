@@ -25,8 +25,7 @@ UNUSABLE = 0.5  # quality loss beyond which nobody wants the model
 def sparse_limits(table: pd.DataFrame, *, ax: Axes) -> None:
     """Speedup of a layer by a sparse BK-Core: at most, and measured, per size.
 
-    Args:
-        table: as :func:`earlyexit.cost.system_times.sparse_times` returns.
+    The table is as :func:`earlyexit.cost.system_times.sparse_times` returns.
     """
     sizes = table[["heads", "batch", "positions", "d_model"]].itertuples(index=False)
     names = [f"{r.heads} heads\n{r.batch} × N = {r.positions}\nd = {r.d_model}" for r in sizes]
@@ -101,8 +100,7 @@ def claimed_measured(table: pd.DataFrame, *, ax: Axes) -> None:
 def act_conversion(table: pd.DataFrame, *, ax: Axes) -> None:
     """Perplexity over mean layers of a converted ACT model, exits calibrated or not.
 
-    Args:
-        table: columns exits ("as converted", "calibrated", "ACT itself"), layers, perplexity.
+    Columns: exits ("as converted", "calibrated", "ACT itself"), layers, perplexity.
     """
     itself = {"marker": "*", "markersize": 7, "color": "black", "linestyle": "none"}
     for k, (name, rows) in enumerate(table.groupby("exits", sort=False)):
