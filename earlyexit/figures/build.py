@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -10,10 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, SMALL
+from earlyexit.figures.style import COLUMN, PAGE, SMALL, Panels
 
 
-def training_curves(history: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def training_curves(history: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Training NLL against tokens, and the perplexity of every exit after training: two panels.
 
     Columns: seed, tokens, train_nll, perplexity_0 … (NaN between evaluations).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -10,14 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, Panels
 
 ENOUGH = 5e-4  # share of the tokens below which a bin's accuracy is noise
 
 
-def reliability(
-    table: pd.DataFrame, errors: pd.DataFrame, *, ax: Sequence[Axes] | None = None
-) -> np.ndarray:
+def reliability(table: pd.DataFrame, errors: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Confidence against accuracy above, and the tokens of each bin below, a column per exit.
 
     Args:
@@ -37,8 +34,9 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.DataFrame, layer: int, *
     """Accuracy over confidence at one exit, first seed; expected calibration error, mean of seeds."""
     ax.plot([0, 1], [0, 1], **REFERENCE)
     notes = []
-    for k, (when, rows) in enumerate(_before_and_after(table, layer)):
-        rows = rows[rows["share"] >= ENOUGH]
+    shown = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
+    for k, when in enumerate(("before", "after")):
+        rows = shown[(shown["calibration"] == when) & (shown["share"] >= ENOUGH)]
         ax.plot(rows["confidence"], rows["accuracy"], label=when, **style.look(k))
         same = (errors["exit"] == layer) & (errors["calibration"] == when)
         notes.append(f"ECE {when} {100 * errors[same]['ece'].mean():.1f} %")
@@ -51,12 +49,9 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.DataFrame, layer: int, *
 @style.panel(COLUMN * 0.75, 1.5)
 def confidence_shares(table: pd.DataFrame, layer: int, *, ax: Axes) -> None:
     """Share of the tokens in each bin of confidence at one exit, first seed, on a log scale."""
-    for k, (_, rows) in enumerate(_before_and_after(table, layer)):
+    shown = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
+    for k, when in enumerate(("before", "after")):
+        rows = shown[shown["calibration"] == when]
         ax.step(rows["bin"], rows["share"], where="mid", color=f"C{k}", linewidth=0.9)
     ax.set(yscale="log", xlim=(0, 1), ylim=(1e-4, 1))
     ax.set(xlabel="maximum probability", ylabel="share of\ntokens")
-
-
-def _before_and_after(table: pd.DataFrame, layer: int) -> list[tuple[str, pd.DataFrame]]:
-    rows = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
-    return [(when, rows[rows["calibration"] == when]) for when in ("before", "after")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -10,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL, Panels
 
 
 @style.panel(COLUMN * 1.35, 2.8)
@@ -28,9 +27,7 @@ def target_achieved(table: pd.DataFrame, *, ax: Axes) -> None:
     style.percent(ax.yaxis)
 
 
-def violation_rates(
-    table: pd.DataFrame, delta: float, *, ax: Sequence[Axes] | None = None
-) -> np.ndarray:
+def violation_rates(table: pd.DataFrame, delta: float, *, ax: Panels = None) -> np.ndarray:
     """Violation rate over n with exact binomial intervals, one panel per kind of unit; δ marked.
 
     Columns: units, procedure, n, rate, low, high.
@@ -78,8 +75,7 @@ def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: 
 def price_of_certainty(table: pd.DataFrame, *, ax: Axes) -> None:
     """Speedup in layers of fitted and certified policies, per ε.
 
-    Args:
-        table: columns policy, epsilon, test_speedup_layers (NaN: refused).
+    Columns: policy, epsilon, test_speedup_layers (NaN: refused).
     """
     means = table.groupby(["epsilon", "policy"])["test_speedup_layers"].mean().unstack()
     means = means[list(dict.fromkeys(table["policy"]))].rename(index=lambda e: f"{100 * e:g} %")

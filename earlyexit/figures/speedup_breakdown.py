@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -11,10 +10,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
-from matplotlib.lines import Line2D
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL, Panels
 
 SCALE = {"norm": TwoSlopeNorm(0, -1, 1), "cmap": "RdBu"}  # of log2: white is break-even
 OVER_BATCH = {
@@ -66,7 +64,7 @@ def layer_equivalents(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.set(xlabel="layer-equivalents per token", ylabel="threshold", xlim=(0, none * 1.12))
 
 
-def run_parts(table: pd.DataFrame, apart: str, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def run_parts(table: pd.DataFrame, apart: str, *, ax: Panels = None) -> np.ndarray:
     """Where the time of whole runs goes, a panel for most and one below for the run ``apart``.
 
     A line marks the total measured with no clock running.
@@ -94,7 +92,7 @@ def time_by_part(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.set(xlabel="milliseconds per batch, scored (median)")
 
 
-def compaction(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def compaction(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """What layers and FLOPs allow, what the clock shows, and how much of it: two panels.
 
     Columns: depth, speedup_layers, speedup_flops, speedup_time, low, high.
@@ -130,7 +128,7 @@ def compaction_efficiency(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.grid(axis="x", visible=False)
 
 
-def throughput(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def throughput(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Tokens per second, and layers until the slowest token has left, over the batch size.
 
     Columns: batch, execution, grouping, tokens_per_second, layers_run.
@@ -156,7 +154,7 @@ def over_batch_sizes(table: pd.DataFrame, y: str, *, ax: Axes) -> None:
         ax.yaxis.set_major_formatter(lambda value, _: f"{value / 1e3:g}")
 
 
-def propagation(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def propagation(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """What states left behind cost in perplexity, by layers executed and by position: two panels.
 
     Columns: by, value, cost; see
@@ -180,7 +178,7 @@ def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes) -> None:
     style.percent(ax.yaxis)
 
 
-def output_heads(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def output_heads(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Milliseconds per batch of each output head, scoring and predicting: two panels.
 
     Columns: head, scoring_ms, scoring_exits_ms, prediction_ms, prediction_exits_ms.
@@ -219,9 +217,7 @@ def predicted_measured(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.set(xlim=ends, ylim=ends)
 
 
-def break_even(
-    grid: pd.DataFrame, points: pd.DataFrame, *, ax: Sequence[Axes] | None = None
-) -> np.ndarray:
+def break_even(grid: pd.DataFrame, points: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Predicted wall-clock speedup over head/block ratio and exit rate; where it is 1, exits lose.
 
     A row of panels per criterion, a column per number of layers and batch size. The scale of
@@ -235,7 +231,7 @@ def break_even(
     sizes = sorted(set(zip(grid["n_layers"], grid["batch"], strict=True)))
     names = grid["criterion"].unique()
     panels = [partial(break_even_map, grid, points, n, *size) for n in names for size in sizes]
-    key = {"loc": "upper center", "ncols": 3, "handles": _keys()}
+    key = {"loc": "upper center", "ncols": 3}
     shared = {"sharex": True, "sharey": True, "one_label": "xy"}
     drawn = style.compose(ax, PAGE, 1.75 * len(names) + 0.4, panels, len(names), key=key, **shared)
     if ax is None:
@@ -261,10 +257,13 @@ def break_even_map(
     ax.pcolormesh(*where, table, shading="gouraud", **SCALE)
     if table.min().min() < 0 < table.max().max():
         ax.contour(*where, table, levels=[0], colors="black", linewidths=1)
+    ax.plot([], [], color="black", linewidth=1, label="break-even, predicted")
     won = points["speedup_time"] >= 1
     dot = {"s": 30, "edgecolor": "black", "linewidth": 0.6, "zorder": 3} | SCALE
-    for dots, marker in ((points[won], "o"), (points[~won], "X")):
+    for dots, marker, end in ((points[won], "o", "win"), (points[~won], "X", "lose")):
         color = np.log2(dots["speedup_time"])
+        key = {"color": "white", "markeredgecolor": "black", "label": f"measured, exits {end}"}
+        ax.plot([], [], marker, **key)
         ax.scatter(dots["head_ratio"], dots["executed"], c=color, marker=marker, **dot)
     title = f"{style.label_of(criterion)}\n{n_layers} layers, batch {batch}"
     ax.set_title(title, fontsize=SMALL)
@@ -273,7 +272,7 @@ def break_even_map(
     ax.grid(visible=False)
     if own:
         _speedup_scale(ax)
-    style.legend(ax, own, "lower center", ncols=2, handles=_keys())
+    style.legend(ax, own, "lower center", ncols=2)
     return ax
 
 
@@ -283,12 +282,3 @@ def _speedup_scale(axes: Axes | np.ndarray) -> None:
     bar = figure.colorbar(ScalarMappable(**SCALE), ax=axes, ticks=[-1, 0, 1], extend="both")
     bar.ax.set_yticklabels(["½×", "1×", "2×"])
     bar.set_label("wall-clock speedup")
-
-
-def _keys() -> list[Line2D]:
-    point = {"color": "white", "markeredgecolor": "black", "linestyle": "none"}
-    return [
-        Line2D([], [], color="black", linewidth=1, label="break-even, predicted"),
-        Line2D([], [], marker="o", label="measured, exits win", **point),
-        Line2D([], [], marker="X", label="measured, exits lose", **point),
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL, Panels
 
 SPEEDUPS = {
     "speedup_layers": "speedup (layers)",
@@ -29,9 +29,7 @@ COMPARED = {  # with the fitted policies: how each is drawn
 BY_POSITION = {"layers": "mean layers executed", "nll": "NLL at full depth (nats)"}
 
 
-def front(
-    table: pd.DataFrame, claims: pd.DataFrame, *, ax: Sequence[Axes] | None = None
-) -> np.ndarray:
+def front(table: pd.DataFrame, claims: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Quality loss against layers, FLOPs and time, policies run for real: three panels.
 
     Args:
@@ -79,7 +77,7 @@ def depth_by_class(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def depth_by_position(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def depth_by_position(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Mean layers executed and NLL over the position in the window: two panels.
 
     Columns: seed, position, layers, nll.
@@ -92,12 +90,7 @@ def depth_by_position(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) 
 
 
 def coloured_text(
-    words: list[str],
-    layers: np.ndarray,
-    n_layers: int,
-    width: int = 122,
-    *,
-    ax: Axes | None = None,
+    words: list[str], layers: np.ndarray, n_layers: int, width: int = 122, *, ax: Axes | None = None
 ) -> Axes:
     """Words on the colour of the layers their prediction took, as running text.
 

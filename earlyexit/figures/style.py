@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from earlyexit.exits.criteria import CRITERIA
 
 COLUMN, PAGE = 3.4, 7.0  # inches
+Panels = Sequence[Axes] | np.ndarray | None  # axes of a composed picture; None: a new figure
 SMALL = 7  # points, of a number beside what it counts
 REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
 BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # of a number on a line
@@ -98,7 +99,7 @@ def panel(width: float, height: float, **key) -> Callable:
 
 
 def compose(
-    axes: Sequence[Axes] | np.ndarray | None,
+    axes: Panels,
     width: float,
     height: float,
     draw: Sequence[Callable[..., Axes]],
@@ -277,11 +278,8 @@ def grouped_bars(
 ) -> None:
     """Upright bars: a group for each row of ``values``, a colour for each column.
 
-    Args:
-        text: format of the number at a bar, such as ``"{:.2f}"``.
-        missing: text in place of a bar where there is no value (NaN).
-        bottom: value at which bars begin.
-        text_style: of ``Axes.bar_label``.
+    ``text`` formats the number at a bar, ``missing`` stands in place of a bar without a value (NaN),
+    bars begin at ``bottom``; ``text_style`` goes to ``Axes.bar_label``.
     """
     at, width = np.arange(len(values)), 0.8 / values.shape[1]
     for k, (name, column) in enumerate(values.items()):
@@ -324,9 +322,8 @@ def stacked_bars(
 def part_bars(ax: Axes, table: pd.DataFrame, text: Callable[[float], str]) -> None:
     """Lying bars on a logarithmic scale: what each part takes when a block takes 1.
 
-    Args:
-        table: columns part, group ("block", "check" or "head"), share_of_block; from the top.
-        text: writes the number behind a bar.
+    Columns: part, group ("block", "check" or "head"), share_of_block. ``text`` writes the number
+    behind a bar.
     """
     kinds = {"block": ("C0", "block"), "check": ("C2", "exit check"), "head": ("C1", "head")}
     for group, rows in table.groupby("group", sort=False):

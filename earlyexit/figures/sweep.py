@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, Panels
 
 EXIT = "exit (layer index)"
 FEW = 12  # settings, up to which a curve is drawn as points
@@ -53,9 +52,8 @@ def pareto(
         if criterion.endswith(", before"):  # what comes after lies on it
             options |= {"linewidth": 3, "alpha": 0.4}
         if criterion == "static":
-            options |= {"color": "black", "marker": "s", "linestyle": "none"}
-            style.setting_points(ax, rows, x, largest_loss, **options)
-        elif rows.groupby("seed").size().max() <= FEW:
+            options |= {"color": "black", "marker": "s"}
+        if criterion == "static" or rows.groupby("seed").size().max() <= FEW:
             options = style.look(k) | options | {"linestyle": "none"}
             style.setting_points(ax, rows, x, largest_loss, **options)
         else:
@@ -85,13 +83,10 @@ def _pareto_curve(ax: Axes, rows: pd.DataFrame, x: str, largest_loss: float, **o
     ax.fill_between(grid, losses.min(axis=0), losses.max(axis=0), **band)
 
 
-def exit_distributions(
-    table: pd.DataFrame, criterion: str, *, ax: Sequence[Axes] | None = None
-) -> np.ndarray:
+def exit_distributions(table: pd.DataFrame, criterion: str, *, ax: Panels = None) -> np.ndarray:
     """Bars: share of tokens per exit layer, one panel per threshold, the average marked.
 
-    Args:
-        table: columns threshold, exit_layer, share (n_layers: no early exit), average.
+    Columns: threshold, exit_layer, share (n_layers: no early exit), average.
     """
     thresholds = sorted(table["threshold"].unique())
     panels = [partial(exit_distribution, table, criterion, threshold) for threshold in thresholds]
@@ -112,12 +107,10 @@ def exit_distribution(table: pd.DataFrame, criterion: str, threshold: float, *, 
     ax.grid(axis="x", visible=False)
 
 
-def threshold_sweep(sweeps: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def threshold_sweep(sweeps: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Mean layers executed above, quality loss below, against the threshold; a column per criterion.
 
-    Args:
-        sweeps: columns seed, criterion, threshold, quality_loss, layers.
-        ax: of the upper row, criterion by criterion, then of the lower row.
+    Columns: seed, criterion, threshold, quality_loss, layers.
     """
     names = sweeps["criterion"].unique()
     panels = [partial(over_threshold, sweeps, name, y) for y in OVER_THRESHOLD for name in names]
@@ -138,7 +131,7 @@ def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes) ->
     ax.xaxis.set_major_locator(MaxNLocator(3))
 
 
-def exit_quality(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def exit_quality(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Perplexity, agreement and KL with the last layer, per exit: three panels.
 
     Columns: seed, exit, perplexity, agreement, kl.

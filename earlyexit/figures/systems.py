@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from earlyexit.figures import style
-from earlyexit.figures.style import BACKGROUND, COLUMN, PAGE, REFERENCE
+from earlyexit.figures.style import BACKGROUND, COLUMN, PAGE, REFERENCE, Panels
 
 SAVED = {
     "speedup_layers": "positions of the reference / positions",
@@ -38,11 +37,7 @@ def sparse_limits(table: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def combinations(
-    curves: pd.DataFrame,
-    alone: pd.DataFrame,
-    epsilon: float,
-    *,
-    ax: Sequence[Axes] | None = None,
+    curves: pd.DataFrame, alone: pd.DataFrame, epsilon: float, *, ax: Panels = None
 ) -> np.ndarray:
     """Perplexity against the reference's over what the layers save: positions, FLOPs; two panels.
 
@@ -81,8 +76,7 @@ def combination_curves(
 def claimed_measured(table: pd.DataFrame, *, ax: Axes) -> None:
     """Claimed factors and products beside measured ones, log scale.
 
-    Args:
-        table: columns claim, claimed, then one column per measure (NaN: not reached).
+    Columns: claim, claimed, then one column per measure (NaN: not reached).
     """
     wrap = partial(textwrap.fill, width=13, break_on_hyphens=False)
     values = table.set_index("claim").rename(index=wrap)
