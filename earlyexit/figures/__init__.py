@@ -2,7 +2,7 @@
 
 ``figures.pareto(curves, "speedup_layers", "speedup")`` makes a figure of its own;
 ``figures.pareto(…, ax=ax)`` draws on the axes of a larger one. A picture of several panels takes
-as many axes, row by row, and each of its panels has a function as well. What is returned are the
+as many axes, row by row; its panels have functions as well, plain ones :func:`lines`. Returned are the
 axes drawn on, ``ax.figure`` is the figure.
 """
 
