@@ -14,7 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from earlyexit.runs import freshness
+from earlyexit.runs import freshness, publish
+from earlyexit.runs.execute import execute
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import Project, project
 from earlyexit.runs.provenance import FORMAT, Fingerprint, Record
@@ -81,8 +82,6 @@ def run(
     """
     place = project(root)
     chosen, resolved, upstream = _prepare(place, settings, only)
-    from earlyexit.runs.execute import execute
-
     _warn_of_stale_inputs(place, chosen, resolved, upstream)
     done = []
     with _only_writer(place, resolved.label):
@@ -203,8 +202,6 @@ def _warn_of_stale_inputs(
 
 def _refresh_readme(place: Project, label: str) -> None:
     """The README quotes some profiles; after a run of one, its numbers are the new ones."""
-    from earlyexit.runs import publish as readme
-
-    if label in readme.QUOTED and place.readme.is_file():
-        for name in readme.update(place.readme, place.root):
+    if label in publish.QUOTED and place.readme.is_file():
+        for name in publish.update(place.readme, place.root):
             log.info("README: block %s regenerated", name)
