@@ -51,6 +51,7 @@ def run(
         tally.judge(layer)
         if not len(walk.alive):  # the slowest has left
             break
+    del walk
     return tally.finish()
 
 
@@ -104,7 +105,7 @@ class DenseWalk(Walk):
     def states(self, rows: Tensor) -> Tensor:
         return self.after.index_select(0, rows)
 
-    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor, hidden: Tensor) -> None:
         self.alive = self.alive.index_select(0, staying)
 
 
@@ -142,11 +143,11 @@ class CompactedWalk(Walk):
     def states(self, rows: Tensor) -> Tensor:
         return self.h.index_select(0, rows)
 
-    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor, hidden: Tensor) -> None:
         tokens, self.alive = self.alive[leaving], self.alive[staying]
         if not len(staying):
             return
-        self.left_behind.add(layer, tokens, self.h.index_select(0, leaving))
+        self.left_behind.add(layer, tokens, hidden)
         self.mark("propagation")
         self.h, self.u = self.h.index_select(0, staying), self.u.index_select(0, staying)
         self.mark("gather/scatter")

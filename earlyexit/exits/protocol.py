@@ -203,8 +203,8 @@ class Walk(ABC):
         """Return the states ``(R, D)`` of rows of ``alive`` after the last layer that was run."""
 
     @abstractmethod
-    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
-        """Let rows of ``alive`` go, and keep what they leave behind."""
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor, hidden: Tensor) -> None:
+        """Let rows of ``alive`` go, whose states are ``hidden`` ``(X, D)``; keep what they leave behind."""
 
 
 def exit_state(model: ExitModel, layer: int, hidden: Tensor, previous: Tensor | None) -> ExitState:

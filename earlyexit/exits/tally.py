@@ -105,7 +105,7 @@ class Tally:
             read = features.index_select(0, leaving) if known else head.features(hidden)
             self.waiting.append((head, tokens, read))
             self.mark("head")
-        self.walk.leave(layer, leaving, staying)
+        self.walk.leave(layer, leaving, staying, hidden)
 
     def _score(
         self, head: ExitHead, judged: Observation
@@ -150,7 +150,8 @@ class Tally:
         self.outputs = self.outputs.index_copy(0, tokens, output)
 
     def finish(self) -> ExitRun:
-        """Project the predictions that wait, once per token."""
+        """Project the predictions that wait, once per token; the walk is over."""
+        self.walk = None  # its states need not stay while words are projected
         by_unembedding: dict[int, list] = {}
         for departure in self.waiting:
             by_unembedding.setdefault(id(departure[0].unembedding), []).append(departure)

@@ -2,65 +2,27 @@
 
 ``figures.pareto(curves, "speedup_layers", "speedup")`` makes a figure of its own;
 ``figures.pareto(…, ax=ax)`` draws on the axes of a larger one. A picture of several panels takes
-as many axes, row by row, and each of its panels has a function as well. What is returned are the
+as many axes, row by row; its panels have functions as well, plain ones :func:`lines`. Returned are the
 axes drawn on, ``ax.figure`` is the figure.
 """
 
-# ruff: noqa: F401 – the names are handed on.
+# ruff: noqa: F401, I001 – the names are handed on, several in a line.
+# fmt: off
 
 from earlyexit.figures.build import cost_shares, leak, trained_exits, training_curves, training_nll
 from earlyexit.figures.calibration import confidence_shares, reliability, reliability_diagram
 from earlyexit.figures.guarantees import (
-    bound_widths,
-    price_of_certainty,
-    target_achieved,
-    violation_rate,
-    violation_rates,
-)
+    bound_widths, price_of_certainty, target_achieved, violation_rate, violation_rates)
 from earlyexit.figures.memory_profiling import memory
-from earlyexit.figures.prices import break_even, break_even_map, predicted_measured
 from earlyexit.figures.speedup_breakdown import (
-    compaction,
-    compaction_efficiency,
-    compaction_speedups,
-    layer_equivalents,
-    layers_run,
-    output_head_times,
-    output_heads,
-    part_times,
-    propagation,
-    propagation_by,
-    run_parts,
-    speedups,
-    throughput,
-    time_by_part,
-    tokens_per_second,
-)
+    break_even, break_even_map, compaction, compaction_efficiency, compaction_speedups,
+    layer_equivalents, output_head_times, output_heads, over_batch_sizes, part_times,
+    predicted_measured, propagation, propagation_by, run_parts, speedups, throughput, time_by_part)
 from earlyexit.figures.study import (
-    coloured_html,
-    coloured_text,
-    depth_by_class,
-    depth_by_position,
-    front,
-    loss_against,
-    over_position,
-)
+    coloured_html, coloured_text, depth_by_class, depth_by_position, front, loss_against)
 from earlyexit.figures.style import label_of, layer_colours, lines, setting_of, use_style
 from earlyexit.figures.sweep import (
-    equal_cost,
-    exit_distribution,
-    exit_distributions,
-    exit_quality,
-    over_threshold,
-    pareto,
-    quality_per_exit,
-    recipes,
-    threshold_sweep,
-)
+    equal_cost, exit_distribution, exit_distributions, exit_quality, over_threshold, pareto,
+    recipes, threshold_sweep)
 from earlyexit.figures.systems import (
-    act_conversion,
-    claimed_measured,
-    combination_curves,
-    combinations,
-    sparse_limits,
-)
+    act_conversion, claimed_measured, combination_curves, combinations, sparse_limits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -10,32 +9,29 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, SMALL
+from earlyexit.figures.style import COLUMN, PAGE, SMALL, Panels
 
 
-def training_curves(history: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def training_curves(history: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Training NLL against tokens, and the perplexity of every exit after training: two panels.
 
-    Args:
-        history: columns seed, tokens, train_nll, perplexity_0 … (NaN between evaluations).
+    Columns: seed, tokens, train_nll, perplexity_0 … (NaN between evaluations).
     """
-    row = [partial(training_nll, history), partial(trained_exits, history)]
-    return style.compose(ax, PAGE, 2.4, [row])
+    panels = [partial(draw, history) for draw in (training_nll, trained_exits)]
+    return style.compose(ax, PAGE, 2.4, panels)
 
 
-def training_nll(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN, 2.4, loc=None)
+def training_nll(history: pd.DataFrame, *, ax: Axes) -> None:
     """The first panel of :func:`training_curves`: one curve per seed."""
-    ax, _ = style.new_axes(ax, COLUMN, 2.4)
     for seed, rows in history.groupby("seed"):
         ax.plot(rows["tokens"] / 1e6, rows["train_nll"], label=f"seed {seed}")
     ax.set(xlabel="training tokens (millions)", ylabel="training NLL (nats per token)")
-    ax.legend()
-    return ax
 
 
-def trained_exits(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN, 2.4)
+def trained_exits(history: pd.DataFrame, *, ax: Axes) -> None:
     """The second panel of :func:`training_curves`: one curve per seed; the numbers are means."""
-    ax, _ = style.new_axes(ax, COLUMN, 2.4)
     columns = [c for c in history if c.startswith("perplexity_")]
     final = history.dropna(subset=columns).groupby("seed")[columns].last()
     for _, values in final.iterrows():
@@ -46,32 +42,25 @@ def trained_exits(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="exit (layer index)", ylabel="perplexity, validation (fit part)")
     style.integers(ax.xaxis)
     ax.margins(y=0.2)
-    return ax
 
 
-def leak(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN, 2.2, title="tokens after them")
+def leak(table: pd.DataFrame, *, ax: Axes) -> None:
     """Perplexity on the true text and with the future of each scored token replaced.
 
-    Args:
-        table: columns model, future ("true" or "replaced"), perplexity.
+    Columns: model, future ("true" or "replaced"), perplexity.
     """
-    ax, own = style.new_axes(ax, COLUMN, 2.2)
     means = table.pivot_table(index="model", columns="future", values="perplexity", sort=False)
     style.grouped_bars(ax, means[["true", "replaced"]], "{:.0f}")
     ax.set(yscale="log", ylabel="perplexity of the same tokens")
     ax.set_ylim(1, 3 * table["perplexity"].max())
-    style.legend(ax, own, title="tokens after them")
-    return ax
 
 
-def cost_shares(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN, 2.6, loc="upper right", ncols=2)
+def cost_shares(costs: pd.DataFrame, *, ax: Axes) -> None:
     """FLOPs per token of every part, as a multiple of one whole block.
 
-    Args:
-        costs: as :func:`earlyexit.cost.parts.cost_table` returns.
+    The table is as :func:`earlyexit.cost.parts.cost_table` returns.
     """
-    ax, own = style.new_axes(ax, COLUMN, 2.6)
     style.part_bars(ax, costs, "{:.2g}×".format)
     ax.set(xlabel="FLOPs per token / FLOPs of one block")
-    style.legend(ax, own, "upper right", ncols=2)
-    return ax

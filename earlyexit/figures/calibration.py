@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -10,14 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, Panels
 
 ENOUGH = 5e-4  # share of the tokens below which a bin's accuracy is noise
 
 
-def reliability(
-    table: pd.DataFrame, errors: pd.DataFrame, *, ax: Sequence[Axes] | None = None
-) -> np.ndarray:
+def reliability(table: pd.DataFrame, errors: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Confidence against accuracy above, and the tokens of each bin below, a column per exit.
 
     Args:
@@ -26,24 +23,20 @@ def reliability(
         ax: of the upper row, exit by exit, then of the lower row.
     """
     exits = sorted(table["exit"].unique())
-    upper = [partial(reliability_diagram, table, errors, layer) for layer in exits]
-    lower = [partial(confidence_shares, table, layer) for layer in exits]
+    panels = [partial(reliability_diagram, table, errors, layer) for layer in exits]
+    panels += [partial(confidence_shares, table, layer) for layer in exits]
     look = {"sharex": True, "sharey": "row", "height_ratios": [3, 1], "one_label": "x"}
-    return style.compose(ax, PAGE, 2.9, [upper, lower], key={"loc": None}, **look)
+    return style.compose(ax, PAGE, 2.9, panels, 2, key={"loc": None}, **look)
 
 
-def reliability_diagram(
-    table: pd.DataFrame, errors: pd.DataFrame, layer: int, *, ax: Axes | None = None
-) -> Axes:
-    """Accuracy over confidence at one exit, first seed; expected calibration error, mean of seeds.
-
-    The tables are those of :func:`reliability`.
-    """
-    ax, _ = style.new_axes(ax, COLUMN * 0.75, 2.5)
+@style.panel(COLUMN * 0.75, 2.5, loc=None)
+def reliability_diagram(table: pd.DataFrame, errors: pd.DataFrame, layer: int, *, ax: Axes) -> None:
+    """Accuracy over confidence at one exit, first seed; expected calibration error, mean of seeds."""
     ax.plot([0, 1], [0, 1], **REFERENCE)
     notes = []
-    for k, (when, rows) in enumerate(_before_and_after(table, layer)):
-        rows = rows[rows["share"] >= ENOUGH]
+    shown = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
+    for k, when in enumerate(("before", "after")):
+        rows = shown[(shown["calibration"] == when) & (shown["share"] >= ENOUGH)]
         ax.plot(rows["confidence"], rows["accuracy"], label=when, **style.look(k))
         same = (errors["exit"] == layer) & (errors["calibration"] == when)
         notes.append(f"ECE {when} {100 * errors[same]['ece'].mean():.1f} %")
@@ -51,20 +44,14 @@ def reliability_diagram(
     last = " (last)" if layer == table["exit"].max() else ""
     ax.set(title=f"exit {layer}{last}", xlim=(0, 1), ylim=(0, 1))
     ax.set(xlabel="maximum probability", ylabel="accuracy")
-    ax.legend(loc="upper left")
-    return ax
 
 
-def confidence_shares(table: pd.DataFrame, layer: int, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 0.75, 1.5)
+def confidence_shares(table: pd.DataFrame, layer: int, *, ax: Axes) -> None:
     """Share of the tokens in each bin of confidence at one exit, first seed, on a log scale."""
-    ax, _ = style.new_axes(ax, COLUMN * 0.75, 1.5)
-    for k, (when, rows) in enumerate(_before_and_after(table, layer)):
-        ax.step(rows["bin"], rows["share"], where="mid", color=f"C{k}", linewidth=0.9, label=when)
+    shown = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
+    for k, when in enumerate(("before", "after")):
+        rows = shown[shown["calibration"] == when]
+        ax.step(rows["bin"], rows["share"], where="mid", color=f"C{k}", linewidth=0.9)
     ax.set(yscale="log", xlim=(0, 1), ylim=(1e-4, 1))
     ax.set(xlabel="maximum probability", ylabel="share of\ntokens")
-    return ax
-
-
-def _before_and_after(table: pd.DataFrame, layer: int) -> list[tuple[str, pd.DataFrame]]:
-    rows = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
-    return [(when, rows[rows["calibration"] == when]) for when in ("before", "after")]

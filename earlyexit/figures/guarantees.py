@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -10,16 +9,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL, Panels
 
 
-def target_achieved(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 1.35, 2.8)
+def target_achieved(table: pd.DataFrame, *, ax: Axes) -> None:
     """Tolerated against achieved quality loss on the test split, with the diagonal.
 
-    Args:
-        table: columns policy ("fitted", "certified …"), epsilon, test_quality_loss.
+    Columns: policy ("fitted", "certified …"), epsilon, test_quality_loss.
     """
-    ax, own = style.new_axes(ax, COLUMN * 1.35, 2.8)
     style.mean_lines(ax, table, "epsilon", "test_quality_loss", "policy")
     top = table["epsilon"].max() * 1.1
     ax.plot([0, top], [0, top], **REFERENCE)
@@ -27,29 +25,22 @@ def target_achieved(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="tolerated quality loss ε", ylabel="quality loss on the test split")
     style.percent(ax.xaxis)
     style.percent(ax.yaxis)
-    style.legend(ax, own)
-    return ax
 
 
-def violation_rates(
-    table: pd.DataFrame, delta: float, *, ax: Sequence[Axes] | None = None
-) -> np.ndarray:
+def violation_rates(table: pd.DataFrame, delta: float, *, ax: Panels = None) -> np.ndarray:
     """Violation rate over n with exact binomial intervals, one panel per kind of unit; δ marked.
 
-    Args:
-        table: columns units, procedure, n, rate, low, high.
+    Columns: units, procedure, n, rate, low, high.
     """
     kinds = [rows for _, rows in table.groupby("units", sort=False)]
-    row, key = (
-        [partial(violation_rate, k, delta) for k in kinds],
-        {"loc": "lower center", "ncols": 2},
-    )
-    return style.compose(ax, PAGE, 2.5, [row], key=key, sharey=True)
+    panels = [partial(violation_rate, rows, delta) for rows in kinds]
+    key = {"loc": "lower center", "ncols": 2}
+    return style.compose(ax, PAGE, 2.5, panels, key=key, sharey=True)
 
 
-def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 1.5, 2.5)
+def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes) -> None:
     """One panel of :func:`violation_rates`: the table is of one kind of unit."""
-    ax, own = style.new_axes(ax, COLUMN * 1.5, 2.5)
     for k, (name, rows) in enumerate(table.groupby("procedure", sort=False)):
         style.interval_line(ax, rows, "n", "rate", label=name, **style.look(k))
     ax.axhline(delta, **REFERENCE)
@@ -57,13 +48,10 @@ def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes | None = None)
     ax.set(xscale="log", xlabel="units n", ylabel="violation rate", title=table["units"].iloc[0])
     style.plain_ticks(ax.xaxis, sorted(table["n"].unique()))
     style.percent(ax.yaxis)
-    style.legend(ax, own)
-    return ax
 
 
-def bound_widths(
-    table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: Axes | None = None
-) -> Axes:
+@style.panel(COLUMN * 1.6, 2.7)
+def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: Axes) -> None:
     """Upper bound of each method over n, with the loss itself and what ε allows.
 
     Args:
@@ -71,7 +59,6 @@ def bound_widths(
         level: log(1 + ε), in nats.
         least: columns n, level; no valid test can do better.
     """
-    ax, own = style.new_axes(ax, COLUMN * 1.6, 2.7)
     style.mean_lines(ax, table, "n", "bound", "method")
     label = "least any valid test\ncould certify if no\nloss were negative"
     ax.plot(least["n"], least["level"], ":", color="0.35", label=label)
@@ -82,22 +69,17 @@ def bound_widths(
     ax.set(xscale="log", xlabel="units n", ylabel="upper bound on the mean loss (nats)")
     ax.set_ylim(0, None)
     style.plain_ticks(ax.xaxis, sorted(table["n"].unique()))
-    style.legend(ax, own)
-    return ax
 
 
-def price_of_certainty(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(PAGE * 0.75, 2.4)
+def price_of_certainty(table: pd.DataFrame, *, ax: Axes) -> None:
     """Speedup in layers of fitted and certified policies, per ε.
 
-    Args:
-        table: columns policy, epsilon, test_speedup_layers (NaN: refused).
+    Columns: policy, epsilon, test_speedup_layers (NaN: refused).
     """
-    ax, own = style.new_axes(ax, PAGE * 0.75, 2.4)
     means = table.groupby(["epsilon", "policy"])["test_speedup_layers"].mean().unstack()
     means = means[list(dict.fromkeys(table["policy"]))].rename(index=lambda e: f"{100 * e:g} %")
     style.grouped_bars(ax, means, "{:.2f}", missing="refused", fontsize=6, rotation=90, padding=2)
     ax.axhline(1, **REFERENCE)
     ax.set(xlabel="tolerated quality loss ε", ylabel="speedup (layers), test split")
     ax.margins(y=0.25)
-    style.legend(ax, own)
-    return ax

@@ -9,16 +9,13 @@ from earlyexit.figures import style
 from earlyexit.figures.style import COLUMN
 
 
-def memory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 1.3, 2.4, loc="upper right", ncols=2)
+def memory(table: pd.DataFrame, *, ax: Axes) -> None:
     """Peak tensor memory of each way of running, logits and the rest apart.
 
-    Args:
-        table: columns execution, logits_mib, rest_mib.
+    Columns: execution, logits_mib, rest_mib.
     """
-    ax, own = style.new_axes(ax, COLUMN * 1.3, 2.4)
     labels = {"rest_mib": "everything else", "logits_mib": "logits"}
     means = table.groupby("execution", sort=False)[list(labels)].mean().rename(columns=labels)
     style.stacked_bars(ax, means, " {:.0f}")
     ax.set(xlabel="peak tensor memory (MiB)")
-    style.legend(ax, own, "upper right", ncols=2)
-    return ax

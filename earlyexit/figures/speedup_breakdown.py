@@ -1,41 +1,44 @@
-"""Figures of notebook 04: where the time goes, and what is left of the layers saved."""
+"""Figures of notebook 04: where the time goes, what is left of the layers saved, where exits pay."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import TwoSlopeNorm
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL, Panels
+
+SCALE = {"norm": TwoSlopeNorm(0, -1, 1), "cmap": "RdBu"}  # of log2: white is break-even
+OVER_BATCH = {
+    "tokens_per_second": "thousand tokens per second",
+    "layers_run": "layers until the slowest has left",
+}
 
 
-def part_times(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 1.25, 3.0, loc="upper right", ncols=3)
+def part_times(table: pd.DataFrame, *, ax: Axes) -> None:
     """Time of every part, and of a check by each criterion, as a share of one block.
 
-    Args:
-        table: columns part, group ("block", "check", "head", or "whole", not drawn), share_of_block.
+    Columns: part, group ("block", "check", "head", or "whole", not drawn), share_of_block.
     """
-    ax, own = style.new_axes(ax, COLUMN * 1.25, 3.0)
     parts = table[table["group"] != "whole"].groupby(["part", "group"], sort=False)
     median = parts["share_of_block"].median().reset_index()
     style.part_bars(ax, median, lambda v: f"{100 * v:.2g} %" if v < 0.1 else f"{100 * v:,.0f} %")
     ax.set(xlabel="time / time of one block")
-    style.legend(ax, own, "upper right", ncols=3)
-    return ax
 
 
-def speedups(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(PAGE * 0.75, 2.8)
+def speedups(table: pd.DataFrame, *, ax: Axes) -> None:
     """Wall-clock against layers with intervals, identity as the ideal, one colour per execution.
 
-    Args:
-        table: columns execution, speedup_layers, speedup_time, low, high.
+    Columns: execution, speedup_layers, speedup_time, low, high.
     """
-    ax, own = style.new_axes(ax, PAGE * 0.75, 2.8)
     for k, (name, rows) in enumerate(table.groupby("execution", sort=False)):
         curve = style.look(k) | {"label": name}
         style.interval_line(ax, rows, "speedup_layers", "speedup_time", **curve)
@@ -45,28 +48,23 @@ def speedups(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="theoretical speedup (layers)", yscale="log")
     ax.set_ylabel("wall-clock speedup\n(90 % interval)")
     style.plain_ticks(ax.yaxis, (0.1, 0.2, 0.5, 1, 2, 4, 8), "{:g}×")
-    style.legend(ax, own)
-    return ax
 
 
-def layer_equivalents(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN, 2.4, title="exit layer")
+def layer_equivalents(table: pd.DataFrame, *, ax: Axes) -> None:
     """Where the layers go: share of tokens × layers executed, stacked per threshold.
 
-    Args:
-        table: columns threshold, exit_layer, layer_equivalents; n_layers is "no early exit".
+    Columns: threshold, exit_layer, layer_equivalents; n_layers is "no early exit".
     """
-    ax, own = style.new_axes(ax, COLUMN, 2.4)
     grid = table.pivot_table(index="threshold", columns="exit_layer", values="layer_equivalents")
     none = int(grid.columns.max())
     colors = [*colormaps["viridis"](np.linspace(0.15, 0.85, none)), "0.7"]
     grid = grid.rename(columns={none: "none"}, index="{:g}".format)
     style.stacked_bars(ax, grid.iloc[::-1], " {:.2f}", colors=colors)
     ax.set(xlabel="layer-equivalents per token", ylabel="threshold", xlim=(0, none * 1.12))
-    style.legend(ax, own, title="exit layer")
-    return ax
 
 
-def run_parts(table: pd.DataFrame, apart: str, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def run_parts(table: pd.DataFrame, apart: str, *, ax: Panels = None) -> np.ndarray:
     """Where the time of whole runs goes, a panel for most and one below for the run ``apart``.
 
     A line marks the total measured with no clock running.
@@ -76,39 +74,36 @@ def run_parts(table: pd.DataFrame, apart: str, *, ax: Sequence[Axes] | None = No
         apart: the run that is drawn below, on a scale of its own.
     """
     below = table["run"] == apart
-    rows = [[partial(time_by_part, table[~below])], [partial(time_by_part, table[below])]]
+    panels = [partial(time_by_part, table[~below]), partial(time_by_part, table[below])]
     heights, key = [table["run"].nunique() - 1, 1.2], {"markerscale": 0.5}
-    panels = style.compose(ax, PAGE * 0.8, 2.8, rows, key=key, height_ratios=heights)
-    panels[1, 0].set_title("on a scale of its own", fontsize=SMALL, loc="left")
-    return panels
+    drawn = style.compose(ax, PAGE * 0.8, 2.8, panels, 2, key=key, height_ratios=heights)
+    drawn[1, 0].set_title("on a scale of its own", fontsize=SMALL, loc="left")
+    return drawn
 
 
-def time_by_part(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(PAGE * 0.8, 2.2, markerscale=0.5)
+def time_by_part(table: pd.DataFrame, *, ax: Axes) -> None:
     """Where the time of whole runs goes, stacked; the table is that of :func:`run_parts`."""
     runs, parts = (list(dict.fromkeys(table[column])) for column in ("run", "part"))
-    ax, own = style.new_axes(ax, PAGE * 0.8, 0.7 + 0.5 * len(runs))
     grid = table.pivot_table(index="run", columns="part", values="milliseconds").loc[runs, parts]
     totals = table.groupby("run")["total_ms"].mean()[runs]
     style.stacked_bars(ax, grid, "  {:.0f} ms", totals=totals, height=0.6)
     ax.plot(totals, range(len(runs)), "|", color="black", markersize=14, label="measured total")
     ax.set(xlabel="milliseconds per batch, scored (median)")
-    style.legend(ax, own, markerscale=0.5)
-    return ax
 
 
-def compaction(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def compaction(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """What layers and FLOPs allow, what the clock shows, and how much of it: two panels.
 
-    Args:
-        table: columns depth, speedup_layers, speedup_flops, speedup_time, low, high.
+    Columns: depth, speedup_layers, speedup_flops, speedup_time, low, high.
     """
-    row = [partial(compaction_speedups, table), partial(compaction_efficiency, table)]
-    return style.compose(ax, PAGE, 2.4, [row])
+    panels = [partial(draw, table) for draw in (compaction_speedups, compaction_efficiency)]
+    return style.compose(ax, PAGE, 2.4, panels)
 
 
-def compaction_speedups(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN, 2.4, loc=None)
+def compaction_speedups(table: pd.DataFrame, *, ax: Axes) -> None:
     """The first panel of :func:`compaction`: speedup by layers, by FLOPs and by the clock."""
-    ax, _ = style.new_axes(ax, COLUMN, 2.4)
     rows = table.sort_values("depth")
     ax.plot(rows["depth"], rows["speedup_layers"], "--", color="0.35", label="layers")
     ax.plot(rows["depth"], rows["speedup_flops"], label="FLOPs", **style.look(1))
@@ -116,13 +111,11 @@ def compaction_speedups(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="mean layers executed", ylabel="speedup against full depth")
     ax.yaxis.set_major_formatter("{x:g}×")
     style.integers(ax.xaxis)
-    ax.legend()
-    return ax
 
 
-def compaction_efficiency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN, 2.4)
+def compaction_efficiency(table: pd.DataFrame, *, ax: Axes) -> None:
     """The second panel of :func:`compaction`: the share of the FLOPs' speedup that the clock shows."""
-    ax, _ = style.new_axes(ax, COLUMN, 2.4)
     rows = table.sort_values("depth")
     ratio = rows["speedup_time"] / rows["speedup_flops"]
     bars = ax.bar([f"{d:g}" for d in rows["depth"]], ratio, width=0.6)
@@ -133,64 +126,47 @@ def compaction_efficiency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axe
     ax.set_ylim(0, max(1.15, 1.1 * ratio.max()))
     style.percent(ax.yaxis)
     ax.grid(axis="x", visible=False)
-    return ax
 
 
-def throughput(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def throughput(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Tokens per second, and layers until the slowest token has left, over the batch size.
 
-    Args:
-        table: columns batch, execution, grouping, tokens_per_second, layers_run.
+    Columns: batch, execution, grouping, tokens_per_second, layers_run.
     """
-    row = [partial(tokens_per_second, table), partial(layers_run, table)]
-    return style.compose(ax, PAGE, 2.5, [row], key={})
+    panels = [partial(over_batch_sizes, table, y) for y in OVER_BATCH]
+    return style.compose(ax, PAGE, 2.5, panels, key={})
 
 
-def tokens_per_second(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """The first panel of :func:`throughput`: one line per execution and grouping."""
-    ax, own = style.new_axes(ax, COLUMN * 1.5, 2.5)
-    _over_batch_sizes(ax, table, table["tokens_per_second"] / 1e3)
-    ax.set(ylabel="thousand tokens per second")
-    style.legend(ax, own)
-    return ax
-
-
-def layers_run(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """The second panel of :func:`throughput`: dense execution, one line per grouping."""
-    ax, own = style.new_axes(ax, COLUMN * 1.5, 2.5)
-    dense = table[table["execution"] == "dense"]
-    _over_batch_sizes(ax, dense, dense["layers_run"])
-    ax.set(ylabel="layers until the slowest has left")
-    style.legend(ax, own)
-    return ax
-
-
-def _over_batch_sizes(ax: Axes, table: pd.DataFrame, values: pd.Series) -> None:
-    """One line per execution (colour) and grouping (dashes)."""
+@style.panel(COLUMN * 1.5, 2.5)
+def over_batch_sizes(table: pd.DataFrame, y: str, *, ax: Axes) -> None:
+    """One panel of :func:`throughput`: ``y`` is "tokens_per_second", or "layers_run" (dense only)."""
+    if y == "layers_run":
+        table = table[table["execution"] == "dense"]
     colors = {"compacted": "C0", "dense": "C1", "full depth": "0.35"}
     dashes = {"random": "-", "first exit": "--", "hindsight": ":", "": "-"}
     for (execution, grouping), rows in table.groupby(["execution", "grouping"], sort=False):
         options = {"color": colors[execution], "linestyle": dashes[grouping], "marker": "o"}
         label = f"{execution}, {grouping}" if grouping else execution
-        ax.plot(rows["batch"], values[rows.index], label=label, **options)
-    ax.set(xscale="log", xlabel="batch size (windows)", ylim=(0, None))
+        ax.plot(rows["batch"], rows[y], label=label, **options)
+    ax.set(xscale="log", xlabel="batch size (windows)", ylabel=OVER_BATCH[y], ylim=(0, None))
     style.plain_ticks(ax.xaxis, sorted(table["batch"].unique()))
+    if y == "tokens_per_second":
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value / 1e3:g}")
 
 
-def propagation(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def propagation(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """What states left behind cost in perplexity, by layers executed and by position: two panels.
 
-    Args:
-        table: columns by, value, cost; see
-            :func:`earlyexit.evaluation.propagation_error.propagation_cost`.
+    Columns: by, value, cost; see
+    :func:`earlyexit.evaluation.propagation_error.propagation_cost`.
     """
-    row = [partial(propagation_by, table, by) for by in ("layers executed", "position")]
-    return style.compose(ax, PAGE * 0.85, 2.2, [row], key={}, sharey=True)
+    panels = [partial(propagation_by, table, by) for by in ("layers executed", "position")]
+    return style.compose(ax, PAGE * 0.85, 2.2, panels, key={}, sharey=True)
 
 
-def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 1.3, 2.2)
+def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes) -> None:
     """One panel of :func:`propagation`: ``by`` is "layers executed" or "position"."""
-    ax, own = style.new_axes(ax, COLUMN * 1.3, 2.2)
     rows = table[table["by"] == by]
     style.mean_line(ax, rows, "value", "cost", marker="o")
     ax.axhline(0, **REFERENCE)
@@ -200,28 +176,109 @@ def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes | None = None) -> A
     if by == "layers executed":
         ax.set(xlabel=by, xticks=sorted(rows["value"].unique()))
     style.percent(ax.yaxis)
-    style.legend(ax, own)
-    return ax
 
 
-def output_heads(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def output_heads(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Milliseconds per batch of each output head, scoring and predicting: two panels.
 
-    Args:
-        table: columns head, scoring_ms, scoring_exits_ms, prediction_ms, prediction_exits_ms.
+    Columns: head, scoring_ms, scoring_exits_ms, prediction_ms, prediction_exits_ms.
     """
-    row = [partial(output_head_times, table, task) for task in ("scoring", "prediction")]
-    return style.compose(ax, PAGE * 0.8, 2.3, [row], key={}, sharey=True)
+    panels = [partial(output_head_times, table, task) for task in ("scoring", "prediction")]
+    return style.compose(ax, PAGE * 0.8, 2.3, panels, key={}, sharey=True)
 
 
-def output_head_times(table: pd.DataFrame, task: str, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 1.2, 2.3)
+def output_head_times(table: pd.DataFrame, task: str, *, ax: Axes) -> None:
     """One panel of :func:`output_heads`: ``task`` is "scoring" or "prediction"."""
-    ax, own = style.new_axes(ax, COLUMN * 1.2, 2.3)
     columns = {f"{task}_ms": "full depth", f"{task}_exits_ms": "with exits"}
     means = table.groupby("head", sort=False)[list(columns)].mean().rename(columns=columns)
     style.grouped_bars(ax, means, "{:.0f}")
     title = {"scoring": "scoring", "prediction": "greedy prediction"}[task]
     ax.set(title=title, ylabel="milliseconds per batch")
     ax.margins(y=0.12)
-    style.legend(ax, own)
+
+
+@style.panel(COLUMN * 1.45, 2.7)
+def predicted_measured(table: pd.DataFrame, *, ax: Axes) -> None:
+    """Predicted against measured time of runs, with the identity and ±10 %.
+
+    Columns: measured_ms, predicted_ms, used ("fitted" or "checked"), criterion.
+    """
+    ends = np.array([table["measured_ms"].min() * 0.7, table["measured_ms"].max() * 1.4])
+    ax.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", zorder=0, label="±10 %")
+    ax.plot(ends, ends, **REFERENCE)
+    for k, (criterion, rows) in enumerate(table.groupby("criterion", sort=False)):
+        for used, face in (("fitted", "none"), ("checked", f"C{k}")):
+            part = rows[rows["used"] == used]
+            options = style.look(k) | {"linestyle": "none", "markerfacecolor": face}
+            label = f"{style.label_of(criterion)}, {used}"
+            ax.plot(part["measured_ms"], part["predicted_ms"], label=label, **options)
+    ax.set(xscale="log", yscale="log", xlabel="measured (ms)", ylabel="predicted (ms)")
+    ax.set(xlim=ends, ylim=ends)
+
+
+def break_even(grid: pd.DataFrame, points: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
+    """Predicted wall-clock speedup over head/block ratio and exit rate; where it is 1, exits lose.
+
+    A row of panels per criterion, a column per number of layers and batch size. The scale of
+    colours is drawn in a figure of its own only; otherwise ``figure.colorbar(ax.collections[0])``.
+
+    Args:
+        grid: columns criterion, n_layers, batch, head_ratio, executed (share of layers),
+            speedup_time.
+        points: measured: the same columns; circles where exits won, crosses where they lost.
+    """
+    sizes = sorted(set(zip(grid["n_layers"], grid["batch"], strict=True)))
+    names = grid["criterion"].unique()
+    panels = [partial(break_even_map, grid, points, n, *size) for n in names for size in sizes]
+    key = {"loc": "upper center", "ncols": 3}
+    shared = {"sharex": True, "sharey": True, "one_label": "xy"}
+    drawn = style.compose(ax, PAGE, 1.75 * len(names) + 0.4, panels, len(names), key=key, **shared)
+    if ax is None:
+        _speedup_scale(drawn)
+    return drawn
+
+
+def break_even_map(
+    grid: pd.DataFrame,
+    points: pd.DataFrame,
+    criterion: str,
+    n_layers: int,
+    batch: int,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """One panel of :func:`break_even`: one criterion, number of layers and batch size."""
+    ax, own = style.new_axes(ax, COLUMN * 1.2, 2.6)
+    here = pd.Series({"criterion": criterion, "n_layers": n_layers, "batch": batch})
+    grid, points = (t[(t[here.index] == here).all(axis=1)] for t in (grid, points))
+    table = np.log2(grid.pivot(index="executed", columns="head_ratio", values="speedup_time"))
+    where = table.columns, table.index
+    ax.pcolormesh(*where, table, shading="gouraud", **SCALE)
+    if table.min().min() < 0 < table.max().max():
+        ax.contour(*where, table, levels=[0], colors="black", linewidths=1)
+    ax.plot([], [], color="black", linewidth=1, label="break-even, predicted")
+    won = points["speedup_time"] >= 1
+    dot = {"s": 30, "edgecolor": "black", "linewidth": 0.6, "zorder": 3} | SCALE
+    for dots, marker, end in ((points[won], "o", "win"), (points[~won], "X", "lose")):
+        color = np.log2(dots["speedup_time"])
+        key = {"color": "white", "markeredgecolor": "black", "label": f"measured, exits {end}"}
+        ax.plot([], [], marker, **key)
+        ax.scatter(dots["head_ratio"], dots["executed"], c=color, marker=marker, **dot)
+    title = f"{style.label_of(criterion)}\n{n_layers} layers, batch {batch}"
+    ax.set_title(title, fontsize=SMALL)
+    ax.set(xscale="log", xlim=(table.columns.min(), table.columns.max()))
+    ax.set(xlabel="FLOPs of the head / FLOPs of a block", ylabel="share of layers executed")
+    ax.grid(visible=False)
+    if own:
+        _speedup_scale(ax)
+    style.legend(ax, own, "lower center", ncols=2)
     return ax
+
+
+def _speedup_scale(axes: Axes | np.ndarray) -> None:
+    """The scale of colours of a new figure, beside its axes."""
+    figure = np.ravel(axes)[0].figure
+    bar = figure.colorbar(ScalarMappable(**SCALE), ax=axes, ticks=[-1, 0, 1], extend="both")
+    bar.ax.set_yticklabels(["½×", "1×", "2×"])
+    bar.set_label("wall-clock speedup")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL, Panels
 
 SPEEDUPS = {
     "speedup_layers": "speedup (layers)",
@@ -29,9 +29,7 @@ COMPARED = {  # with the fitted policies: how each is drawn
 BY_POSITION = {"layers": "mean layers executed", "nll": "NLL at full depth (nats)"}
 
 
-def front(
-    table: pd.DataFrame, claims: pd.DataFrame, *, ax: Sequence[Axes] | None = None
-) -> np.ndarray:
+def front(table: pd.DataFrame, claims: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Quality loss against layers, FLOPs and time, policies run for real: three panels.
 
     Args:
@@ -39,27 +37,19 @@ def front(
             and those that tell settings apart; see :func:`~earlyexit.figures.style.setting_of`.
         claims: columns speedup, quality_loss of the original; it does not say which speedup.
     """
-    row = [partial(loss_against, table, claims, x) for x in SPEEDUPS]
+    panels = [partial(loss_against, table, claims, x) for x in SPEEDUPS]
     key = {"loc": "lower center", "ncols": 4}
-    return style.compose(ax, PAGE, 2.9, [row], key=key, sharey=True)
+    return style.compose(ax, PAGE, 2.9, panels, key=key, sharey=True)
 
 
-def loss_against(
-    table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes | None = None
-) -> Axes:
+@style.panel(COLUMN * 1.5, 2.9)
+def loss_against(table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes) -> None:
     """One panel of :func:`front`: ``x`` is a speedup; settings as mean and range over the seeds."""
-    ax, own = style.new_axes(ax, COLUMN * 1.5, 2.9)
     fitted = [name for name in dict.fromkeys(table["criterion"]) if name not in COMPARED]
     for name, rows in table.groupby("criterion", sort=False):
-        settings = rows.groupby(style.setting_of(rows))[[x, "quality_loss"]]
-        mean, low, high = settings.mean(), settings.min(), settings.max()
-        error = {
-            f"{axis}err": style.whiskers(mean[column], low[column], high[column])
-            for axis, column in (("x", x), ("y", "quality_loss"))
-        }
         options = COMPARED[name] if name in COMPARED else style.look(fitted.index(name))
-        options = options | {"markersize": 4, "linewidth": 1, "label": style.label_of(name)}
-        ax.errorbar(mean[x], mean["quality_loss"], **error, **options)
+        options = options | {"linewidth": 1, "label": style.label_of(name)}
+        style.setting_points(ax, rows, x, np.inf, **options)
     claimed = {"color": "C3", "markerfacecolor": "none", "label": "original, claimed"}
     ax.plot(claims["speedup"], claims["quality_loss"], "P", **claimed)
     ax.axhline(0, **REFERENCE)
@@ -67,17 +57,14 @@ def loss_against(
     ax.set(xlabel=SPEEDUPS[x], xscale="log", ylabel="quality loss, test split")
     style.plain_ticks(ax.xaxis, TICKS)
     style.percent(ax.yaxis)
-    style.legend(ax, own)
-    return ax
 
 
-def depth_by_class(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 1.3, 2.4)
+def depth_by_class(table: pd.DataFrame, *, ax: Axes) -> None:
     """Mean layers executed by class of the predicted word, with the class's share of the tokens.
 
-    Args:
-        table: columns seed, word_class, share, layers.
+    Columns: seed, word_class, share, layers.
     """
-    ax, _ = style.new_axes(ax, COLUMN * 1.3, 2.4)
     classes = table.groupby("word_class")
     rows = classes["layers"].agg(["mean", "min", "max"]).assign(share=classes["share"].mean())
     rows = rows.sort_values("mean")
@@ -88,34 +75,22 @@ def depth_by_class(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="mean layers executed")
     ax.margins(x=0.35)
     ax.grid(axis="y", visible=False)
-    return ax
 
 
-def depth_by_position(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def depth_by_position(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Mean layers executed and NLL over the position in the window: two panels.
 
-    Args:
-        table: columns seed, position, layers, nll.
+    Columns: seed, position, layers, nll.
     """
-    row = [partial(over_position, table, y) for y in BY_POSITION]
-    return style.compose(ax, PAGE * 0.8, 2.1, [row])
-
-
-def over_position(table: pd.DataFrame, y: str, *, ax: Axes | None = None) -> Axes:
-    """One panel of :func:`depth_by_position`: ``y`` is "layers" or "nll", mean and range."""
-    ax, _ = style.new_axes(ax, COLUMN * 0.9, 2.1)
-    style.mean_line(ax, table, "position", y)
-    ax.set(xlabel="position in the window", ylabel=BY_POSITION[y])
-    return ax
+    panels = [
+        partial(style.lines, table, "position", y, None, "position in the window", label, log=False)
+        for y, label in BY_POSITION.items()
+    ]
+    return style.compose(ax, PAGE * 0.8, 2.1, panels)
 
 
 def coloured_text(
-    words: list[str],
-    layers: np.ndarray,
-    n_layers: int,
-    width: int = 122,
-    *,
-    ax: Axes | None = None,
+    words: list[str], layers: np.ndarray, n_layers: int, width: int = 122, *, ax: Axes | None = None
 ) -> Axes:
     """Words on the colour of the layers their prediction took, as running text.
 

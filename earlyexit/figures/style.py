@@ -1,14 +1,15 @@
 """What every figure shares: sizes, colours, new axes, legends, and the kinds of bars and lines.
 
 Sizes are inches of a paper's column (3.4) or page (7.0); colours and fonts come from the project's
-style. Seeds, where there are several, are drawn as a mean with its range. A function that draws
-takes its axes as ``ax``, or None for a figure of its own, and returns the axes it drew on.
+style. Seeds, where there are several, are drawn as a mean with its range. A function that draws one
+panel is decorated with :func:`panel`; :func:`compose` makes a picture of several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,6 +25,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from earlyexit.exits.criteria import CRITERIA
 
 COLUMN, PAGE = 3.4, 7.0  # inches
+Panels = Sequence[Axes] | np.ndarray | None  # axes of a composed picture; None: a new figure
 SMALL = 7  # points, of a number beside what it counts
 REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
 BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # of a number on a line
@@ -36,16 +38,12 @@ def use_style() -> None:
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
 
 
-# ------------------------------------------------------------------ names and colours
-
-
 def label_of(criterion: str) -> str:
     """How a criterion is called in a legend."""
     return CRITERIA[criterion].label if criterion in CRITERIA else criterion
 
 
 def layers_text(n: int) -> str:
-    """A number of layers in words: "1 layer", "2 layers"."""
     return f"{n} layer" if n == 1 else f"{n} layers"
 
 
@@ -68,9 +66,6 @@ def look(k: int) -> dict:
     return {"color": f"C{k}", "marker": MARKERS[k % len(MARKERS)]}
 
 
-# ------------------------------------------------------------------ axes and legends
-
-
 def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Axes, bool]:
     """The axes to draw on, and whether they stand alone in a new figure of that size."""
     if ax is not None:
@@ -78,11 +73,37 @@ def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Axes, bool]:
     return plt.subplots(figsize=(width, height), layout="constrained")[1], True
 
 
+def panel(width: float, height: float, **key) -> Callable:
+    """Decorate a function that draws on ``ax``: it may then be called without.
+
+    The decorated function draws on the axes it is given, or in a new figure of that size; it adds
+    the :func:`legend`, with the arguments ``key``, and returns the axes.
+    """
+
+    def decorate(draw: Callable[..., None]) -> Callable[..., Axes]:
+        @wraps(draw)
+        def drawn(*tables, ax: Axes | None = None, **options) -> Axes:
+            ax, own = new_axes(ax, width, height)
+            draw(*tables, ax=ax, **options)
+            legend(ax, own, **key)
+            return ax
+
+        optional = Parameter("ax", Parameter.KEYWORD_ONLY, default=None, annotation="Axes | None")
+        parameters = signature(draw).parameters | {"ax": optional}
+        drawn.__signature__ = signature(draw).replace(
+            parameters=list(parameters.values()), return_annotation="Axes"
+        )
+        return drawn
+
+    return decorate
+
+
 def compose(
-    axes: Sequence[Axes] | np.ndarray | None,
+    axes: Panels,
     width: float,
     height: float,
-    rows: Sequence[Sequence[Callable[..., Axes]]],
+    draw: Sequence[Callable[..., Axes]],
+    n_rows: int = 1,
     *,
     key: dict | None = None,
     one_label: str = "",
@@ -94,7 +115,7 @@ def compose(
 
     Args:
         axes: one per panel, row by row, in any shape.
-        rows: of functions that draw one panel each, on the ``ax`` they are called with.
+        draw: functions that draw one panel each, row by row, on the ``ax`` they are called with.
         key: arguments of :func:`legend` for one legend in place of those of the panels.
         one_label: of the axes "x", "y" or "xy", whose label stands once for the whole figure.
         options: of ``plt.subplots``.
@@ -105,21 +126,21 @@ def compose(
     Raises:
         ValueError: there are more or fewer axes than panels.
     """
-    shape, own = (len(rows), len(rows[0])), axes is None
+    shape, own = (n_rows, len(draw) // n_rows), axes is None
     if own:
         options |= {"figsize": (width, height), "squeeze": False, "layout": "constrained"}
         axes = plt.subplots(*shape, **options)[1]
     panels = np.ravel(np.asarray(axes, dtype=object))
-    if panels.size != np.prod(shape):
-        raise ValueError(f"{panels.size} axes given: give {np.prod(shape)}, row by row")
+    if panels.size != len(draw):
+        raise ValueError(f"{panels.size} axes given: give {len(draw)}, row by row")
+    for ax, draw_panel in zip(panels, draw, strict=True):
+        draw_panel(ax=ax)
     panels = panels.reshape(shape)
-    for panel, draw in zip(panels.flat, chain(*rows), strict=True):
-        draw(ax=panel)
     if own:
         _label_once(panels, one_label)
     if key is not None:
         legend(panels, own, **key)
-    return panels if len(rows) > 1 else panels[0]
+    return panels if n_rows > 1 else panels[0]
 
 
 def _label_once(panels: np.ndarray, one_label: str) -> None:
@@ -138,7 +159,7 @@ def _label_once(panels: np.ndarray, one_label: str) -> None:
 def legend(
     axes: Axes | np.ndarray, own: bool, loc: str | None = "right upper", ncols: int = 1, **options
 ) -> None:
-    """One legend of what the first of ``axes`` shows, in place of those of the single panels.
+    """One legend of what the first of ``axes`` labels, in place of those of the single panels.
 
     Args:
         own: the figure is new, and the legend goes outside all axes, at ``loc``, in ``ncols``
@@ -150,6 +171,8 @@ def legend(
         old.remove()
     if "handles" not in options:
         options["handles"], options["labels"] = axes[0].get_legend_handles_labels()
+    if not options["handles"]:
+        return
     if own and loc:
         axes[0].figure.legend(loc=f"outside {loc}", ncols=ncols, **options)
     else:
@@ -174,9 +197,6 @@ def plain_ticks(axis: Axis, values: Sequence[float], text: str = "{:g}") -> None
     axis.set_ticks([], minor=True)
 
 
-# ------------------------------------------------------------------ lines
-
-
 def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
     """Lengths ``(2, n)`` of error bars that reach from ``low`` to ``high``, none below zero."""
     return np.clip([value - low, high - value], 0, None)
@@ -187,6 +207,20 @@ def interval_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> Non
     table = table.sort_values(x)
     error = whiskers(table[y], table["low"], table["high"])
     ax.errorbar(table[x], table[y], yerr=error, capsize=2, **style)
+
+
+def setting_points(ax: Axes, rows: pd.DataFrame, x: str, largest: float, **style) -> None:
+    """One point per setting of a policy: means over the seeds of ``x`` and quality_loss, and ranges.
+
+    Points of a greater loss than ``largest`` are left out.
+    """
+    settings = rows.groupby(setting_of(rows))[[x, "quality_loss"]]
+    mean, low, high = settings.mean(), settings.min(), settings.max()
+    shown = mean["quality_loss"] <= largest
+    xerr, yerr = (
+        whiskers(mean[c][shown], low[c][shown], high[c][shown]) for c in (x, "quality_loss")
+    )
+    ax.errorbar(*mean[shown].to_numpy().T, xerr=xerr, yerr=yerr, **{"markersize": 4} | style)
 
 
 def mean_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> None:
@@ -202,31 +236,34 @@ def mean_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
         mean_line(ax, rows, x, y, label=name, **look(k))
 
 
+@panel(PAGE * 0.75, 2.6)
 def lines(
     table: pd.DataFrame,
     x: str,
     y: str,
-    hue: str,
+    hue: str | None,
     x_label: str,
     y_label: str,
     log: bool = True,
     *,
-    ax: Axes | None = None,
-) -> Axes:
-    """One line per value of ``hue``, mean and range over repeated rows, log–log by default."""
-    ax, own = new_axes(ax, PAGE * 0.75, 2.6)
-    mean_lines(ax, table, x, y, hue)
+    ax: Axes,
+) -> None:
+    """One line per value of ``hue``, mean and range over repeated rows, log–log by default.
+
+    Where ``hue`` is None there is one line.
+    """
+    if hue is None:
+        mean_line(ax, table, x, y, marker="o")
+    else:
+        mean_lines(ax, table, x, y, hue)
     if log:
         ax.set(xscale="log", yscale="log")
         plain_ticks(ax.xaxis, sorted(table[x].unique()))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        integers(ax.xaxis)
     ax.set(xlabel=x_label, ylabel=y_label)
-    legend(ax, own)
-    return ax
-
-
-# ------------------------------------------------------------------ bars
 
 
 def grouped_bars(
@@ -241,11 +278,8 @@ def grouped_bars(
 ) -> None:
     """Upright bars: a group for each row of ``values``, a colour for each column.
 
-    Args:
-        text: format of the number at a bar, such as ``"{:.2f}"``.
-        missing: text in place of a bar where there is no value (NaN).
-        bottom: value at which bars begin.
-        text_style: of ``Axes.bar_label``.
+    ``text`` formats the number at a bar, ``missing`` stands in place of a bar without a value (NaN),
+    bars begin at ``bottom``; ``text_style`` goes to ``Axes.bar_label``.
     """
     at, width = np.arange(len(values)), 0.8 / values.shape[1]
     for k, (name, column) in enumerate(values.items()):
@@ -270,9 +304,7 @@ def stacked_bars(
 ) -> None:
     """Lying bars: one for each row of ``values``, from the top, with a piece for each column.
 
-    Args:
-        text: format of the total written behind a bar, such as ``" {:.0f} MiB"``.
-        totals: the totals, where they are not the sums of the pieces.
+    ``text`` formats the total behind a bar; ``totals`` where they are not the sums of the pieces.
     """
     at, ends = np.arange(len(values)), np.zeros(len(values))
     for k, (name, column) in enumerate(values.fillna(0).items()):
@@ -290,9 +322,8 @@ def stacked_bars(
 def part_bars(ax: Axes, table: pd.DataFrame, text: Callable[[float], str]) -> None:
     """Lying bars on a logarithmic scale: what each part takes when a block takes 1.
 
-    Args:
-        table: columns part, group ("block", "check" or "head"), share_of_block; from the top.
-        text: writes the number behind a bar.
+    Columns: part, group ("block", "check" or "head"), share_of_block. ``text`` writes the number
+    behind a bar.
     """
     kinds = {"block": ("C0", "block"), "check": ("C2", "exit check"), "head": ("C1", "head")}
     for group, rows in table.groupby("group", sort=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -12,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from earlyexit.figures import style
-from earlyexit.figures.style import COLUMN, PAGE, REFERENCE
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, Panels
 
+EXIT = "exit (layer index)"
 FEW = 12  # settings, up to which a curve is drawn as points
 
 QUALITY = {
@@ -24,6 +24,7 @@ QUALITY = {
 OVER_THRESHOLD = {"layers": "mean layers\nexecuted", "quality_loss": "quality loss"}
 
 
+@style.panel(PAGE * 0.62, 3.0)
 def pareto(
     curves: pd.DataFrame,
     x: str,
@@ -31,8 +32,8 @@ def pareto(
     largest_loss: float = 0.3,
     points: pd.DataFrame | None = None,
     *,
-    ax: Axes | None = None,
-) -> Axes:
+    ax: Axes,
+) -> None:
     """Quality loss against a speedup, one curve per criterion, static exits and oracles beside.
 
     Static exits, and criteria of few settings, are drawn as points, oracles dashed; several seeds
@@ -44,7 +45,6 @@ def pareto(
         largest_loss: largest quality loss shown.
         points: the original's claims: columns quality_loss, ``x``.
     """
-    ax, own = style.new_axes(ax, PAGE * 0.62, 3.0)
     for k, (criterion, rows) in enumerate(curves.groupby("criterion", sort=False)):
         options = {"color": f"C{k}", "label": style.label_of(criterion)}
         if criterion.startswith("oracle"):
@@ -52,9 +52,10 @@ def pareto(
         if criterion.endswith(", before"):  # what comes after lies on it
             options |= {"linewidth": 3, "alpha": 0.4}
         if criterion == "static":
-            _pareto_points(ax, rows, x, largest_loss, **options | {"color": "black", "marker": "s"})
-        elif rows.groupby("seed").size().max() <= FEW:
-            _pareto_points(ax, rows, x, largest_loss, **style.look(k) | options)
+            options |= {"color": "black", "marker": "s"}
+        if criterion == "static" or rows.groupby("seed").size().max() <= FEW:
+            options = style.look(k) | options | {"linestyle": "none"}
+            style.setting_points(ax, rows, x, largest_loss, **options)
         else:
             _pareto_curve(ax, rows, x, largest_loss, **options)
     if points is not None:
@@ -66,18 +67,6 @@ def pareto(
     ax.set(ylim=(lowest, top), xlabel=x_label)
     ax.set_ylabel("quality loss\n(perplexity / full depth − 1)")
     style.percent(ax.yaxis)
-    style.legend(ax, own)
-    return ax
-
-
-def _pareto_points(ax: Axes, rows: pd.DataFrame, x: str, largest_loss: float, **options) -> None:
-    """One point per setting: the mean over the seeds, and the range of its quality loss."""
-    settings = rows.groupby(style.setting_of(rows))
-    points = settings["quality_loss"].agg(["mean", "min", "max"]).assign(x=settings[x].mean())
-    points = points[points["mean"] <= largest_loss]
-    error = style.whiskers(points["mean"], points["min"], points["max"])
-    options |= {"linestyle": "none", "markersize": 4}
-    ax.errorbar(points["x"], points["mean"], yerr=error, **options)
 
 
 def _pareto_curve(ax: Axes, rows: pd.DataFrame, x: str, largest_loss: float, **options) -> None:
@@ -94,24 +83,19 @@ def _pareto_curve(ax: Axes, rows: pd.DataFrame, x: str, largest_loss: float, **o
     ax.fill_between(grid, losses.min(axis=0), losses.max(axis=0), **band)
 
 
-def exit_distributions(
-    table: pd.DataFrame, criterion: str, *, ax: Sequence[Axes] | None = None
-) -> np.ndarray:
+def exit_distributions(table: pd.DataFrame, criterion: str, *, ax: Panels = None) -> np.ndarray:
     """Bars: share of tokens per exit layer, one panel per threshold, the average marked.
 
-    Args:
-        table: columns threshold, exit_layer, share (n_layers: no early exit), average.
+    Columns: threshold, exit_layer, share (n_layers: no early exit), average.
     """
     thresholds = sorted(table["threshold"].unique())
-    row = [partial(exit_distribution, table, criterion, threshold) for threshold in thresholds]
-    return style.compose(ax, PAGE, 2.1, [row], one_label="x", sharey=True)
+    panels = [partial(exit_distribution, table, criterion, threshold) for threshold in thresholds]
+    return style.compose(ax, PAGE, 2.1, panels, one_label="x", sharey=True)
 
 
-def exit_distribution(
-    table: pd.DataFrame, criterion: str, threshold: float, *, ax: Axes | None = None
-) -> Axes:
+@style.panel(COLUMN * 0.75, 2.1)
+def exit_distribution(table: pd.DataFrame, criterion: str, threshold: float, *, ax: Axes) -> None:
     """One panel of :func:`exit_distributions`: the tokens at one threshold."""
-    ax, _ = style.new_axes(ax, COLUMN * 0.75, 2.1)
     rows = table[table["threshold"] == threshold].groupby("exit_layer").mean(numeric_only=True)
     none, average = int(table["exit_layer"].max()), rows["average"].iloc[0]
     ax.bar(rows.index, rows["share"], color=["C0"] * none + ["0.6"])
@@ -121,24 +105,21 @@ def exit_distribution(
     ax.set(xlabel=f"exit layer ({style.label_of(criterion)})", ylabel="share of tokens")
     style.percent(ax.yaxis)
     ax.grid(axis="x", visible=False)
-    return ax
 
 
-def threshold_sweep(sweeps: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def threshold_sweep(sweeps: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Mean layers executed above, quality loss below, against the threshold; a column per criterion.
 
-    Args:
-        sweeps: columns seed, criterion, threshold, quality_loss, layers.
-        ax: of the upper row, criterion by criterion, then of the lower row.
+    Columns: seed, criterion, threshold, quality_loss, layers.
     """
-    names = list(dict.fromkeys(sweeps["criterion"]))
-    rows = [[partial(over_threshold, sweeps, name, y) for name in names] for y in OVER_THRESHOLD]
-    return style.compose(ax, PAGE, 3.2, rows, sharex="col", sharey="row")
+    names = sweeps["criterion"].unique()
+    panels = [partial(over_threshold, sweeps, name, y) for y in OVER_THRESHOLD for name in names]
+    return style.compose(ax, PAGE, 3.2, panels, 2, sharex="col", sharey="row")
 
 
-def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 0.75, 2.2)
+def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes) -> None:
     """One panel of :func:`threshold_sweep`: ``y`` is "layers" or "quality_loss"."""
-    ax, _ = style.new_axes(ax, COLUMN * 0.75, 2.2)
     rows = sweeps[(sweeps["criterion"] == criterion) & np.isfinite(sweeps["threshold"])]
     for _, one in rows.sort_values("threshold").groupby("seed"):
         ax.plot(one["threshold"], one[y], color=f"C{list(OVER_THRESHOLD).index(y)}")
@@ -148,50 +129,37 @@ def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes | N
     ax.set_xlabel("threshold\n" + textwrap.fill(style.label_of(criterion), 15), fontsize=7)
     ax.set_ylabel(OVER_THRESHOLD[y])
     ax.xaxis.set_major_locator(MaxNLocator(3))
-    return ax
 
 
-def exit_quality(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def exit_quality(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Perplexity, agreement and KL with the last layer, per exit: three panels.
 
-    Args:
-        table: columns seed, exit, perplexity, agreement, kl.
+    Columns: seed, exit, perplexity, agreement, kl.
     """
-    return style.compose(ax, PAGE, 2.1, [[partial(quality_per_exit, table, y) for y in QUALITY]])
-
-
-def quality_per_exit(table: pd.DataFrame, y: str, *, ax: Axes | None = None) -> Axes:
-    """One panel of :func:`exit_quality`: ``y`` is "perplexity", "agreement" or "kl"."""
-    ax, _ = style.new_axes(ax, COLUMN * 0.7, 2.1)
-    style.mean_line(ax, table, "exit", y, marker="o")
-    ax.set(xlabel="exit (layer index)", ylabel=QUALITY[y])
-    style.integers(ax.xaxis)
-    if y == "agreement":
-        style.percent(ax.yaxis)
-    return ax
+    panels = [
+        partial(style.lines, table, "exit", y, None, EXIT, label, log=False)
+        for y, label in QUALITY.items()
+    ]
+    drawn = style.compose(ax, PAGE, 2.1, panels)
+    style.percent(drawn[list(QUALITY).index("agreement")].yaxis)
+    return drawn
 
 
 def recipes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Perplexity per exit of models trained in different ways, mean and range over the seeds.
 
-    Args:
-        table: columns recipe, exit, perplexity.
+    Columns: recipe, exit, perplexity.
     """
-    ax, own = style.new_axes(ax, PAGE * 0.75, 2.6)
-    style.mean_lines(ax, table, "exit", "perplexity", "recipe")
-    ax.set(xlabel="exit (layer index)", ylabel="perplexity, test split")
-    style.integers(ax.xaxis)
-    style.legend(ax, own)
-    return ax
+    label = "perplexity, test split"
+    return style.lines(table, "exit", "perplexity", "recipe", EXIT, label, log=False, ax=ax)
 
 
-def equal_cost(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 1.2, 2.2)
+def equal_cost(table: pd.DataFrame, *, ax: Axes) -> None:
     """Perplexity of an adaptive against a shallow model of the same cost, with paired intervals.
 
-    Args:
-        table: columns seed, depth, difference, low, high.
+    Columns: seed, depth, difference, low, high.
     """
-    ax, own = style.new_axes(ax, COLUMN * 1.2, 2.2)
     depths = sorted(table["depth"].unique())
     for k, (seed, rows) in enumerate(table.groupby("seed")):
         rows = rows.assign(x=rows["depth"].map(depths.index) + 0.12 * k)
@@ -205,5 +173,3 @@ def equal_cost(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.margins(x=0.4)
     style.percent(ax.yaxis, 1)
     ax.grid(axis="x", visible=False)
-    style.legend(ax, own)
-    return ax

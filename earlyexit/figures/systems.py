@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from earlyexit.figures import style
-from earlyexit.figures.style import BACKGROUND, COLUMN, PAGE, REFERENCE
+from earlyexit.figures.style import BACKGROUND, COLUMN, PAGE, REFERENCE, Panels
 
 SAVED = {
     "speedup_layers": "positions of the reference / positions",
@@ -21,13 +20,12 @@ TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 UNUSABLE = 0.5  # quality loss beyond which nobody wants the model
 
 
-def sparse_limits(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(PAGE * 0.75, 2.6)
+def sparse_limits(table: pd.DataFrame, *, ax: Axes) -> None:
     """Speedup of a layer by a sparse BK-Core: at most, and measured, per size.
 
-    Args:
-        table: as :func:`earlyexit.cost.system_times.sparse_times` returns.
+    The table is as :func:`earlyexit.cost.system_times.sparse_times` returns.
     """
-    ax, own = style.new_axes(ax, PAGE * 0.75, 2.6)
     sizes = table[["heads", "batch", "positions", "d_model"]].itertuples(index=False)
     names = [f"{r.heads} heads\n{r.batch} × N = {r.positions}\nd = {r.d_model}" for r in sizes]
     labels = {"at_most": "if skipping cost nothing", "measured": "measured"}
@@ -36,16 +34,10 @@ def sparse_limits(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.axhline(1, **REFERENCE)
     ax.set(ylabel="speedup of one layer")
     ax.margins(y=0.15)
-    style.legend(ax, own)
-    return ax
 
 
 def combinations(
-    curves: pd.DataFrame,
-    alone: pd.DataFrame,
-    epsilon: float,
-    *,
-    ax: Sequence[Axes] | None = None,
+    curves: pd.DataFrame, alone: pd.DataFrame, epsilon: float, *, ax: Panels = None
 ) -> np.ndarray:
     """Perplexity against the reference's over what the layers save: positions, FLOPs; two panels.
 
@@ -54,21 +46,16 @@ def combinations(
         alone: the same, one row per system at full depth.
         epsilon: quality loss called matched; a dashed line.
     """
-    row = [partial(combination_curves, curves, alone, epsilon, x) for x in SAVED]
+    panels = [partial(combination_curves, curves, alone, epsilon, x) for x in SAVED]
     key = {"loc": "lower center", "ncols": 5}
-    return style.compose(ax, PAGE, 3.1, [row], key=key, sharey=True)
+    return style.compose(ax, PAGE, 3.1, panels, key=key, sharey=True)
 
 
+@style.panel(PAGE * 0.75, 3.1)
 def combination_curves(
-    curves: pd.DataFrame,
-    alone: pd.DataFrame,
-    epsilon: float,
-    x: str,
-    *,
-    ax: Axes | None = None,
-) -> Axes:
+    curves: pd.DataFrame, alone: pd.DataFrame, epsilon: float, x: str, *, ax: Axes
+) -> None:
     """One panel of :func:`combinations`: ``x`` is "speedup_layers" or "speedup_flops"."""
-    ax, own = style.new_axes(ax, PAGE * 0.75, 3.1)
     colors = [f"C{k}" for k in range(7)] + ["0.5", "0.2"]
     names = dict.fromkeys([*curves["system"], *alone["system"]])
     for k, name in enumerate(names):
@@ -83,17 +70,14 @@ def combination_curves(
     style.plain_ticks(ax.xaxis, TICKS)
     ax.set_ylim(top=min(ax.get_ylim()[1], UNUSABLE))
     style.percent(ax.yaxis)
-    style.legend(ax, own)
-    return ax
 
 
-def claimed_measured(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(PAGE, 2.7, loc="upper center", ncols=4)
+def claimed_measured(table: pd.DataFrame, *, ax: Axes) -> None:
     """Claimed factors and products beside measured ones, log scale.
 
-    Args:
-        table: columns claim, claimed, then one column per measure (NaN: not reached).
+    Columns: claim, claimed, then one column per measure (NaN: not reached).
     """
-    ax, own = style.new_axes(ax, PAGE, 2.7)
     wrap = partial(textwrap.fill, width=13, break_on_hyphens=False)
     values = table.set_index("claim").rename(index=wrap)
     colors = ["0.6"] + [f"C{k}" for k in range(values.shape[1] - 1)]
@@ -104,22 +88,17 @@ def claimed_measured(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.yaxis.set_major_formatter("{x:g}×")
     ax.set_ylabel("speedup")
     ax.margins(y=0.15)
-    style.legend(ax, own, "upper center", ncols=values.shape[1])
-    return ax
 
 
-def act_conversion(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@style.panel(COLUMN * 1.4, 2.5)
+def act_conversion(table: pd.DataFrame, *, ax: Axes) -> None:
     """Perplexity over mean layers of a converted ACT model, exits calibrated or not.
 
-    Args:
-        table: columns exits ("as converted", "calibrated", "ACT itself"), layers, perplexity.
+    Columns: exits ("as converted", "calibrated", "ACT itself"), layers, perplexity.
     """
-    ax, own = style.new_axes(ax, COLUMN * 1.4, 2.5)
     itself = {"marker": "*", "markersize": 7, "color": "black", "linestyle": "none"}
     for k, (name, rows) in enumerate(table.groupby("exits", sort=False)):
         rows = rows.sort_values("layers")
         options = itself if name == "ACT itself" else style.look(k)
         ax.plot(rows["layers"], rows["perplexity"], label=name, **options)
     ax.set(xlabel="mean layers executed", ylabel="perplexity, test split")
-    style.legend(ax, own)
-    return ax

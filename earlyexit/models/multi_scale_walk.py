@@ -81,7 +81,7 @@ class PyramidWalk(Walk):
         tokens = self.alive[rows]
         return self.carried[tokens] if self.keeps else self.read(tokens)
 
-    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor, hidden: Tensor) -> None:
         self.alive = self.alive[staying]
 
 
@@ -138,7 +138,7 @@ class CompactedPyramidWalk(PyramidWalk):
         unique, inverse = parents.unique_consecutive(return_inverse=True)
         return states + self.model.up[k](self._raised(k + 1, level, unique))[inverse]
 
-    def leave(self, layer: int, leaving: Tensor, staying: Tensor) -> None:
-        tokens, r = self.alive[leaving], self.states(leaving)[:, : self.model.d_model]
+    def leave(self, layer: int, leaving: Tensor, staying: Tensor, hidden: Tensor) -> None:
+        tokens, r = self.alive[leaving], hidden[:, : self.model.d_model]
         self.frozen = self.frozen.index_copy(0, tokens, r)
-        super().leave(layer, leaving, staying)
+        super().leave(layer, leaving, staying, hidden)
