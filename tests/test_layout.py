@@ -82,7 +82,6 @@ def test_imports_go_down():
     assert not up, "\n".join(up)
 
 
-@pytest.mark.xfail(reason="runs and study still move", strict=False)
 def test_imports_stand_at_the_top_of_their_module():
     hidden = [
         f"{module} imports {imported} in a function"
