@@ -38,6 +38,6 @@ def stored(cache: Path, device: torch.device) -> Path:
     key = {
         "machine": machine(),
         "device": str(device),
-        "code": digests.of_code(times.calibrate, TimeModel),
+        "code": digests.of_code(f"{times.__name__}.calibrate", TimeModel),
     }
     return cache / "time_model" / f"{digests.of_object(key)[:16]}.json"
