@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from earlyexit.cost.breakdown import ORIGINAL, part_functions
-from earlyexit.cost.parts import FULL_DEPTH, policy_flops
+from earlyexit.cost.parts import FULL_DEPTH, batch_speedups
 from earlyexit.cost.synthetic import (
     geometric_shares,
     policy_for_shares,
@@ -27,8 +27,6 @@ from earlyexit.cost.timing import interleaved_times, median_ratio
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.original import original_early_exit
-from earlyexit.exits.policy import ExitPolicy
-from earlyexit.exits.statistics import exit_shares
 from earlyexit.nn.bk_core import BKCore
 from earlyexit.nn.config import ModelConfig
 
@@ -148,7 +146,7 @@ class Bench:
         for depth in depths:
             policy = policy_for_shares(model, x, geometric_shares(config.n_layers, depth))
             runs[depth] = partial(model.nll, x, x, policy)
-            flops[depth] = self._flop_speedup(model, x, policy)
+            flops[depth] = batch_speedups(model, x, x, policy)["speedup_flops"]
         seconds = self._times(runs)
         for depth in depths:
             ratio, low, high = median_ratio(seconds[FULL_DEPTH], seconds[depth])
@@ -193,7 +191,7 @@ class Bench:
             ORIGINAL: partial(original_early_exit, model, x, threshold),
         }
         seconds = self._times(runs, max(3, self.repeats // 2))
-        flops = self._flop_speedup(model, x, policy)
+        flops = batch_speedups(model, x, x, policy)["speedup_flops"]
         what = f"d={config.d_model}, L={config.n_layers}, V={config.vocab_size:,}"
         what += f", {config.output_head} head"
         setting = f"{what}; {criterion}, mean depth {depth:g}; quality is not measured here"
@@ -235,11 +233,6 @@ class Bench:
         seconds = self._times(runs)
         medians = [np.median(seconds[n]) for n in runs]
         return float(np.polyfit(np.log(list(runs)), np.log(medians), 1)[0])
-
-    @staticmethod
-    def _flop_speedup(model: EarlyExitModel, x: Tensor, policy: ExitPolicy) -> float:
-        shares = exit_shares(model, x, x, policy)
-        return policy_flops(model, shares, policy)["speedup_flops"]
 
 
 @torch.no_grad()

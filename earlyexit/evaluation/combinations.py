@@ -14,8 +14,8 @@ import pandas as pd
 from torch import Tensor
 
 from earlyexit.cost.system_times import system_times
+from earlyexit.cost.timing import time_columns
 from earlyexit.evaluation import claims
-from earlyexit.evaluation.compare import time_columns
 from earlyexit.evaluation.routing import kept_shares
 from earlyexit.evaluation.systems import (
     candidate_policies,

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from earlyexit.corpus.windows import IGNORE
 from earlyexit.cost.parts import run_flops
+from earlyexit.cost.synthetic import rule_threshold
+from earlyexit.evaluation.evaluator import run_batches
 from earlyexit.evaluation.routing import kept_shares
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import exit_state
+from earlyexit.exits.statistics import layers_executed
 from earlyexit.training.systems import REFERENCE, System
 
 
@@ -48,17 +51,13 @@ def run_policy(
         operations = replace(operations, kept=tuple(kept))
     nll, count, tokens, depth = 0.0, 0, 0, 0.0
     positions = np.zeros(model.n_layers)
-    for x, y in batches:
-        if policy is None:
-            losses, exits = model.nll(x, y), torch.full_like(x, model.n_layers)
-        else:
-            losses, exits = model.nll(x, y, policy)
+    for y, losses, exits in run_batches(model, batches, policy):
         scored = y != IGNORE
         nll += losses[scored].double().sum().item()
         count += int(scored.sum())
-        tokens += x.numel()
-        positions += operations.run_positions(exits) * x.numel()
-        depth += (exits + 1).clamp_max(model.n_layers).sum().item()
+        tokens += y.numel()
+        positions += operations.run_positions(exits) * y.numel()
+        depth += layers_executed(exits, model.n_layers).sum().item()
     positions /= tokens
     flops = run_flops(operations, positions, policy)
     return {
@@ -85,11 +84,8 @@ def quantile_policies(
     values, (low, high) = torch.cat(scores).double().cpu().numpy(), rule.bounds
     open_ones = values[(values > low) & (values < high)]
     values = open_ones if len(open_ones) else values
-    cuts = np.quantile(values, [1 - s if rule.exit_above else s for s in shares])
-    return [
-        ExitPolicy.constant(float(np.clip(t, *rule.bounds)), model.n_layers, criterion)
-        for t in cuts
-    ]
+    cuts = (rule_threshold(rule, values, share) for share in shares)
+    return [ExitPolicy.constant(cut, model.n_layers, criterion) for cut in cuts]
 
 
 def sweep(
