@@ -284,6 +284,11 @@ class Load:
         return operations(self.config)
 
     @property
+    def at_full_depth(self) -> Load:
+        """The same batch without exits."""
+        return Load(self.config, self.batch, self.length)
+
+    @property
     def tokens(self) -> int:
         return self.batch * self.length
 

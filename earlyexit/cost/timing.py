@@ -6,13 +6,15 @@ import ctypes
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 
 import numpy as np
 import torch
 
 from earlyexit.devices import synchronize
+
+INTERVAL = ("speedup_time", "low", "high")  # columns of a ratio of times and its interval
 
 
 def interleaved_times(
@@ -76,3 +78,8 @@ def time_columns(baseline: np.ndarray, other: np.ndarray, *names: str) -> dict[s
         (name,) = names or ("speedup_time",)
         names = (name, f"{name}_low", f"{name}_high")
     return dict(zip(names, median_ratio(baseline, other), strict=True))
+
+
+def median_ms(seconds: Mapping[Hashable, np.ndarray]) -> dict[Hashable, float]:
+    """Median milliseconds of each run of :func:`interleaved_times`."""
+    return {name: 1e3 * float(np.median(taken)) for name, taken in seconds.items()}

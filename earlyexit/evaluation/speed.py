@@ -13,7 +13,7 @@ from torch import Tensor
 
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.cost import time_model
-from earlyexit.cost.breakdown import ORIGINAL, run_times
+from earlyexit.cost.breakdown import ORIGINAL, compaction_speedups, run_times
 from earlyexit.cost.parts import FULL_DEPTH, batch_speedups, policy_flops
 from earlyexit.cost.synthetic import (
     geometric_shares,
@@ -22,7 +22,7 @@ from earlyexit.cost.synthetic import (
     random_tokens,
     rule_threshold,
 )
-from earlyexit.cost.timing import interleaved_times, time_columns
+from earlyexit.cost.timing import INTERVAL, interleaved_times, time_columns
 from earlyexit.evaluation.compare import run_rows
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
@@ -30,8 +30,6 @@ from earlyexit.exits.original import original_early_exit
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import exit_shares
 from earlyexit.nn.config import ModelConfig
-
-INTERVAL = ("speedup_time", "low", "high")
 
 # Part of a run → what :func:`earlyexit.cost.parts.policy_flops` calls it; None: no FLOPs.
 PARTS_OF_FLOPS = {
@@ -153,23 +151,19 @@ def compaction(
         depth: policy_for_shares(model, x, geometric_shares(config.n_layers, depth))
         for depth in depths
     }
-    runs = {FULL_DEPTH: lambda: model.nll(x, x)}
-    runs |= {str(depth): lambda p=p: model.nll(x, x, p) for depth, p in policies.items()}
-    seconds = interleaved_times(runs, device, repeats)
+    table = compaction_speedups(model, x, policies, repeats)
+    runs = {FULL_DEPTH: partial(model.nll, x, x)}
+    runs |= {str(depth): partial(model.nll, x, x, p) for depth, p in policies.items()}
     clocked = run_times(runs, device, repeats)
     milliseconds = clocked.pivot(index="run", columns="part", values="milliseconds")
-    rows = []
+    beyond = []
     for depth, policy in policies.items():
         allowed = policy_flops(model, exit_shares(model, x, x, policy), policy)
         price = milliseconds.loc[FULL_DEPTH].sum() / allowed["full_depth"]
-        row = {"depth": depth, "speedup_layers": config.n_layers / depth}
-        row["speedup_flops"] = allowed["speedup_flops"]
-        row |= time_columns(seconds[FULL_DEPTH], seconds[str(depth)], *INTERVAL)
-        for part, flops in PARTS_OF_FLOPS.items():
-            fair = price * allowed[flops] if flops else 0.0
-            row[f"beyond_{part}_ms"] = milliseconds.loc[str(depth), part] - fair
-        rows.append(row)
-    return pd.DataFrame(rows)
+        fair = {part: price * allowed.get(name, 0.0) for part, name in PARTS_OF_FLOPS.items()}
+        taken = milliseconds.loc[str(depth)]
+        beyond.append({f"beyond_{part}_ms": taken[part] - fair[part] for part in fair})
+    return table.join(pd.DataFrame(beyond))
 
 
 def output_heads(
