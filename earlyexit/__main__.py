@@ -11,12 +11,19 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
+import torch
 from tqdm.auto import tqdm
 
 from earlyexit.cost import bench, predict
+from earlyexit.cost.parts import Load
+from earlyexit.cost.synthetic import geometric_shares
+from earlyexit.devices import resolve_device
+from earlyexit.exits.criteria import CRITERIA
 from earlyexit.models.checkpoints import CheckpointError, load_model
-from earlyexit.runs import cli, machine
+from earlyexit.nn.config import ModelConfig
+from earlyexit.runs import cache
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import project
 from earlyexit.runs.settings import Settings, UsageError
@@ -42,18 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from earlyexit.runs import runner  # papermill takes its time
 
-    cli.device_and_threads(options.device, 0)
-    settings = Settings(
-        profile=options.profile,
-        seeds=tuple(options.seeds),
-        sets=tuple(options.set),
-        data_dir=options.data_dir,
-        device=options.device,
-    )
+    _device(options.device)
+    settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     if options.dry_run:
-        _show(runner.plan(settings, tuple(options.only)))
+        _show(runner.plan(settings, options.only))
     else:
-        runner.run(settings, tuple(options.only), force=options.force)
+        runner.run(settings, options.only, force=options.force)
     return 0
 
 
@@ -72,16 +73,14 @@ def _readme(options: argparse.Namespace) -> int:
     from earlyexit.runs import publish
 
     path = project().readme
-    if not options.check:
-        print("\n".join(f"regenerated: {name}" for name in publish.update(path)) or "up to date")
-        return 0
-    stale = publish.check(path)
-    print("\n".join(f"differs from the results: {name}" for name in stale) or "up to date")
-    return 1 if stale else 0
+    stale = publish.check(path) if options.check else publish.update(path)
+    what = "differs from the results" if options.check else "regenerated"
+    print("\n".join(f"{what}: {name}" for name in stale) or "up to date")
+    return 1 if stale and options.check else 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    device = cli.device_and_threads(options.device, options.threads)
+    device = _device(options.device, options.threads)
     if options.repeats < 1:
         raise UsageError(f"--repeats {options.repeats} must be at least 1")
     try:
@@ -108,11 +107,53 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    load = cli.load_from(options)
-    device = cli.device_and_threads(options.device, options.threads)
-    answer = predict.answer(machine.time_model(device, refit=options.refit), load)
+    load = _load(options)
+    device = _device(options.device, options.threads)
+    answer = predict.answer(cache.time_model(project().cache, device, options.refit), load)
     print(json.dumps(answer, indent=2) if options.json else predict.text(answer))
     return 0
+
+
+def _load(options: argparse.Namespace) -> Load:
+    """The run that the options of ``predict`` describe.
+
+    Raises:
+        UsageError: sizes that make no model, an unknown criterion, a depth or shares that do not fit.
+    """
+    known = [name for name in CRITERIA if name != "depth"]
+    if options.criterion not in known:
+        raise UsageError(f"--criterion {options.criterion}: choose one of {', '.join(known)}")
+    asked = {f.name: getattr(options, f.name) for f in fields(ModelConfig) if f.name in options}
+    try:
+        config = ModelConfig(**asked, dropout_p=0.0, gate_hidden=0)
+        config.check_trainable()
+        shares = options.exit_shares
+        if shares is None:
+            depth = options.mean_depth
+            depth = (config.n_layers + 1) / 2 if depth is None else depth
+            shares = geometric_shares(config.n_layers, depth)
+        shares = tuple(map(float, shares))
+        return Load(config, options.batch, config.n_seq, options.criterion, shares)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _device(name: str, threads: int = 0) -> torch.device:
+    """The device, with torch set to ``threads`` where that is not 0.
+
+    Raises:
+        UsageError: no such device, or a negative number of threads.
+    """
+    if threads < 0:
+        raise UsageError(f"--threads {threads} must be ≥ 0")
+    try:
+        device = resolve_device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if threads:
+        torch.set_num_threads(threads)
+    return device
 
 
 def _show(plan) -> None:
@@ -144,19 +185,27 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
+class _Tuple(argparse.Action):
+    """An option of several values, which may be given more than once."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m earlyexit", description="Early exit, measured."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    several = {"nargs": "+", "action": _Tuple, "default": ()}
 
     run = commands.add_parser("run", help="execute the notebooks that are not fresh")
     run.set_defaults(command=_run)
     run.add_argument("--profile", default="cpu", help="table of sizes (default: cpu)")
-    run.add_argument("--only", nargs="+", action="extend", default=[], metavar="NN")
-    run.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of the profile's")
+    run.add_argument("--only", **several, metavar="NN")
+    run.add_argument("--seeds", **several, type=int, help="instead of the profile's")
     run.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        "--set", **several, dest="sets", metavar="KEY=VALUE",
         help="change a profile field or notebook parameter; results get a label of their own",
     )  # fmt: skip
     run.add_argument("--data-dir", default="", metavar="DIR", help="folder with local text")
@@ -185,14 +234,14 @@ def _parser() -> argparse.ArgumentParser:
         " machine (once; kept in the cache).",
     )  # fmt: skip
     prediction.set_defaults(command=_predict)
-    prediction.add_argument("--d-model", type=int, required=True, metavar="D")
-    prediction.add_argument("--n-layers", type=int, required=True, metavar="L")
-    prediction.add_argument("--vocab", dest="vocab_size", type=int, required=True, metavar="V")
+    required = {"d_model": "D", "n_layers": "L", "vocab_size": "V"}
+    others = {"n_seq": "N", "bk_heads": "H", "num_experts": "E", "top_k": "K"}
+    for name, sign in (required | others).items():
+        prediction.add_argument(
+            f"--{name.replace('_', '-')}", type=int, metavar=sign,  # `--vocab` is enough
+            required=name in required, default=getattr(ModelConfig, name, None),
+        )  # fmt: skip
     prediction.add_argument("--batch", type=int, default=32, metavar="B")
-    prediction.add_argument("--n-seq", type=int, default=128, metavar="N")
-    prediction.add_argument("--bk-heads", type=int, default=16, metavar="H")
-    prediction.add_argument("--num-experts", type=int, default=4, metavar="E")
-    prediction.add_argument("--top-k", type=int, default=1, metavar="K")
     prediction.add_argument("--output-head", default="linear", help="linear or adaptive")
     prediction.add_argument("--criterion", default="gate", help="what decides (default: gate)")
     exits = prediction.add_mutually_exclusive_group()

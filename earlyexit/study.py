@@ -92,9 +92,8 @@ class Study:
     def run_tokens(self, criterion: str, logits_tokens: int) -> int:
         """Tokens of the test split that real runs by a criterion are scored on; 0: all.
 
-        Args:
-            logits_tokens: for checks that need all logits, which take several times as long as
-                everything else.
+        Checks that need all logits take several times as long as everything else: they get
+        ``logits_tokens``.
         """
         part = CRITERIA[criterion].read_by_check(operations(self.model_config()))
         return logits_tokens if part else 0
@@ -128,6 +127,8 @@ class Study:
         model: dict | None = None,
         training: dict | None = None,
         max_tokens: int = 0,
+        *,
+        fit_tokens: int = 0,
         backbone: Trained | None = None,
         may_train: bool = True,
         kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
@@ -136,10 +137,13 @@ class Study:
 
         Args:
             max_tokens: of the training split, where the profile takes more; 0: as many as it takes.
+            fit_tokens: of the fit part, read for the history; 0: all, or in proportion to
+                ``max_tokens``.
         """
         limits = [n for n in (max_tokens, self.profile.max_train_tokens) if n]
+        fit_tokens = fit_tokens or (max_tokens and max(1000, max_tokens // 50))
         return cache.trained_model(
-            self._text_of_training(max_tokens),
+            cache.with_short_fit(self.corpus, fit_tokens),
             self.model_config(kind, **(model or {})),
             self.training_config(seed, **(training or {})),
             self.cache,
@@ -150,14 +154,7 @@ class Study:
             kind=kind,
         )
 
-    def _text_of_training(self, max_tokens: int) -> Corpus:
-        """The text; for a short training with a fit part that is no longer to read than to train."""
-        if not max_tokens:
-            return self.corpus
-        fit = self.corpus.splits["fit"].limit(max(1000, max_tokens // 50))
-        return replace(self.corpus, splits=self.corpus.splits | {"fit": fit})
-
-    def recipe(self, seed: int, name: str, max_tokens: int = 0) -> Trained:
+    def recipe(self, seed: int, name: str, max_tokens: int) -> Trained:
         """A model with gates whose exits were trained in one of the ``RECIPES``.
 
         Raises:
@@ -165,17 +162,17 @@ class Study:
         """
         if name not in RECIPES:
             raise ValueError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
-        backbone = None
-        if RECIPES[name].get("freeze_backbone"):
-            backbone = self.twin(seed, max_tokens=max_tokens)
-        trained = self.train(seed, None, RECIPES[name], max_tokens, backbone)
+        frozen = RECIPES[name].get("freeze_backbone")
+        backbone = self.twin(seed, max_tokens=max_tokens) if frozen else None
+        trained = self.train(seed, None, RECIPES[name], max_tokens, backbone=backbone)
         return self.with_gates(seed, trained)
 
     def twin(self, seed: int, n_layers: int | None = None, max_tokens: int = 0) -> Trained:
         """The model trained without exits, same data, seed and steps, at any depth."""
         depth = {"n_layers": n_layers or self.profile.model.n_layers}
-        recipe = {"exit_loss_weight": 0.0, "exit_sampling": "one"}
-        return self.train(seed, depth, recipe, max_tokens)
+        return self.train(
+            seed, depth, {"exit_loss_weight": 0.0, "exit_sampling": "one"}, max_tokens
+        )
 
     def build(self, seed: int) -> Trained:
         """The profile's model with gates, trained now unless it is in the cache."""
@@ -188,7 +185,7 @@ class Study:
             NotTrained: it has not been run for this profile and seed, and nothing is published.
         """
         try:
-            return self._gated(seed, self.train(seed, may_train=False), may_train=False)
+            return self.with_gates(seed, self.train(seed, may_train=False), may_train=False)
         except NotTrained:
             if published := self._published(seed):
                 return published
@@ -203,10 +200,8 @@ class Study:
         Returns:
             The file; None where the weights are too large to be committed.
         """
-        if (
-            sum(p.numel() * p.element_size() for p in trained.model.parameters())
-            > LARGEST_PUBLISHED
-        ):
+        size = sum(p.numel() * p.element_size() for p in trained.model.parameters())
+        if size > LARGEST_PUBLISHED:
             return None
         about = self._recipe_of(seed) | {
             "model_hash": trained.model_hash,
@@ -233,11 +228,8 @@ class Study:
     def _recipe_of(self, seed: int) -> dict:
         return {"training": asdict(self.training_config(seed)), "text": self.corpus.data_hash}
 
-    def with_gates(self, seed: int, trained: Trained) -> Trained:
+    def with_gates(self, seed: int, trained: Trained, may_train: bool = True) -> Trained:
         """A model of this profile with gates trained on its frozen weights."""
-        return self._gated(seed, trained, may_train=True)
-
-    def _gated(self, seed: int, trained: Trained, may_train: bool) -> Trained:
         return cache.gated_model(
             trained,
             self.corpus,
@@ -264,28 +256,25 @@ class Study:
 
     def table(self, df: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
         """Write a result table; see :meth:`earlyexit.runs.artifacts.Outputs.table`."""
-        return self.outputs.table(df, name, caption, text_hash=self.corpus.data_hash)
+        return self.outputs.table(df, name, caption, self.corpus.data_hash)
 
     def figure(self, drawn: Any, name: str, caption: str) -> Any:
         """Write a figure, given as such or by its axes; see ``artifacts.Outputs.figure``."""
-        return self.outputs.figure(drawn, name, caption, text_hash=self.corpus.data_hash)
+        return self.outputs.figure(drawn, name, caption, self.corpus.data_hash)
 
-    def document(self, text: str, name: str, caption: str) -> Path:
-        """Write a JSON file; see :meth:`earlyexit.runs.artifacts.Outputs.document`."""
-        return self.outputs.document(text, name, caption, text_hash=self.corpus.data_hash)
+    def document(self, text: str, name: str, caption: str, suffix: str = "json") -> Path:
+        """Write a JSON file or one of another kind; see ``artifacts.Outputs.document``."""
+        return self.outputs.document(text, name, caption, self.corpus.data_hash, suffix)
+
+    def page(self, text: str, name: str, caption: str) -> Path:
+        """Write an HTML page beside the figures."""
+        return self.document(text, name, caption, suffix="html")
 
     def card(self, trained: dict[int, Trained], files: dict[int, Path]) -> Path:
         """Write the card of published weights, seed → model and file, beside them."""
         names = {seed: path.name for seed, path in files.items()}
         text = model_card(self.profile, self.label, trained, self.corpus.data_hash, names)
-        caption = "What the published weights are."
-        return self.outputs.document(
-            text, "model_card", caption, self.corpus.data_hash, suffix="md"
-        )
-
-    def page(self, text: str, name: str, caption: str) -> Path:
-        """Write an HTML page beside the figures."""
-        return self.outputs.document(text, name, caption, self.corpus.data_hash, suffix="html")
+        return self.document(text, "model_card", "What the published weights are.", suffix="md")
 
     def read_table(self, name: str) -> pd.DataFrame:
         """A table that another notebook of this profile wrote."""

@@ -1,10 +1,8 @@
 """Tables and figures, and the record of the run that wrote them.
 
-A notebook writes into a folder of its own, which git ignores: a table is ``results/<name>.csv`` and
-``.tex`` there, a figure ``figures/<name>.pdf`` and ``.png``, and after each of them the record is
-written anew. ``python -m earlyexit run`` gives it the folder and, when the notebook has succeeded,
-publishes what lies there; a notebook opened by hand has ``build/by-hand/<label>/``. What does not
-match a record was never finished and is not read.
+A notebook writes into a folder that git ignores, and after each file its record anew. ``run`` gives
+it the folder and publishes what lies there when the notebook has succeeded; opened by hand, it has
+``build/by-hand/<label>/``. What does not match a record was never finished and is not read.
 """
 
 from __future__ import annotations
@@ -61,6 +59,8 @@ def run_label(
 class Outputs:
     """Writes the tables and figures of one notebook.
 
+    Every method that writes raises ValueError where another notebook writes a result of that name.
+
     Args:
         label: folder of the results; see ``run_label``.
         notebook: name without suffix, such as ``"03_threshold_sweep"``.
@@ -99,16 +99,13 @@ class Outputs:
         """Write a tidy table as CSV and LaTeX, and return it, to be shown.
 
         Raises:
-            ValueError: no row, no ``seed`` column, columns that are not plain names, an infinite
-                number, or a name that another notebook uses. NaN is allowed: it says that
-                something could not be measured.
+            ValueError: no row, no ``seed`` column, columns that are not plain names, or an infinite
+                number. NaN is allowed: it says that something could not be measured.
         """
         self._check_table(df, name)
         latex = _latex(df, name, caption)
-        writers = {
-            f"results/{name}.csv": lambda path: df.to_csv(path, index=False, lineterminator="\n"),
-            f"results/{name}.tex": lambda path: path.write_text(latex, encoding="utf-8"),
-        }
+        csv = df.to_csv(index=False, lineterminator="\n")
+        writers = {f"results/{name}.csv": _text(csv), f"results/{name}.tex": _text(latex)}
         self._write("table", name, caption, text_hash, writers)
         return df
 
@@ -117,9 +114,6 @@ class Outputs:
 
         Args:
             drawn: a figure, or the axes or an array of axes that lie in one.
-
-        Raises:
-            ValueError: another notebook writes a figure of that name.
         """
         import matplotlib as mpl
 
@@ -143,25 +137,15 @@ class Outputs:
 
         Returns:
             Its path.
-
-        Raises:
-            ValueError: another notebook writes a result of that name.
         """
         file = f"{'figures' if suffix == 'html' else 'results'}/{name}.{suffix}"
-
-        def write(path: Path) -> None:
-            path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-
-        return self._write("document", name, caption, text_hash, {file: write})
+        writers = {file: _text(text.rstrip("\n") + "\n")}
+        return self._write("document", name, caption, text_hash, writers)
 
     def weights(
         self, model: EarlyExitLanguageModel, name: str, caption: str, about: dict, text_hash: str
     ) -> Path:
-        """Write a model as safetensors among the tables; see ``checkpoints.save_model``.
-
-        Raises:
-            ValueError: another notebook writes a result of that name.
-        """
+        """Write a model as safetensors among the tables; see ``checkpoints.save_model``."""
         file = f"results/{name}.safetensors"
         writers = {file: lambda path: save_model(model, path, about)}
         return self._write("weights", name, caption, text_hash, writers)
@@ -223,8 +207,12 @@ class Outputs:
         if df.columns.duplicated().any():
             raise ValueError(f"table {name}: two columns have one name")
         for column in df.select_dtypes("number"):
-            if np.isinf(df[column].to_numpy(dtype=float, na_value=np.nan)).any():
+            if df[column].isin([np.inf, -np.inf]).any():
                 raise ValueError(f"table {name}: infinite value in column `{column}`")
+
+
+def _text(content: str) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(content, encoding="utf-8", newline="\n")
 
 
 def read_table(label: str, name: str, root: str | Path | None = None) -> pd.DataFrame:
@@ -246,21 +234,19 @@ def result_path(label: str, file: str, root: str | Path | None = None) -> Path:
         MissingResult: not made yet, half-written or changed by hand; names the notebook to run.
     """
     place = project(root)
-    by_hand = place.by_hand(label)
-    found = {} if FOLDER in os.environ else {by_hand: (by_hand, f"results/{file}")}
-    found[place.published(label)] = (place.root, f"results/{label}/{file}")
-    owner = None
-    for folder, (base, name) in found.items():
+    by_hand, published = place.by_hand(label), place.published(label)
+    places = [] if FOLDER in os.environ else [(by_hand, by_hand, f"results/{file}")]
+    published_name = f"results/{label}/{file}"
+    for folder, base, name in [*places, (published, place.root, published_name)]:
         owner = owner_of(name, folder)
         if owner and not replace(owner, files={name: owner.files[name]}).unmatched(base):
             return base / name
-    if owner is None or not (place.published(label) / file).is_file():
-        maker = owner.notebook if owner else _producer(place, file.partition(".")[0])
-        raise MissingResult(f"results/{label}/{file} is missing: {remedy(label, maker)}")
-    raise MissingResult(
-        f"results/{label}/{file} does not match its record (interrupted, or changed by hand): "
-        f"{remedy(label, owner.notebook)}"
-    )
+    if owner and (published / file).is_file():
+        what = "does not match its record (interrupted, or changed by hand)"
+    else:
+        what = "is missing"
+    maker = owner.notebook if owner else _producer(place, file.partition(".")[0])
+    raise MissingResult(f"{published_name} {what}: {remedy(label, maker)}")
 
 
 def owner_of(file: str, folder: Path) -> Record | None:
@@ -296,7 +282,7 @@ def remedy(label: str, notebook: str | None) -> str:
 
 
 def _producer(place: Project, name: str) -> str | None:
-    """The first notebook that names a table."""
+    """The first notebook that names a table: those that read it come later."""
     quoted = json.dumps(f'"{name}"')[1:-1]  # as a notebook's JSON has it
     paths = sorted(place.notebooks.glob("*.ipynb"))
     return next((p.stem for p in paths if quoted in p.read_text("utf-8")), None)

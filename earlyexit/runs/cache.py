@@ -1,4 +1,4 @@
-"""Costly steps, computed once: trained models and exit traces.
+"""Costly steps, computed once: trained models, exit traces and this machine's prices of work.
 
 Each is kept under a digest of its configuration, its text and the definitions that it uses, so that
 neither a comment nor a new figure costs an hour. Deleting the cache costs time only.
@@ -6,6 +6,7 @@ neither a comment nor a new figure costs an hour. Deleting the cache costs time 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as remember
@@ -19,21 +20,21 @@ from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
+from earlyexit.cost import time_model as times
+from earlyexit.cost.time_model import TimeModel
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.models import checkpoints
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
-from earlyexit.runs import digests
+from earlyexit.runs import digests, provenance
 from earlyexit.training.config import GatesConfig, TrainingConfig
 from earlyexit.training.gates import train_gates
 from earlyexit.training.resume import TrainingState
 from earlyexit.training.train import train
 
+log = logging.getLogger(__name__)
 
-@remember
-def _code(*roots: Callable) -> dict[str, str]:
-    """Digests of the code that this process has loaded: read once, it cannot change."""
-    return digests.of_code(*roots, contract=ExitModel)
+Kind = type[EarlyExitLanguageModel]
 
 
 class NotTrained(FileNotFoundError):
@@ -61,36 +62,6 @@ class Trained:
         return self.model.config
 
 
-def _kept(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
-    """Where the result of a step is kept."""
-    return folder / f"{digests.of_object(key)[:16]}{suffix}"
-
-
-def _model(
-    cache: Path,
-    key: dict[str, Any],
-    config: ModelConfig,
-    device: torch.device,
-    kind: type[EarlyExitLanguageModel],
-    make: Callable[[Path], tuple[EarlyExitLanguageModel, dict]],
-    may_train: bool = True,
-) -> Trained:
-    """The model kept under ``key``, or the one that ``make`` trains now, with what it says of it."""
-    path = _kept(cache / "models", ".safetensors", key)
-    if path.exists():
-        try:
-            return load_trained(path, config, device, kind)
-        except checkpoints.CheckpointError:  # damaged
-            if not may_train:
-                raise
-    if not may_train:
-        raise NotTrained(f"no trained model of {config}")
-    model, about = make(path)
-    checkpoints.save_model(model, path, about)
-    TrainingState(cache / "training" / path.stem, {}).delete()
-    return load_trained(path, config, device, kind)
-
-
 def trained_model(
     corpus: Corpus,
     model_config: ModelConfig,
@@ -100,8 +71,9 @@ def trained_model(
     *,
     max_tokens: int = 0,
     backbone: Trained | None = None,
+    convert: Callable[[EarlyExitLanguageModel], EarlyExitLanguageModel] | None = None,
     may_train: bool = True,
-    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
+    kind: Kind = EarlyExitLanguageModel,
 ) -> Trained:
     """The model of this configuration: from the cache, or trained now and kept.
 
@@ -109,11 +81,14 @@ def trained_model(
         max_tokens: see :func:`earlyexit.training.train.train`.
         kind: class of the model.
         backbone: the model whose exits are trained when ``training.freeze_backbone``.
+        convert: makes of the backbone the model whose exits are trained, with the same configuration.
         may_train: otherwise a model that is not in the cache raises.
 
     Raises:
         NotTrained: not in the cache, and ``may_train`` is False.
     """
+    if convert:
+        kind = type(convert(backbone.model))
     key = {
         "model": model_config,
         "training": training,
@@ -121,55 +96,28 @@ def trained_model(
         "text": corpus.data_hash,
         "backbone": backbone.model_hash if backbone else "",
         "kind": kind.__qualname__,
-        "code": _code(train, kind),
+        "code": _code(train, convert or kind),
     }
+    path = _path(cache / "models", ".safetensors", key)
+    state = cache / "training" / path.stem
 
-    def make(path: Path) -> tuple[EarlyExitLanguageModel, dict]:
+    def make() -> tuple[EarlyExitLanguageModel, dict]:
         torch.manual_seed(training.seed)
-        if backbone:
-            model = checkpoints.load_model(cache / "models" / f"{backbone.model_hash}.safetensors")
+        if convert:
+            model = convert(backbone.model)
+        elif backbone:
+            model = checkpoints.load_model(path.with_stem(backbone.model_hash))
         else:
             model = kind.from_config(model_config)
-        state = cache / "training" / path.stem
         history = train(
             model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens
         )
-        return model, {"training": asdict(training), "text": corpus.data_hash, "history": history}
+        about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
+        return model, about
 
-    return _model(cache, key, model_config, device, kind, make, may_train)
-
-
-def converted_model(
-    trained: Trained,
-    convert: Callable[[EarlyExitLanguageModel], EarlyExitLanguageModel],
-    corpus: Corpus,
-    training: TrainingConfig,
-    cache: Path,
-    device: torch.device,
-    *,
-    max_tokens: int,
-) -> Trained:
-    """``convert(trained.model)`` with its exits trained on the frozen backbone: cached, or now.
-
-    Args:
-        training: of the exits; it must freeze the backbone.
-        max_tokens: see :func:`earlyexit.training.train.train`.
-    """
-    if not training.freeze_backbone:
-        raise ValueError("a converted model keeps its backbone: training.freeze_backbone")
-    key = {
-        "model": trained.model_hash,
-        "training": training,
-        "max_tokens": max_tokens,
-        "text": corpus.data_hash,
-        "code": _code(train, convert),
-    }
-    model = convert(trained.model)
-
-    def make(path: Path) -> tuple[EarlyExitLanguageModel, dict]:
-        return model, {"history": train(model, corpus, training, device, max_tokens=max_tokens)}
-
-    return _model(cache, key, trained.config, device, type(model), make)
+    trained = _cached_model(path, model_config, device, kind, make if may_train else None)
+    TrainingState(state, {}).delete()
+    return trained
 
 
 def gated_model(
@@ -185,9 +133,9 @@ def gated_model(
     """``trained`` with learned gates: from the cache, or trained now on frozen weights and kept.
 
     Raises:
-        NotTrained: not in the cache, and ``may_train`` is False.
+        NotTrained: see :func:`trained_model`.
     """
-    kind, config = type(trained.model), replace(trained.config, gate_hidden=gates.hidden)
+    config, kind = replace(trained.config, gate_hidden=gates.hidden), type(trained.model)
     key = {
         "model": trained.model_hash,
         "gates": gates,
@@ -196,31 +144,15 @@ def gated_model(
         "code": _code(train_gates),
     }
 
-    def make(path: Path) -> tuple[EarlyExitLanguageModel, dict]:
+    def make() -> tuple[EarlyExitLanguageModel, dict]:
         model = kind.from_config(config).to(device)
         model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
         split, limits = corpus.splits["train"], (gates.max_tokens, gates.steps)
         report = train_gates(model, split, corpus.eos_id, *limits, seed=seed)
         return model, {"history": trained.history.to_dict("records"), "gates": report}
 
-    return _model(cache, key, config, device, kind, make, may_train)
-
-
-def load_trained(
-    path: Path,
-    config: ModelConfig,
-    device: torch.device,
-    kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
-) -> Trained:
-    """A stored model with its history.
-
-    Raises:
-        CheckpointError: see :func:`earlyexit.models.checkpoints.load_model`.
-    """
-    model = checkpoints.load_model(path, config, device, kind)
-    about = checkpoints.checkpoint_about(path)
-    history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
-    return Trained(model, history, path.stem, gates)
+    path = _path(cache / "models", ".safetensors", key)
+    return _cached_model(path, config, device, kind, make if may_train else None)
 
 
 def exit_trace(
@@ -239,7 +171,86 @@ def exit_trace(
         "temperatures": list(temperatures or ()),
         "code": _code(collect_trace, ExitTrace),
     }
-    path = _kept(cache / "traces", ".parquet", key)
+    path = _path(cache / "traces", ".parquet", key)
     if not path.exists():
         collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures).save(path)
     return ExitTrace.load(path)
+
+
+def with_short_fit(corpus: Corpus, tokens: int) -> Corpus:
+    """The text for a short training: its fit part takes no longer to read than the training."""
+    fit = corpus.splits["fit"].limit(tokens)
+    return replace(corpus, splits=corpus.splits | {"fit": fit})
+
+
+def time_model(cache: Path, device: torch.device, refit: bool = False) -> TimeModel:
+    """This machine's prices: from the cache, or measured now and kept."""
+    path = time_model_path(cache, device)
+    if path.exists() and not refit:
+        return TimeModel.load(path)
+    log.info("no prices of this machine yet: measuring them, once, about a minute")
+    model, _ = times.calibrate(device)
+    model = replace(model, machine=_machine())
+    model.save(path)
+    return model
+
+
+def time_model_path(cache: Path, device: torch.device) -> Path:
+    """Where this machine's prices are kept; another machine or other code has another place."""
+    code = digests.of_code(times.calibrate, TimeModel)
+    key = {"machine": _machine(), "device": str(device), "code": code}
+    return _path(cache / "time_model", ".json", key)
+
+
+def load_trained(
+    path: Path, config: ModelConfig, device: torch.device, kind: Kind = EarlyExitLanguageModel
+) -> Trained:
+    """A stored model with its history.
+
+    Raises:
+        CheckpointError: see :func:`earlyexit.models.checkpoints.load_model`.
+    """
+    model = checkpoints.load_model(path, config, device, kind)
+    about = checkpoints.checkpoint_about(path)
+    history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
+    return Trained(model, history, path.stem, gates)
+
+
+def _cached_model(
+    path: Path,
+    config: ModelConfig,
+    device: torch.device,
+    kind: Kind,
+    make: Callable[[], tuple[EarlyExitLanguageModel, dict]] | None,
+) -> Trained:
+    """The model at ``path``; where it is missing or damaged, what ``make`` returns is kept there.
+
+    Raises:
+        NotTrained, CheckpointError: it is missing, or damaged, and ``make`` is None.
+    """
+    try:
+        return load_trained(path, config, device, kind)
+    except (FileNotFoundError, checkpoints.CheckpointError):
+        if make is None and path.exists():
+            raise
+    if make is None:
+        raise NotTrained(f"no trained model of {config}")
+    model, about = make()
+    checkpoints.save_model(model, path, about)
+    return load_trained(path, config, device, kind)
+
+
+def _path(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
+    """Where the result of a step is kept."""
+    return folder / f"{digests.of_object(key)[:16]}{suffix}"
+
+
+@remember
+def _code(*roots: Callable) -> dict[str, str]:
+    """Digests of the code that this process has loaded: read once, it cannot change."""
+    return digests.of_code(*roots, contract=ExitModel)
+
+
+def _machine() -> dict:
+    """What prices depend on besides the configuration."""
+    return {"torch": torch.__version__, "hardware": provenance.hardware()}

@@ -44,10 +44,8 @@ def of_file(path: Path) -> str:
 
 def of_files(folder: Path) -> str:
     """Digest of the names and bytes of all files below ``folder``, hidden ones left out."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    names = ((p.relative_to(folder), p) for p in files)
-    visible = {r.as_posix(): of_file(p) for r, p in names if not r.as_posix().startswith(".")}
-    return of_object(visible)
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return of_object({n: of_file(p) for n, p in files.items() if not n.startswith(".")})
 
 
 def of_object(value: Any) -> str:
@@ -86,12 +84,12 @@ def of_code(
     def find(root: str | Callable) -> tuple[str, str]:
         name = root if isinstance(root, str) else f"{root.__module__}.{root.__qualname__}"
         module, _, last = name.rpartition(".")
-        if not (targets := list(source.named(module, last))):
-            raise LookupError(f"no definition {name} in {package.name}/")
-        return targets[0]
+        if target := next(source.named(module, last), None):
+            return target
+        raise LookupError(f"no definition {name} in {package.name}/")
 
     source.contract = find(contract) if contract else None
-    return source.closure([find(root) for root in roots])
+    return source.closure(map(find, roots))
 
 
 def of_notebook(path: Path, package: Path = PACKAGE) -> dict[str, str]:
@@ -102,15 +100,12 @@ def of_notebook(path: Path, package: Path = PACKAGE) -> dict[str, str]:
     Raises:
         SyntaxError: a cell does not parse.
     """
-    cells = [
-        _parse(source).body
-        for source, tags in _code_cells(path)
-        if PARAMETERS not in tags and "injected-parameters" not in tags
-    ]
+    skipped = {PARAMETERS, "injected-parameters"}
+    cells = (_parse(source).body for source, tags in _code_cells(path) if not skipped & set(tags))
     code = ast.unparse(_meaning(ast.Module([node for cell in cells for node in cell], [])))
-    source, notebook = _Source(package), _Module(path.stem, "", {}, {})
-    digest = of_bytes(code.encode())[:DIGITS]
-    return {"code cells": digest} | source.closure(source.used_by(code, notebook))
+    source = _Source(package)
+    closure = source.closure(source.used_by(code, _Module(path.stem, {}, {})))
+    return {"code cells": of_bytes(code.encode())[:DIGITS]} | closure
 
 
 def notebook_parameters(path: Path) -> dict[str, tuple[str, Any]]:
@@ -125,11 +120,9 @@ def notebook_parameters(path: Path) -> dict[str, tuple[str, Any]]:
         raise ValueError(f"{path.name}: {len(tagged)} cells are tagged `{PARAMETERS}`, not one")
     for node in ast.parse(tagged[0]).body:
         try:
-            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-                raise ValueError
             kind = ast.unparse(node.annotation).split("[")[0]
             found[node.target.id] = (kind, ast.literal_eval(node.value))
-        except (ValueError, TypeError):
+        except (AttributeError, ValueError, TypeError):
             line = ast.unparse(node)
             raise ValueError(f"{path.name}: not an annotated literal: `{line}`") from None
     return found
@@ -196,33 +189,36 @@ class _Module(NamedTuple):
     """One file of the package.
 
     Attributes:
-        name: dotted; inside: the package that its relative imports start from.
+        name: dotted.
         bindings: imported name → (module, name in it), with an empty name for the module itself.
         definitions: name → the code that defines it; ``""``: the code that runs on every import.
     """
 
     name: str
-    inside: str
     bindings: dict[str, tuple[str, str]]
     definitions: dict[str, str]
 
 
-@lru_cache(maxsize=512)
-def _read_module(name: str, is_package: bool, source: str) -> _Module:
-    tree = _meaning(ast.parse(source))
-    code: dict[str, list[str]] = {"": []}
+@lru_cache(maxsize=1024)
+def _read_module(name: str, package: str, text: str) -> _Module:
+    """A file's module; its relative imports start from ``package``."""
+    tree, code = _meaning(ast.parse(text)), {"": []}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = package.split(".")
+            parents = parts[: len(parts) - node.level + 1]
+            node.module = ".".join([*parents, *filter(None, [node.module])])
+            node.level = 0
     for node in tree.body:
         constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        for_checkers = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if constant or for_checkers or isinstance(node, ast.Import | ast.ImportFrom):
+        if constant or isinstance(node, ast.Import | ast.ImportFrom):
             continue
         names = list(_defined(node))
         plain = names and isinstance(node, Definition | ast.Assign | ast.AnnAssign)
         for target in names if plain else [*names, ""]:
             code.setdefault(target, []).append(ast.unparse(node))
-    inside = name if is_package else name.rpartition(".")[0]
     definitions = {target: "\n".join(parts) for target, parts in code.items()}
-    return _Module(name, inside, _bindings(tree, inside), definitions)
+    return _Module(name, _bindings(tree), definitions)
 
 
 def _defined(node: ast.stmt) -> Iterator[str]:
@@ -230,9 +226,8 @@ def _defined(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, Definition):
         yield node.name
     elif isinstance(node, ast.Assign | ast.AnnAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if all(isinstance(t, ast.Name | ast.Tuple | ast.List) for t in targets):
-            for target in targets:
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, ast.Name | ast.Tuple | ast.List):
                 yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
     else:
         for inner in ast.iter_child_nodes(node):
@@ -240,8 +235,8 @@ def _defined(node: ast.stmt) -> Iterator[str]:
                 yield from _defined(inner)
 
 
-def _bindings(tree: ast.AST, inside: str) -> dict[str, tuple[str, str]]:
-    """What each imported name stands for; ``inside`` is the package of relative imports."""
+def _bindings(tree: ast.AST) -> dict[str, tuple[str, str]]:
+    """What each imported name stands for: (module, name in it)."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -249,50 +244,35 @@ def _bindings(tree: ast.AST, inside: str) -> dict[str, tuple[str, str]]:
                 module = alias.name if alias.asname else alias.name.split(".")[0]
                 found[alias.asname or module] = (module, "")
         elif isinstance(node, ast.ImportFrom):
-            parts = inside.split(".")
-            parents = parts[: len(parts) - node.level + 1] if node.level else []
-            module = ".".join([*parents, *([node.module] if node.module else [])])
-            found |= {a.asname or a.name: (module, a.name) for a in node.names}
+            found |= {a.asname or a.name: (node.module, a.name) for a in node.names}
     return found
 
 
-class _Uses(NamedTuple):
+@lru_cache(maxsize=4096)
+def _uses(code: str) -> tuple[list[list[str]], dict[str, tuple[str, str]], set[str]]:
     """What a piece of code names.
 
-    Attributes:
-        chains: names that are not its own, with the attributes taken of them: ``a.b.c`` is [a, b, c].
-        bindings: as of a module, of the imports inside of it.
-        files: the last parts of its strings, read as paths.
+    Returns:
+        Names that are not its own, with the attributes taken of them (``a.b.c`` is [a, b, c]); the
+        bindings of the imports inside of it; and the last parts of its strings, read as paths.
     """
-
-    chains: list[list[str]]
-    bindings: dict[str, tuple[str, str]]
-    files: set[str]
-
-
-@lru_cache(maxsize=4096)
-def _uses(code: str, inside: str) -> _Uses:
     tree = ast.parse(code)
-    names = set(_names(symtable.symtable(code, "", "exec")))
-    bindings = _bindings(tree, inside)
+    bindings = _bindings(tree)
+    names = set(_outside_names(symtable.symtable(code, "", "exec")))
     chains = [chain for chain in _chains(tree) if chain[0] in names]
-    chains += [[name] for name in bindings if name == "*"]
+    chains += [["*"]] if "*" in bindings else []
     strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
-    files = {s.rpartition("/")[2] for s in strings if isinstance(s, str)}
-    return _Uses(chains, bindings, files)
+    return chains, bindings, {s.rpartition("/")[2] for s in strings if isinstance(s, str)}
 
 
-def _names(table: symtable.SymbolTable) -> Iterator[str]:
+def _outside_names(table: symtable.SymbolTable) -> Iterator[str]:
     """The names that code looks up outside of its functions, or imports inside of them."""
     for symbol in table.get_symbols():
-        if table.get_type() != "function":
-            outside = symbol.is_referenced()
-        else:
-            outside = symbol.is_global() or symbol.is_imported()
-        if outside:
+        inside = table.get_type() == "function"
+        if symbol.is_global() or symbol.is_imported() if inside else symbol.is_referenced():
             yield symbol.get_name()
     for child in table.get_children():
-        yield from _names(child)
+        yield from _outside_names(child)
 
 
 def _chains(node: ast.AST) -> Iterator[list[str]]:
@@ -337,7 +317,7 @@ class _Source:
             if code := module.definitions[name]:
                 key = f"{self._relative(self.path(module.name))}:{name}".rstrip(":")
                 found[key] = of_bytes(code.encode())[:DIGITS]
-            for file in self.data.keys() & _uses(code, module.inside).files:
+            for file in self.data.keys() & _uses(code)[2]:
                 found[self._relative(self.data[file])] = of_file(self.data[file])[:DIGITS]
         return dict(sorted(found.items()))
 
@@ -347,9 +327,9 @@ class _Source:
             yield from self._bases(target) if self._only_adds(target) else [target]
 
     def _named_in(self, code: str, module: _Module) -> Iterator[tuple[str, str]]:
-        uses = _uses(code, module.inside)
-        bindings = module.bindings | uses.bindings
-        for root, *attributes in uses.chains:
+        chains, inside, _ = _uses(code)
+        bindings = module.bindings | inside
+        for root, *attributes in chains:
             if root in module.definitions:
                 yield module.name, root
             elif root in bindings:
@@ -375,16 +355,14 @@ class _Source:
         """Whether this class stands directly on the contract and overrides nothing of it."""
         if self.contract is None or list(self._bases(target)) != [self.contract]:
             return False
-        own, contract = (
-            {name for inner in self._node(t).body for name in _defined(inner)}
-            for t in (target, self.contract)
-        )
+        bodies = (self._node(t).body for t in (target, self.contract))
+        own, contract = ({name for inner in body for name in _defined(inner)} for body in bodies)
         return not own & contract
 
     def _bases(self, target: tuple[str, str]) -> Iterator[tuple[str, str]]:
         """The base classes of a definition that lie in the package."""
-        bases = map(ast.unparse, getattr(self._node(target), "bases", []))
-        yield from self._named_in("\n".join(bases), self.module(target[0]))
+        bases = "\n".join(map(ast.unparse, getattr(self._node(target), "bases", [])))
+        yield from self._named_in(bases, self.module(target[0]))
 
     def _node(self, target: tuple[str, str]) -> ast.stmt | None:
         code = self.module(target[0]).definitions.get(target[1], "")
@@ -394,7 +372,8 @@ class _Source:
         """The parsed file of a dotted name; None outside the package."""
         if (path := self.path(name)) is None:
             return None
-        return _read_module(name, path.name == "__init__.py", path.read_text("utf-8"))
+        inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        return _read_module(name, inside, path.read_text("utf-8"))
 
     def _path(self, name: str) -> Path | None:
         """The file of a dotted module name inside the package, if there is one."""

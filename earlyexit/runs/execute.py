@@ -61,7 +61,7 @@ def execute(
         RunError: a cell raised, the kernel died, or nothing was written. The executed copy is kept
             as ``build/<label>/<notebook>.failed.ipynb``.
     """
-    label, name, run_id = resolved.label, path.stem, uuid.uuid4().hex[:16]
+    label, name = resolved.label, path.stem
     copy = project.executed(label, name)
     failed = copy.with_name(f"{name}.failed.ipynb")
     temporary = copy.with_name(f".{name}.tmp.ipynb")
@@ -69,7 +69,7 @@ def execute(
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     variables = {
         HOME_VARIABLE: str(project.root),
-        artifacts.RUN_ID: run_id,
+        artifacts.RUN_ID: uuid.uuid4().hex[:16],
         artifacts.LABEL: label,
         artifacts.COMMAND: command,
         artifacts.FOLDER: str(folder),

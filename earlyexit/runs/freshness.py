@@ -14,7 +14,7 @@ from typing import Any
 from earlyexit.runs import digests, profiles
 from earlyexit.runs.paths import Project
 from earlyexit.runs.profiles import Profile
-from earlyexit.runs.provenance import FORMAT, Fingerprint, Record, read_record, read_records
+from earlyexit.runs.provenance import Fingerprint, Record, read_record, read_records
 from earlyexit.runs.settings import Resolved, UsageError
 
 TEXT = "text in data_dir"
@@ -104,7 +104,7 @@ def reasons(project: Project, record: Record | None, current: Fingerprint) -> li
     """
     if record is None:
         return ["never run"]
-    comparable = record.format == FORMAT and record.fingerprint
+    comparable = record.fingerprint and not record.is_old
     found = differences(record.fingerprint, current) if comparable else []
     return found + record.unmatched(project.root)
 
@@ -114,18 +114,15 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
 
     Local text is compared when it is given again; without it there is nothing to compare.
     """
+
+    def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+        return [key for key in before | after if before.get(key) != after.get(key)]
+
     inputs = {key: value for key, value in old.inputs.items() if key != TEXT or key in new.inputs}
-    found = []
-    for key, before, after in _changes(old.parameters, new.parameters):
-        found.append(f"parameter {key}: {before} -> {after}")
-    found += [f"{key} changed" for key, *_ in _changes(old.code, new.code)]
-    found += [f"input {key} changed" for key, *_ in _changes(inputs, new.inputs)]
-    return found
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    pairs = ((key, old.get(key), new.get(key)) for key in old | new)
-    return [(key, before, after) for key, before, after in pairs if before != after]
+    values, now = old.parameters, new.parameters
+    found = [f"parameter {k}: {values.get(k)} -> {now.get(k)}" for k in changed(values, now)]
+    found += [f"{key} changed" for key in changed(old.code, new.code)]
+    return found + [f"input {key} changed" for key in changed(inputs, new.inputs)]
 
 
 def _tables(record: Record | None) -> str | None:
@@ -159,9 +156,7 @@ def minutes(
     """Expected minutes of a notebook and what they rest on.
 
     Args:
-        notebook: its name.
-        label: of the run that is asked for.
-        work: its training work.
+        label, work: of the run that is asked for; see :func:`training_work`.
         records: of earlier runs, under any label.
 
     Returns:

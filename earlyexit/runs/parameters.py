@@ -1,8 +1,7 @@
 """The parameters of every notebook: their names, types, bounds and defaults.
 
-Defaults are those of the profile ``cpu``; what other profiles change stands in the profiles. A
-notebook's parameters cell shows the defaults, and ``run`` takes them from here: a cell that somebody
-saved with other values changes nothing that is published.
+Defaults are those of the profile ``cpu``. A parameters cell shows them, but ``run`` takes them from
+here: a cell that somebody saved with other values changes nothing that is published.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-def _criterion(name: str) -> str:
-    if name not in CRITERIA:
-        raise ValueError(f"must be one of {', '.join(CRITERIA)}")
-    return name
+def _one_of(known: Mapping[str, Any]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return name
 
-
-def _recipe(name: str) -> str:
-    if name not in RECIPES:
-        raise ValueError(f"must be one of {', '.join(RECIPES)}")
-    return name
+    return AfterValidator(check)
 
 
 _list = Field(strict=False)  # JSON and notebooks have lists where a frozen dataclass has a tuple
 _some = Field(strict=False, min_length=1)
+Pair = Annotated[tuple[Count, Count], _list]
+Sizes = Annotated[tuple[Count, Count, Count, Count], _list]
+Depths = Annotated[tuple[Annotated[float, Field(ge=1, le=8)], ...], _some]
 
 Seeds = Annotated[tuple[Limit, ...], _list, AfterValidator(_distinct)]
 Counts = Annotated[tuple[Count, ...], _some]
 Positives = Annotated[tuple[Positive, ...], _some]
 Shares = Annotated[tuple[Share, ...], _some]
-Criterion = Annotated[str, AfterValidator(_criterion)]
-Recipe = Annotated[str, AfterValidator(_recipe)]
+Criterion = Annotated[str, _one_of(CRITERIA)]
+Recipe = Annotated[str, _one_of(RECIPES)]
 
 
 @dataclass(frozen=True)
@@ -113,15 +112,11 @@ class SpeedupBreakdown(Common):
     quantiles: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _some] = (0.0, 0.3, 0.6)
     thresholds: Shares = (0.1, 0.2, 0.4, 0.7, 0.9)
     wide_windows: Count = 32
-    mean_depths: Annotated[tuple[Annotated[float, Field(ge=1, le=8)], ...], _some] = (
-        2.0, 3.0, 4.0, 5.0, 6.0
-    )  # fmt: skip
+    mean_depths: Depths = (2.0, 3.0, 4.0, 5.0, 6.0)
     output_head_tokens: Limit = 200_000
     head_tokens: Count = 20_000
     prices: Literal["all", "few"] = "all"
-    panels: Annotated[tuple[Annotated[tuple[Count, Count], _list], ...], _some] = (
-        (4, 1), (4, 32), (8, 32)
-    )  # fmt: skip
+    panels: Annotated[tuple[Pair, ...], _some] = ((4, 1), (4, 32), (8, 32))
     batch_sizes: Counts = (1, 4, 16, 64, 256)
 
 
@@ -154,9 +149,9 @@ class Combinations(Common):
     ponder_weight: Weight = 0.02
     epsilon: Positive = 0.05
     exit_shares: Shares = (0.15, 0.35, 0.6, 0.85, 0.95)
-    sparse_sizes: Annotated[
-        tuple[Annotated[tuple[Count, Count, Count, Count], _list], ...], _some
-    ] = ((32, 128, 64, 16), (4, 512, 64, 64), (2, 1024, 64, 256))
+    sparse_sizes: Annotated[tuple[Sizes, ...], _some] = (
+        (32, 128, 64, 16), (4, 512, 64, 64), (2, 1024, 64, 256)
+    )  # fmt: skip
     timed_windows: Count = 16
 
 

@@ -12,36 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-
-
 HOME_VARIABLE = "EARLYEXIT_HOME"
 
 
 @dataclass(frozen=True)
 class Project:
-    """The folders of a project whose top level is ``root``."""
+    """The folders and files of a project whose top level is ``root``."""
 
     root: Path
+    notebooks = property(lambda self: self.root / "notebooks")
+    results = property(lambda self: self.root / "results")
+    figures = property(lambda self: self.root / "figures")
+    cache = property(lambda self: self.root / ".cache")
+    build = property(lambda self: self.root / "build")
+    readme = property(lambda self: self.root / "README.md")
 
-    @property
-    def notebooks(self) -> Path:
-        return self.root / "notebooks"
+    def notebook(self, name: str) -> Path:
+        """A notebook's source."""
+        return self.notebooks / f"{name}.ipynb"
 
-    @property
-    def results(self) -> Path:
-        return self.root / "results"
-
-    @property
-    def figures(self) -> Path:
-        return self.root / "figures"
-
-    @property
-    def cache(self) -> Path:
-        return self.root / ".cache"
-
-    @property
-    def build(self) -> Path:
-        return self.root / "build"
+    def executed(self, label: str, notebook: str) -> Path:
+        """The executed copy of a notebook."""
+        return self.build / label / f"{notebook}.ipynb"
 
     def published(self, label: str) -> Path:
         """Where the records and tables of a label are."""
@@ -50,14 +42,6 @@ class Project:
     def by_hand(self, label: str) -> Path:
         """What notebooks write that are opened by hand, with ``results`` and ``figures`` in it."""
         return self.build / "by-hand" / label
-
-    def executed(self, label: str, notebook: str) -> Path:
-        """The executed copy of a notebook."""
-        return self.build / label / f"{notebook}.ipynb"
-
-    @property
-    def readme(self) -> Path:
-        return self.root / "README.md"
 
     def relative(self, path: Path) -> str:
         """``path`` as it is written in records: from the root, with forward slashes."""

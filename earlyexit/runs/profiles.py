@@ -88,22 +88,14 @@ PROFILES = {
             notebooks={
                 "01_build": {"leak_tokens": 60_000, "leak_epochs": 1.0},
                 "03_threshold_sweep": {
-                    "recipes": ("joint", "frozen"),
-                    "recipe_tokens": 4_000,
-                    "shallow_depths": (1,),
+                    "recipes": ("joint", "frozen"), "recipe_tokens": 4_000, "shallow_depths": (1,)
                 },
                 "04_speedup_breakdown": {
-                    "repeats": 3,
-                    "wide_windows": 2,
-                    "output_head_tokens": 4_000,
-                    "prices": "few",
-                    "panels": ((4, 1),),
-                    "batch_sizes": (1, 4, 16),
+                    "repeats": 3, "wide_windows": 2, "output_head_tokens": 4_000,
+                    "prices": "few", "panels": ((4, 1),), "batch_sizes": (1, 4, 16),
                 },
                 "05_memory_profiling": {
-                    "batch_sizes": (1, 4),
-                    "lengths": (128, 512),
-                    "resident_runs": 1,
+                    "batch_sizes": (1, 4), "lengths": (128, 512), "resident_runs": 1
                 },
                 "07_combinations": {"combination_tokens": 2_000, "combination_eval": 500},
                 "08_study": {"repeats": 3},
@@ -148,12 +140,8 @@ PROFILES = {
             seeds=(0, 1, 2),
             notebooks={
                 "03_threshold_sweep": {
-                    "recipes": ("joint",),
-                    "recipe_tokens": 0,
-                    "recipe_seeds": 3,
-                    "recipe_eval": 100_000,
-                    "shallow_depths": (1, 2),
-                    "shallow_seeds": 3,
+                    "recipes": ("joint",), "recipe_tokens": 0, "recipe_seeds": 3,
+                    "recipe_eval": 100_000, "shallow_depths": (1, 2), "shallow_seeds": 3,
                     "logits_tokens": 60_000,
                 },
                 "04_speedup_breakdown": {"output_head_tokens": 400_000},
@@ -173,11 +161,8 @@ PROFILES = {
             certify_tokens=0,
             notebooks={
                 "03_threshold_sweep": {
-                    "recipes": ("joint",),
-                    "recipe_tokens": 0,
-                    "recipe_eval": 100_000,
-                    "shallow_depths": (4,),
-                    "logits_tokens": 40_000,
+                    "recipes": ("joint",), "recipe_tokens": 0, "recipe_eval": 100_000,
+                    "shallow_depths": (4,), "logits_tokens": 40_000,
                 },
                 "04_speedup_breakdown": {"output_head_tokens": 150_000},
                 "07_combinations": {"combination_tokens": 0, "combination_eval": 0},
@@ -217,18 +202,15 @@ ELSEWHERE = {
 
 def _keys() -> dict[str, str]:
     """Dotted key of every field that ``--set`` may change → the shortest key that means it alone."""
-    parts = ("corpus", "model", "training", "gates")
-    every = [f"{part}.{f.name}" for part in parts for f in fields(getattr(PROFILES["cpu"], part))]
-    dotted = [key for key in every if key not in ELSEWHERE]
-    count = Counter(key.partition(".")[2] for key in dotted)
-    taken = {name for kind in NOTEBOOKS.values() for name in names(kind)}
-    short = {}
-    for key in dotted:
-        part, _, name = key.partition(".")
-        alone = count[name] == 1 and name not in taken and part != "gates"  # `steps` of what?
-        short[key] = name if alone else key
+    cpu, parts = PROFILES["cpu"], ("corpus", "model", "training", "gates")
+    every = [(part, f.name) for part in parts for f in fields(getattr(cpu, part))]
+    every = [(part, name) for part, name in every if f"{part}.{name}" not in ELSEWHERE]
+    taken = Counter(name for _, name in every)
+    taken.update(name for kind in NOTEBOOKS.values() for name in names(kind))
+    taken.update(name for part, name in every if part == "gates")  # `steps` of what?
+    keys = {f"{p}.{n}": n if taken[n] == 1 else f"{p}.{n}" for p, n in every}
     top = ("max_train_tokens", "max_eval_tokens", "certify_tokens", "timing_repeats")
-    return short | {"corpus.name": "corpus"} | {name: name for name in top}
+    return keys | {"corpus.name": "corpus"} | {name: name for name in top}
 
 
 KEYS = _keys()

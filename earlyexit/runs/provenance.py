@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +32,6 @@ SUFFIX = ".run.json"
 LIBRARIES = (
     "torch", "numpy", "numba", "pandas", "matplotlib", "datasets", "tokenizers", "papermill",
 )  # fmt: skip
-
-
 MADE = (":!results", ":!figures", ":!README.md")  # a run writes these: they do not make it dirty
 
 
@@ -90,6 +88,16 @@ class Record:
     note: str = ""
     format: Literal[1, 2] = FORMAT
 
+    @property
+    def is_old(self) -> bool:
+        """Whether an earlier version made it: only its files can be compared."""
+        return self.format < FORMAT
+
+    @property
+    def made_by(self) -> str:
+        """Which version made it, in words."""
+        return "an earlier version" if self.is_old else "this version"
+
     def unmatched(self, base: Path) -> list[str]:
         """The files below ``base`` that are not as the record says, each with what is wrong."""
         found = []
@@ -134,31 +142,20 @@ def _warn(path: Path, why: str) -> None:
 def git_state(root: Path) -> dict[str, Any]:
     """``commit``, and whether the sources are ``dirty``; both None outside a repository."""
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
 
-    changes = git("status", "--porcelain", "--", ".", *MADE)
-    return {
-        "commit": git("rev-parse", "--verify", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-    }
+    try:
+        changes = git("status", "--porcelain", "--", ".", *MADE)
+        return {"commit": git("rev-parse", "--verify", "HEAD").strip(), "dirty": bool(changes)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
 
 
 def versions() -> dict[str, str | None]:
     """Python's version and those of the libraries that numbers depend on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def hardware() -> dict[str, Any]:

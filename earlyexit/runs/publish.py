@@ -22,7 +22,7 @@ from earlyexit.runs.cache import Trained
 from earlyexit.runs.freshness import all_published
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES, Profile
-from earlyexit.runs.provenance import FORMAT, Record
+from earlyexit.runs.provenance import Record
 
 # The profiles whose results the README may quote; the first answers, its text is the original's.
 QUOTED = ("wikitext2", "wikitext2-d256", "cpu", "recipes", "combinations")
@@ -77,95 +77,37 @@ def status_block(root: Path) -> str:
     return _fill("status.md", profiles={p: [r for r in records if r.label == p] for p in QUOTED})
 
 
-def answer(profile: str, root: Path) -> str:
-    """What early exit saves, in three sentences."""
-    front, fitted = (read_table(profile, name, root) for name in ("front", "policies"))
-    fitted = fitted[(fitted["epsilon"] == EPSILON) & (fitted["thresholds"] == "per_layer")]
+def block(template: str, profile: str, root: Path) -> str:
+    """A template about one profile; it reads the tables that it quotes."""
     return _fill(
-        "answer.md",
-        epsilon=EPSILON,
-        gate=front[(front["criterion"] == "gate") & (front["epsilon"] == EPSILON)],
-        naive=fitted[fitted["criterion"] == "max_probability"],
-        learned=fitted[fitted["criterion"] == "gate"],
-        tokens=_recipe_tokens(profile),
-        equal_cost=read_table(profile, "equal_cost", root).groupby("depth"),
-    )
-
-
-def claims_block(profile: str, root: Path) -> str:
-    """The original's table beside the same thresholds, run for real."""
-    return _fill("claims.md", claims=read_table(profile, "claims", root).groupby("threshold"))
-
-
-def guarantee_block(profile: str, root: Path) -> str:
-    """Certified policies, what they achieve on the test split, and the audit."""
-    audit = read_table(profile, "audit", root)
-    rates = audit[audit["units"] == "documents, resampled"].groupby("procedure")["rate"].max()
-    certificates = read_table(profile, "certificates", root)
-    good, bad = rates[list(PROCEDURES)]
-    return _fill(
-        "guarantee.md",
-        certificates=certificates.groupby(["epsilon", "policy"], sort=False),
-        broken=good,
-        broken_by_control=bad,
-    )
-
-
-def text_block(profile: str, root: Path) -> str:
-    """Text, model and machine behind the numbers."""
-    front, p = read_table(profile, "front", root), PROFILES[profile]
-    front = front[front["criterion"] == "static"]  # read on the whole split
-    full_depth = front["perplexity"] / (1 + front["quality_loss"])
-    twin = None  # where it saw the same text as the model: what exits cost the last layer
-    if not _recipe_tokens(profile):
-        recipes = read_table(profile, "recipes", root)
-        joint = (recipes["recipe"] == "joint") & (recipes["exit"] == p.model.n_layers - 1)
-        twin = recipes.loc[joint, "last_vs_twin"]
-    owner = owner_of(f"results/{profile}/front.csv", project(root).published(profile))
-    return _fill(
-        "text.md",
+        template,
         name=profile,
-        profile=p,
-        text=read_table(profile, "text", root).set_index("split"),
-        seeds=front["seed"].nunique(),
-        full_depth=full_depth.groupby(front["seed"]).mean(),
-        twin=twin,
-        hardware=owner.hardware,
+        profile=PROFILES[profile],
+        # Training tokens of the recipes and their twins; 0: as many as the model.
+        recipe_tokens=PROFILES[profile].parameters("03_threshold_sweep").recipe_tokens,
+        epsilon=EPSILON,
+        procedures=list(PROCEDURES),
+        table=partial(read_table, profile, root=root),
+        owner=lambda file: owner_of(f"results/{profile}/{file}", project(root).published(profile)),
     )
-
-
-def _recipe_tokens(profile: str) -> int:
-    """Training tokens of the recipes and their twins; 0: as many as the model."""
-    return PROFILES[profile].parameters("03_threshold_sweep").recipe_tokens
-
-
-def products_block(profile: str, root: Path) -> str:
-    """The original's factors and products beside the measured ones."""
-    products = read_table(profile, "claimed_products", root).groupby("claim", sort=False)
-    measures = ["positions", "layer FLOPs", "layer time", "total time"]
-    return _fill("products.md", products=products, measures=measures)
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "answer": partial(answer, "wikitext2"),
-    "answer-wide": partial(answer, "wikitext2-d256"),
-    "answer-default": partial(answer, "cpu"),
-    "claims": partial(claims_block, "wikitext2"),
-    "guarantee": partial(guarantee_block, "wikitext2"),
-    "text": partial(text_block, "wikitext2"),
-    "text-wide": partial(text_block, "wikitext2-d256"),
-    "text-default": partial(text_block, "cpu"),
-    "products": partial(products_block, "combinations"),
+    "answer": partial(block, "answer.md", "wikitext2"),
+    "answer-wide": partial(block, "answer.md", "wikitext2-d256"),
+    "answer-default": partial(block, "answer.md", "cpu"),
+    "claims": partial(block, "claims.md", "wikitext2"),
+    "guarantee": partial(block, "guarantee.md", "wikitext2"),
+    "text": partial(block, "text.md", "wikitext2"),
+    "text-wide": partial(block, "text.md", "wikitext2-d256"),
+    "text-default": partial(block, "text.md", "cpu"),
+    "products": partial(block, "products.md", "combinations"),
     "status": status_block,
 }
 
 
 def update(readme: Path, root: str | Path | None = None) -> list[str]:
-    """Rewrite the blocks that differ; returns their names.
-
-    Raises:
-        ValueError: a block of a name that is not in ``BLOCKS``.
-    """
+    """Rewrite the blocks that differ; returns and raises as :func:`check` does."""
     stale = check(readme, root)
     if stale:
         text = _render(readme.read_text(encoding="utf-8"), project(root).root)
@@ -187,7 +129,7 @@ def check(readme: Path, root: str | Path | None = None) -> list[str]:
 
 
 def _render(text: str, root: Path) -> str:
-    def block(match: re.Match[str]) -> str:
+    def rewritten(match: re.Match[str]) -> str:
         start, name, _, end = match.groups()
         if name not in BLOCKS:
             raise ValueError(f"README block {name!r} is unknown; there are {', '.join(BLOCKS)}")
@@ -195,11 +137,11 @@ def _render(text: str, root: Path) -> str:
             content = BLOCKS[name](root)
         except MissingResult as error:
             content = f"*Results are missing: {error}.*"
-        except (KeyError, UndefinedError) as error:
+        except (KeyError, NameError, UndefinedError) as error:
             content = f"*Results are older than this page: they say nothing of {error}.*"
         return f"{start}{content.strip()}\n{end}"
 
-    return _BLOCK.sub(block, text)
+    return _BLOCK.sub(rewritten, text)
 
 
 # ------------------------------------------------------------------ how numbers are written
@@ -213,7 +155,7 @@ def _fill(template: str, **values: object) -> str:
         undefined=StrictUndefined,
     )
     environment.filters |= {
-        "form": format, "span": _span, "time": _time, "verdict": _verdict, "maker": _maker,
+        "form": format, "span": _span, "time": _time, "verdict": _verdict,
         "commit_of": _commit, "oneline": lambda text: " ".join(text.split()) + "\n",
     }  # fmt: skip
     return environment.get_template(template).render(values).strip()
@@ -241,7 +183,3 @@ def _verdict(rows: pd.DataFrame) -> str:
 
 def _commit(record: Record) -> str:
     return (record.commit or "none")[:10] + (" + changes" if record.dirty else "")
-
-
-def _maker(record: Record) -> str:
-    return "an earlier version" if record.format < FORMAT else "this version"

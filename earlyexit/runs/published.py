@@ -75,21 +75,16 @@ def load(
             f"the text has digest {corpus.data_hash[:16]}, but this model was trained on one with digest"
             f" {trained_on[:16]}: " + ("give another data_dir" if data_dir else "give its data_dir")
         )
-    certificate = _certificate(path.with_name("certificate.json"), model, corpus)
-    return Published(model, corpus, certificate, certificate.policy if certificate else None)
-
-
-def _certificate(path: Path, model: EarlyExitLanguageModel, corpus: Corpus) -> Certificate | None:
-    """The certificate in a file, if it speaks of this model and this text."""
-    if not path.is_file():
-        return None
-    _check_bytes(path)
-    certificate = Certificate.load(path)
-    try:
-        return certificate if certificate.check(model, corpus) else None
-    except ValueError as error:
-        log.info("no certified policy: %s", error)
-        return None
+    certified = path.with_name("certificate.json")
+    if certified.is_file():
+        _check_bytes(certified)
+        certificate = Certificate.load(certified)
+        try:
+            if certificate.check(model, corpus):
+                return Published(model, corpus, certificate, certificate.policy)
+        except ValueError as error:
+            log.info("no certified policy: %s", error)
+    return Published(model, corpus, None, None)
 
 
 def _known() -> str:

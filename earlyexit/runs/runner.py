@@ -1,8 +1,4 @@
-"""Runs the notebooks in order, each only if something it depends on has changed.
-
-A notebook is executed in ``build/``; what it wrote is published when it has succeeded, and its record
-last. Killed at any moment, the next run finds either a record that matches its files or work to do.
-"""
+"""Runs the notebooks in order, each only if something it depends on has changed."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from earlyexit.runs import freshness, publish
 from earlyexit.runs.execute import execute
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import Project, project
-from earlyexit.runs.provenance import FORMAT, Fingerprint, Record
+from earlyexit.runs.provenance import Fingerprint, Record
 from earlyexit.runs.settings import Resolved, Settings, UsageError, resolve
 
 log = logging.getLogger(__name__)
@@ -44,6 +40,33 @@ class Plan:
     steps: list[Step]
 
 
+@dataclass(frozen=True)
+class _Request:
+    """Which notebooks are asked for.
+
+    Attributes:
+        chosen: their paths, in order.
+        needs: notebook → those whose tables it reads.
+    """
+
+    place: Project
+    chosen: list[Path]
+    resolved: Resolved
+    needs: dict[str, list[str]]
+
+    def check(self, notebook: str) -> tuple[list[str], Fingerprint, Record | None]:
+        """Why a notebook must run, its fingerprint now, and its record."""
+        path, needs = self.place.notebook(notebook), self.needs[notebook]
+        current = freshness.fingerprint(self.place, path, self.resolved, needs)
+        record = freshness.published(self.place, self.resolved.label, notebook)
+        return freshness.reasons(self.place, record, current), current, record
+
+    def inputs_left_out(self) -> set[str]:
+        """The notebooks that are not chosen, but whose tables are read."""
+        names = {path.stem for path in self.chosen}
+        return {other for name in names for other in self.needs[name]} - names
+
+
 def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None = None) -> Plan:
     """What ``run`` would do, and why; writes nothing.
 
@@ -53,19 +76,19 @@ def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None
     Raises:
         UsageError: a wrong setting, an unknown notebook, or one that reads missing results.
     """
-    place = project(root)
-    chosen, resolved, upstream = _prepare(place, settings, only)
-    known = freshness.all_published(place)
-    work = freshness.training_work(resolved.profile, len(resolved.seeds))
+    request = _request(project(root), settings, only)
+    label, needs = request.resolved.label, request.needs
+    known = freshness.all_published(request.place)
+    work = freshness.training_work(request.resolved.profile, len(request.resolved.seeds))
     steps: list[Step] = []
-    for path in chosen:
-        why, _, record = _check(place, path, resolved, upstream[path.stem])
-        again = [s.notebook for s in steps if s.reasons and s.notebook in upstream[path.stem]]
-        why = why or [f"input {name} will be made again" for name in again]
-        time, basis = freshness.minutes(path.stem, resolved.label, work, known)
-        basis += ", by an earlier version" if _made_before(record) else ""
-        steps.append(Step(path.stem, upstream[path.stem], why, time, basis))
-    return Plan(resolved.label, settings.command(*only), steps)
+    for name in (path.stem for path in request.chosen):
+        why, _, record = request.check(name)
+        again = [s.notebook for s in steps if s.reasons and s.notebook in needs[name]]
+        why = why or [f"input {other} will be made again" for other in again]
+        time, basis = freshness.minutes(name, label, work, known)
+        basis += ", by an earlier version" if record and record.is_old else ""
+        steps.append(Step(name, needs[name], why, time, basis))
+    return Plan(label, settings.command(*only), steps)
 
 
 def run(
@@ -80,22 +103,26 @@ def run(
         UsageError: as in ``plan``; nothing has been run then.
         RunError: a notebook failed or wrote nothing, or another run is writing the same label.
     """
-    place = project(root)
-    chosen, resolved, upstream = _prepare(place, settings, only)
-    _warn_of_stale_inputs(place, chosen, resolved, upstream)
+    request = _request(project(root), settings, only)
+    place, resolved = request.place, request.resolved
+    for name in sorted(request.inputs_left_out()):
+        if why := request.check(name)[0]:
+            log.warning("%s is stale (%s); its tables are used as they are", name, "; ".join(why))
     done = []
     with _only_writer(place, resolved.label):
-        for position, path in enumerate(chosen, start=1):
-            why, current, record = _check(place, path, resolved, upstream[path.stem])
+        for position, path in enumerate(request.chosen, start=1):
+            why, current, record = request.check(path.stem)
             if not why and not force:
                 old = ", made by an earlier version: --force makes it anew"
-                log.info("%s is fresh%s", path.stem, old if _made_before(record) else "")
+                log.info("%s is fresh%s", path.stem, old if record.is_old else "")
                 continue
             log.info("%s: %s", path.stem, "; ".join(why) or "forced")
-            title = f"[{position}/{len(chosen)}] {path.stem}"
+            title = f"[{position}/{len(request.chosen)}] {path.stem}"
             execute(place, path, resolved, settings.command(path.stem), current, title)
             done.append(path.stem)
-    _refresh_readme(place, resolved.label)
+    if resolved.label in publish.QUOTED and place.readme.is_file():
+        for name in publish.update(place.readme, place.root):
+            log.info("README: block %s regenerated", name)
     return done
 
 
@@ -105,16 +132,14 @@ def status(profile: str | None = None, root: str | Path | None = None) -> list[P
     Raises:
         UsageError: unknown profile.
     """
-    place = project(root)
-    asked = {r.label: r.settings for r in freshness.all_published(place) if r.settings}
     # Under its own name a profile is compared with its defaults, as `run` would.
-    wanted = {name: Settings(name) for name in ([profile] if profile else [])}
-    for label, recorded in asked.items():
-        if profile in (None, recorded["profile"]):
-            plain = label == recorded["profile"]
-            sets = () if plain else tuple(recorded["sets"])
-            seeds = () if plain else tuple(recorded["seeds"])
-            wanted[label] = Settings(recorded["profile"], seeds, sets, data_dir=None)
+    wanted = {profile: Settings(profile)} if profile else {}
+    for record in freshness.all_published(project(root)):
+        asked, label = record.settings, record.label
+        if asked and profile in (None, asked["profile"]):
+            changes = {key: tuple(asked[key]) for key in ("seeds", "sets")}
+            plain = label == asked["profile"]
+            wanted[label] = Settings(asked["profile"], data_dir=None, **({} if plain else changes))
     plans = []
     for label, settings in wanted.items():
         try:
@@ -126,27 +151,25 @@ def status(profile: str | None = None, root: str | Path | None = None) -> list[P
     return plans
 
 
-def _prepare(
-    place: Project, settings: Settings, only: tuple[str, ...]
-) -> tuple[list[Path], Resolved, dict[str, list[str]]]:
-    """The chosen notebooks, their typed parameters, and what every notebook needs."""
+def _request(place: Project, settings: Settings, only: tuple[str, ...]) -> _Request:
+    """The chosen notebooks with their typed parameters; raises as ``plan`` does."""
     notebooks = freshness.discover(place)
     chosen = sorted({_find(name, notebooks) for name in only}) or notebooks
-    upstream = {path.stem: freshness.needs(path, notebooks) for path in notebooks}
+    needs = {path.stem: freshness.needs(path, notebooks) for path in notebooks}
     # A key that only an upstream notebook knows names the label whose tables are read.
     relevant = {path.stem for path in chosen}
     for path in reversed(notebooks):
-        relevant |= set(upstream[path.stem]) if path.stem in relevant else set()
+        relevant |= set(needs[path.stem]) if path.stem in relevant else set()
     resolved = resolve(settings, [path for path in notebooks if path.stem in relevant])
-    for path in chosen:
-        for other in upstream[path.stem]:
-            ready = freshness.published(place, resolved.label, other)
-            if place.notebooks / f"{other}.ipynb" not in chosen and ready is None:
-                raise UsageError(
-                    f"{path.stem} needs {other}, which has no results under {resolved.label}: "
-                    f"add `--only {other}` or leave out --only"
-                )
-    return chosen, resolved, upstream
+    request = _Request(place, chosen, resolved, needs)
+    for other in sorted(request.inputs_left_out()):
+        if freshness.published(place, resolved.label, other) is None:
+            reader = next(path.stem for path in chosen if other in needs[path.stem])
+            raise UsageError(
+                f"{reader} needs {other}, which has no results under {resolved.label}: "
+                f"add `--only {other}` or leave out --only"
+            )
+    return request
 
 
 def _find(name: str, notebooks: list[Path]) -> Path:
@@ -157,51 +180,16 @@ def _find(name: str, notebooks: list[Path]) -> Path:
     raise UsageError(f"--only {name}: no such notebook; {', '.join(p.stem for p in notebooks)}")
 
 
-def _check(
-    place: Project, path: Path, resolved: Resolved, upstream: list[str]
-) -> tuple[list[str], Fingerprint, Record | None]:
-    """Why a notebook must run, its fingerprint now, and its record."""
-    current = freshness.fingerprint(place, path, resolved, upstream)
-    record = freshness.published(place, resolved.label, path.stem)
-    return freshness.reasons(place, record, current), current, record
-
-
-def _made_before(record: Record | None) -> bool:
-    return record is not None and record.format < FORMAT
-
-
 @contextmanager
 def _only_writer(place: Project, label: str) -> Iterator[None]:
     """Hold the label's lock, which the system releases when its holder dies, and tidy up."""
     folder = place.build / label
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            for home in (folder, place.results / label, place.figures / label):
+                for leftover in home.glob(".*.tmp*"):
+                    leftover.unlink()
+            yield
     except Timeout:
         raise RunError(f"another run is writing {label}; wait for it or stop it") from None
-    try:
-        for home in (folder, place.results / label, place.figures / label):
-            for leftover in home.glob(".*.tmp*"):
-                leftover.unlink()
-        yield
-    finally:
-        lock.release()
-
-
-def _warn_of_stale_inputs(
-    place: Project, chosen: list[Path], resolved: Resolved, upstream: dict[str, list[str]]
-) -> None:
-    """With ``--only``, the tables of a notebook that is left out are used as they are."""
-    used = {other for path in chosen for other in upstream[path.stem]}
-    for name in sorted(used - {path.stem for path in chosen}):
-        why, *_ = _check(place, place.notebooks / f"{name}.ipynb", resolved, upstream[name])
-        if why:
-            log.warning("%s is stale (%s); its tables are used as they are", name, "; ".join(why))
-
-
-def _refresh_readme(place: Project, label: str) -> None:
-    """The README quotes some profiles; after a run of one, its numbers are the new ones."""
-    if label in publish.QUOTED and place.readme.is_file():
-        for name in publish.update(place.readme, place.root):
-            log.info("README: block %s regenerated", name)

@@ -38,13 +38,11 @@ class Settings:
     """The options of ``python -m earlyexit run`` that decide what is computed.
 
     Attributes:
-        profile: a name in ``profiles.PROFILES``.
-        seeds: instead of the profile's, if any.
+        profile, seeds, device: see :class:`earlyexit.runs.parameters.Common`.
         sets: ``key=value`` for profile fields and notebook parameters; they change the label, as
             other seeds do.
         data_dir: folder with local text, if the corpus needs one; None: there is one, but it is not
             known, as where results of another day are looked at.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``.
     """
 
     profile: str = "cpu"
@@ -82,16 +80,6 @@ class Resolved:
     parameters: dict[str, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Change:
-    """One ``--set`` of a notebook parameter: what a label calls it, whose it is, and its value."""
-
-    key: str
-    notebooks: tuple[str, ...]
-    name: str
-    value: Any
-
-
 def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
     """Sort the settings into the profile's overrides and the parameters of each notebook.
 
@@ -117,9 +105,9 @@ def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
         parameters = {}
         for notebook, kind in kinds.items():
             values = profile.notebooks.get(notebook, {}) if kind is NOTEBOOKS.get(notebook) else {}
-            asked = {c.name: c.value for c in changes if notebook in c.notebooks}
+            asked = {name: value for users, name, value in changes.values() if notebook in users}
             parameters[notebook] = as_dict(kind(**common | values | asked))
-        changed |= {c.key: parameters[c.notebooks[0]][c.name] for c in changes}
+        changed |= {key: parameters[users[0]][name] for key, (users, name, _) in changes.items()}
         label = profiles.label(settings.profile, changed, settings.seeds)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -139,27 +127,32 @@ def _declared(path: Path) -> type[Common]:
         if cell.get(name, ("",))[0] != kind:
             raise ValueError(f"{path.stem}: its parameters cell needs `{name}: {kind}`")
     if saved := saved_otherwise(path):
-        pairs = [f"--set={name}={json.dumps(value)}" for name, value in saved.items()]
+        pairs = shlex.join(f"--set={name}={json.dumps(value)}" for name, value in saved.items())
         warning = "%s: run does not take the values saved in its parameters cell; give %s"
-        log.warning(warning, path.stem, shlex.join(pairs))
+        log.warning(warning, path.stem, pairs)
     return declared(path)
 
 
 def _sorted(
     sets: Sequence[str], kinds: dict[str, type[Common]]
-) -> tuple[dict[str, Any], list[_Change]]:
-    """Overrides of the profile, by shortest key, and changes of notebook parameters.
+) -> tuple[dict[str, Any], dict[str, tuple[list[str], str, Any]]]:
+    """Overrides of the profile and changes of notebook parameters, by what a label calls them.
+
+    A change says which notebooks it is for, the parameter and its value.
 
     Raises:
         ValueError: no ``key=value``, or a key that is unknown, ambiguous, or an option's.
     """
-    overrides, changes = {}, []
+    overrides, changes = {}, {}
     for pair in sets:
         key, equals, text = pair.partition("=")
         if not (key and equals):
             raise ValueError(f"--set {pair}: expected key=value")
+        if key == "overrides":
+            raise ValueError(f"--set {key}: name the profile's fields themselves: --set epochs=2.0")
         if key in COMMON or key in profiles.ELSEWHERE:
-            raise ValueError(f"--set {key}: {_instead(key)}")
+            option = profiles.ELSEWHERE.get(key) or "--" + key.replace("_", "-")
+            raise ValueError(f"--set {key}: use {option}")
         notebook, _, name = key.rpartition(".")
         users = [
             user for user, kind in kinds.items()
@@ -174,9 +167,14 @@ def _sorted(
         elif users:
             shown = f"{users[0].partition('_')[0]}.{name}" if notebook else name
             value = read_value(text, get_type_hints(kinds[users[0]])[name])
-            changes.append(_Change(shown, tuple(users), name, value))
+            changes[shown] = (users, name, value)
         else:
-            raise ValueError(f"--set {key}: no such key; {_available(kinds)}")
+            fields = ", ".join(profiles.KEYS.values())
+            special = ", ".join(sorted({n for kind in kinds.values() for n in names(kind)}))
+            raise ValueError(
+                f"--set {key}: no such key; profile fields: {fields}; notebook parameters:"
+                f" {special or 'none'}"
+            )
     return overrides, changes
 
 
@@ -192,16 +190,3 @@ def read_value(text: str, hint: Any = None) -> Any:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
         return text
-
-
-def _instead(key: str) -> str:
-    if key == "overrides":
-        return "name the profile's fields themselves: --set epochs=2.0"
-    return f"use {profiles.ELSEWHERE.get(key) or '--' + key.replace('_', '-')}"
-
-
-def _available(kinds: dict[str, type[Common]]) -> str:
-    """The keys that exist, as one line."""
-    special = sorted({name for kind in kinds.values() for name in names(kind)})
-    known = ", ".join(profiles.KEYS.values())
-    return f"profile fields: {known}; notebook parameters: {', '.join(special) or 'none'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +9,6 @@ import torch
 
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
-from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.profiles import Profile
@@ -26,42 +24,32 @@ class Source(Protocol):
     cache: Path
     device: torch.device
 
-    def model_config(self, kind: type[EarlyExitLanguageModel], **changes) -> ModelConfig: ...
-
     def training_config(self, seed: int, **changes) -> TrainingConfig: ...
+
+    def train(
+        self, seed: int, model: dict, training: dict, max_tokens: int, *,
+        fit_tokens: int, kind: type[EarlyExitLanguageModel],
+    ) -> Trained: ...  # fmt: skip
 
 
 def train_system(study: Source, system: System, seed: int, budget: Budget) -> Trained:
     """The system's weights, trained now unless they are in the cache; with ACT the ACT model."""
-    changes: dict = {}
-    if "sparse" in system.parts:
-        changes["keep"] = budget.keep
-    if "multi-scale" in system.parts:
-        changes["n_layers"] = budget.scales
+    options = {
+        "sparse": {"keep": budget.keep},
+        "multi-scale": {"n_layers": budget.scales},
+        "ACT": {"ponder_weight": budget.ponder_weight},
+    }
+    changes = {key: value for part in system.parts for key, value in options[part].items()}
     # One way for all: single tokens cannot leave where blocks do, nor where halting decides.
     training = {
         "epochs": budget.epochs, "batch_size": budget.batch_size, "exit_sampling": "one"
     }  # fmt: skip
-    if "ACT" in system.parts:
-        changes["ponder_weight"] = budget.ponder_weight
-        training["exit_loss_weight"] = 0.0  # its one head reads averages; exits come afterwards
-    if system is REFERENCE:
+    if system is REFERENCE or "ACT" in system.parts:  # ACT's one head reads averages: exits later
         training["exit_loss_weight"] = 0.0
-    return cache.trained_model(
-        _corpus(study, budget),
-        study.model_config(system.kind, **changes),
-        study.training_config(seed, **training),
-        study.cache,
-        study.device,
-        max_tokens=budget.tokens,
-        kind=system.kind,
-    )
-
-
-def _corpus(study: Source, budget: Budget) -> Corpus:
-    """The text with a short fit part: reading all of it would take longer than a short training."""
-    fit = study.corpus.splits["fit"].limit(budget.validation_tokens)
-    return replace(study.corpus, splits=study.corpus.splits | {"fit": fit})
+    return study.train(
+        seed, changes, training, budget.tokens,
+        fit_tokens=budget.validation_tokens, kind=system.kind,
+    )  # fmt: skip
 
 
 def with_exits(
@@ -75,14 +63,8 @@ def with_exits(
         return trained
     if system.convert is None:
         steps = min(GatesConfig().steps, max(50, budget.gate_tokens // 10))
-        return cache.gated_model(
-            trained,
-            study.corpus,
-            study.cache,
-            study.device,
-            GatesConfig(study.profile.gates.hidden, budget.gate_tokens, steps),
-            seed=seed,
-        )
+        gates = GatesConfig(study.profile.gates.hidden, budget.gate_tokens, steps)
+        return cache.gated_model(trained, study.corpus, study.cache, study.device, gates, seed=seed)
     training = study.training_config(
         seed,
         epochs=1.0,
@@ -91,12 +73,13 @@ def with_exits(
         exit_sampling="all",
         freeze_backbone=True,
     )
-    return cache.converted_model(
-        trained,
-        system.convert,
-        _corpus(study, budget),
+    return cache.trained_model(
+        cache.with_short_fit(study.corpus, budget.validation_tokens),
+        trained.config,
         training,
         study.cache,
         study.device,
         max_tokens=budget.calibration_tokens,
+        backbone=trained,
+        convert=system.convert,
     )

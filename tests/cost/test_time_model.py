@@ -18,7 +18,7 @@ from earlyexit.cost.time_model import TimeModel, check, fit, loads, measure
 from earlyexit.exits.clock import PARTS
 from earlyexit.models.operations import operations
 from earlyexit.nn.config import ModelConfig
-from earlyexit.runs.machine import stored
+from earlyexit.runs.cache import time_model_path
 
 CONFIG = ModelConfig(500, 16, 3, n_seq=16, bk_heads=4, dropout_p=0.0, gate_hidden=0)
 CPU = torch.device("cpu")
@@ -161,10 +161,10 @@ def test_a_time_model_is_stored_whole(tmp_path):
 
 
 def test_other_threads_have_other_prices(tmp_path, monkeypatch):
-    before = stored(tmp_path, CPU)
-    assert stored(tmp_path, CPU) == before
+    before = time_model_path(tmp_path, CPU)
+    assert time_model_path(tmp_path, CPU) == before
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    assert stored(tmp_path, CPU) != before
+    assert time_model_path(tmp_path, CPU) != before
 
 
 def test_an_adaptive_head_is_predicted_cheaper():
