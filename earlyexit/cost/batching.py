@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from earlyexit.cost.parts import FULL_DEPTH
-from earlyexit.cost.timing import interleaved_times
+from earlyexit.cost.timing import interleaved_times, median_ms
 from earlyexit.exits.execution import decide
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel, exit_state
+from earlyexit.exits.statistics import layers_executed
 
 SMALLEST_POOL = 64  # windows that batches are drawn from, at least
 BATCHES = 2  # at least so many in a pool, or there would be nothing to group
@@ -58,7 +59,7 @@ def predicted_difficulty(
 def executed_depth(model: ExitModel, x: Tensor, policy: ExitPolicy, batch: int = 32) -> np.ndarray:
     """Layers executed of every token ``(W, N)``, run for real."""
     exits = torch.cat([decide(model, p, policy).exit_layers.view_as(p) for p in x.split(batch)])
-    return (exits + 1).clamp_max(model.n_layers).cpu().numpy()
+    return layers_executed(exits, model.n_layers).cpu().numpy()
 
 
 def batches(
@@ -98,8 +99,7 @@ def throughput(
         full depth): tokens_per_second, layers_run (until a batch's slowest token has left, mean over
         batches), speedup_time (wall-clock, against full depth in the same batches' size), windows.
     """
-    never = ExitPolicy.static(model.n_layers, model.n_layers)
-    rows = []
+    never, rows = ExitPolicy.static(model.n_layers, model.n_layers), []
     for size in tqdm(batch_sizes, desc="batch sizes", leave=False):
         pool = x[: max(SMALLEST_POOL, BATCHES * size)]
         depth = executed_depth(model, pool, policy)
@@ -108,7 +108,7 @@ def throughput(
             "first exit": predicted_difficulty(model, pool, policy),
             "hindsight": depth.max(axis=1) + depth.mean(axis=1) / model.n_layers,
         }
-        runs, slowest = {}, {}
+        runs, slowest = {}, {"": float(model.n_layers)}
         for grouping, signal in signals.items():
             groups = batches(signal, len(pool), size)
             parts = [pool[torch.from_numpy(g).to(pool.device)] for g in groups]
@@ -117,15 +117,14 @@ def throughput(
                 runs[execution, grouping] = partial(_run_all, model, parts, policy, execution)
             if signal is None:
                 runs[FULL_DEPTH, ""] = partial(_run_all, model, parts, never, "compacted")
-        seconds = interleaved_times(runs, x.device, repeats)
-        medians = {run: float(np.median(taken)) for run, taken in seconds.items()}
+        medians = median_ms(interleaved_times(runs, x.device, repeats))
         rows += [
             {
                 "batch": size,
                 "execution": execution,
                 "grouping": grouping,
-                "tokens_per_second": pool.numel() / median,
-                "layers_run": slowest.get(grouping, float(model.n_layers)),
+                "tokens_per_second": 1e3 * pool.numel() / median,
+                "layers_run": slowest[grouping],
                 "speedup_time": medians[FULL_DEPTH, ""] / median,
                 "windows": len(pool),
             }

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from earlyexit.cost.breakdown import ORIGINAL, part_functions
-from earlyexit.cost.parts import FULL_DEPTH, policy_flops
+from earlyexit.cost.breakdown import ORIGINAL, compaction_speedups, part_functions
+from earlyexit.cost.parts import FULL_DEPTH, batch_speedups
 from earlyexit.cost.synthetic import (
     geometric_shares,
     policy_for_shares,
@@ -27,8 +27,6 @@ from earlyexit.cost.timing import interleaved_times, median_ratio
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.original import original_early_exit
-from earlyexit.exits.policy import ExitPolicy
-from earlyexit.exits.statistics import exit_shares
 from earlyexit.nn.bk_core import BKCore
 from earlyexit.nn.config import ModelConfig
 
@@ -57,6 +55,12 @@ class Row:
     note: str
     low: float = float("nan")
     high: float = float("nan")
+
+    @classmethod
+    def measured(cls, name: str, ratio: Sequence[float], *rest) -> Row:
+        """Of a ratio and its interval, as :func:`median_ratio` returns them; then as the fields."""
+        value, low, high = map(float, ratio)
+        return cls(name, value, *rest, low, high)
 
     @property
     def verdict(self) -> str:
@@ -117,9 +121,8 @@ class Bench:
         core = BKCore(16).to(self.device).eval()
         v = torch.randn(32, 128, 16, device=self.device)
         runs = {"loop": lambda: position_loop(core, v), "core": lambda: core(v)}
-        ratio, low, high = self._ratio(runs, "loop", "core")
-        note = "wall-clock; batch 32, N=128, 16 heads"
-        yield Row("BK-Core against a loop over positions", ratio, "×", 20, True, note, low, high)
+        ratio, note = self._ratio(runs, "loop", "core"), "wall-clock; batch 32, N=128, 16 heads"
+        yield Row.measured("BK-Core against a loop over positions", ratio, "×", 20, True, note)
         lengths = [1024, 4096, 16384] if self.quick else [1024, 4096, 16384, 65536]
         inputs = {n: torch.randn(1, n, 16, device=self.device) for n in lengths}
         slope = self._slope({n: partial(core, v) for n, v in inputs.items()})
@@ -135,31 +138,27 @@ class Bench:
             "check": functions["check", CRITERIA["gate"].label],
             "layer": functions["whole", "block"],
         }
-        share, low, high = self._ratio(runs, "check", "layer", 3)
+        share = self._ratio(runs, "check", "layer", 3)
         note = f"of a layer's wall-clock; d=256, batch {self.batch} × 128; score, compare, one transfer"
-        yield Row("gate check", share, "share", 0.03, False, note, low, high)
+        yield Row.measured("gate check", share, "share", 0.03, False, note)
 
     def compaction(self) -> Iterator[Row]:
         """What of the FLOP speedup arrives, layers only."""
         config = replace(LARGE, vocab_size=LAYERS_ONLY)
         model, x = random_model(config).to(self.device), self._tokens(config)
         depths = (2.0, 4.0) if self.quick else (2.0, 3.0, 4.0, 5.0, 6.0)
-        runs, flops = {FULL_DEPTH: lambda: model.nll(x, x)}, {}
-        for depth in depths:
-            policy = policy_for_shares(model, x, geometric_shares(config.n_layers, depth))
-            runs[depth] = partial(model.nll, x, x, policy)
-            flops[depth] = self._flop_speedup(model, x, policy)
-        seconds = self._times(runs)
-        for depth in depths:
-            ratio, low, high = median_ratio(seconds[FULL_DEPTH], seconds[depth])
+        policies = {
+            depth: policy_for_shares(model, x, geometric_shares(config.n_layers, depth))
+            for depth in depths
+        }
+        for row in compaction_speedups(model, x, policies, self.repeats).itertuples():
+            ratio = np.array([row.speedup_time, row.low, row.high])
             note = (
-                f"wall-clock {ratio:.2f}× / FLOPs {flops[depth]:.2f}× / layers"
-                f" {config.n_layers / depth:.2f}×; d=256, L=8, no vocabulary"
+                f"wall-clock {row.speedup_time:.2f}× / FLOPs {row.speedup_flops:.2f}× / layers"
+                f" {row.speedup_layers:.2f}×; d=256, L=8, no vocabulary"
             )
-            yield Row(
-                f"compacted, mean depth {depth:g} of 8: wall-clock / FLOPs",
-                ratio / flops[depth], "share", 0.9, True, note, low / flops[depth], high / flops[depth],
-            )  # fmt: skip
+            name = f"compacted, mean depth {row.depth:g} of 8: wall-clock / FLOPs"
+            yield Row.measured(name, ratio / row.speedup_flops, "share", 0.9, True, note)
 
     def length(self) -> Iterator[Row]:
         """Time of the whole model over the length of its windows."""
@@ -193,25 +192,19 @@ class Bench:
             ORIGINAL: partial(original_early_exit, model, x, threshold),
         }
         seconds = self._times(runs, max(3, self.repeats // 2))
-        flops = self._flop_speedup(model, x, policy)
+        flops = batch_speedups(model, x, x, policy)["speedup_flops"]
         what = f"d={config.d_model}, L={config.n_layers}, V={config.vocab_size:,}"
         what += f", {config.output_head} head"
         setting = f"{what}; {criterion}, mean depth {depth:g}; quality is not measured here"
         hoped = {64: 1.6, 256: 2.0}.get(config.d_model) if self.model is None else None
-        ratio, low, high = median_ratio(seconds[FULL_DEPTH], seconds["compacted"])
-        yield Row(
-            f"{what}: full depth / compacted", ratio, "×", hoped, True,
-            f"wall-clock, head included, same head; FLOPs {flops:.2f}×; {setting}", low, high,
-        )  # fmt: skip
-        yield Row(
-            f"{what}: wall-clock / FLOPs", ratio / flops, "share", 0.9, True, setting,
-            low / flops, high / flops,
-        )  # fmt: skip
-        ratio, low, high = median_ratio(seconds[ORIGINAL], seconds["compacted"])
-        yield Row(
-            f"{what}: {ORIGINAL} / compacted", ratio, "×", 10, True,
-            f"wall-clock, same weights, exits of the same mean depth; {setting}", low, high,
-        )  # fmt: skip
+        ratio = np.array(median_ratio(seconds[FULL_DEPTH], seconds["compacted"]))
+        note = f"wall-clock, head included, same head; FLOPs {flops:.2f}×; {setting}"
+        yield Row.measured(f"{what}: full depth / compacted", ratio, "×", hoped, True, note)
+        name = f"{what}: wall-clock / FLOPs"
+        yield Row.measured(name, ratio / flops, "share", 0.9, True, setting)
+        ratio = median_ratio(seconds[ORIGINAL], seconds["compacted"])
+        note = f"wall-clock, same weights, exits of the same mean depth; {setting}"
+        yield Row.measured(f"{what}: {ORIGINAL} / compacted", ratio, "×", 10, True, note)
 
     # ------------------------------------------------------------------ tools
 
@@ -235,11 +228,6 @@ class Bench:
         seconds = self._times(runs)
         medians = [np.median(seconds[n]) for n in runs]
         return float(np.polyfit(np.log(list(runs)), np.log(medians), 1)[0])
-
-    @staticmethod
-    def _flop_speedup(model: EarlyExitModel, x: Tensor, policy: ExitPolicy) -> float:
-        shares = exit_shares(model, x, x, policy)
-        return policy_flops(model, shares, policy)["speedup_flops"]
 
 
 @torch.no_grad()

@@ -44,19 +44,10 @@ def break_even_map(
         ratio = head_ratio(operations(config))
         for criterion, depth in product(criteria, 1 + (layers - 1) * SHARES_EXECUTED):
             load = Load(config, batch, length, criterion, tuple(geometric_shares(layers, depth)))
-            rows.append(
-                {
-                    "criterion": criterion,
-                    "n_layers": layers,
-                    "batch": batch,
-                    "vocab_size": vocabulary,
-                    "head_ratio": ratio,
-                    "mean_depth": depth,
-                    "executed": depth / layers,
-                    "speedup_time": model.speedup(load),
-                }
-            )
-    return pd.DataFrame(rows)
+            key = (criterion, layers, batch, vocabulary, ratio, depth, depth / layers)
+            rows.append((*key, model.speedup(load)))
+    columns = ("criterion", "n_layers", "batch", "vocab_size", "head_ratio", "mean_depth")
+    return pd.DataFrame(rows, columns=[*columns, "executed", "speedup_time"])
 
 
 def measured_points(checked: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from earlyexit.cost.parts import FULL_DEPTH
-from earlyexit.cost.timing import interleaved_times
+from earlyexit.cost.parts import FULL_DEPTH, batch_speedups
+from earlyexit.cost.timing import INTERVAL, interleaved_times, median_ms, time_columns
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.clock import PARTS, timed_parts
 from earlyexit.exits.criteria import CRITERIA, Criterion
@@ -91,12 +91,8 @@ def part_times(model: ExitModel, x: Tensor, repeats: int) -> pd.DataFrame:
     """
     model.eval()
     seconds = interleaved_times(part_functions(model, x), x.device, repeats)
-    table = pd.DataFrame(
-        [
-            {"group": group, "part": part, "milliseconds": 1e3 * float(np.median(taken))}
-            for (group, part), taken in seconds.items()
-        ]
-    )
+    rows = [(*key, taken) for key, taken in median_ms(seconds).items()]
+    table = pd.DataFrame(rows, columns=["group", "part", "milliseconds"])
     whole = table.loc[table["group"] == "whole", "milliseconds"].item()
     return table.assign(share_of_block=table["milliseconds"] / whole)
 
@@ -122,6 +118,30 @@ def execution_runs(
         "dense": lambda: model.nll(x, y, policy, "dense"),
         ORIGINAL: lambda: original_early_exit(original, x, threshold),
     }
+
+
+def compaction_speedups(
+    model: EarlyExitModel, x: Tensor, policies: Mapping[float, ExitPolicy], repeats: int
+) -> pd.DataFrame:
+    """Three speedups of compacted execution of a batch ``(B, N)``, runs taken in turn.
+
+    Args:
+        policies: mean depth → the policy by which the tokens leave at that depth on average.
+
+    Returns:
+        Columns depth, speedup_layers, speedup_flops, speedup_time with its 90 % interval low to high.
+    """
+    runs = {FULL_DEPTH: partial(model.nll, x, x)}
+    runs |= {depth: partial(model.nll, x, x, policy) for depth, policy in policies.items()}
+    seconds = interleaved_times(runs, x.device, repeats)
+    rows = [
+        {"depth": depth}
+        | batch_speedups(model, x, x, policy)
+        | {"speedup_layers": model.n_layers / depth}
+        | time_columns(seconds[FULL_DEPTH], seconds[depth], *INTERVAL)
+        for depth, policy in policies.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 @torch.no_grad()
@@ -153,20 +173,12 @@ def run_times(
 
     clocks = {(name, "clock"): partial(clocked, name) for name in runs}
     seconds = interleaved_times(runs | clocks, device, repeats)
-    rows = []
+    tables = []
     for name in runs:
-        timed = parts[name][1::2]  # before each of them one ran untimed
-        typical = 1e3 * pd.DataFrame(timed).quantile(quantile)
-        total = 1e3 * float(np.quantile(seconds[name], quantile))
-        rows += [
-            {
-                "run": name,
-                "part": part,
-                "milliseconds": typical[part],
-                "total_ms": total,
-                "sum_ms": typical.sum(),
-                "gap": typical.sum() / total - 1,
-            }
-            for part in PARTS
-        ]
-    return pd.DataFrame(rows)
+        timed = pd.DataFrame(parts[name][1::2])  # before each of them one ran untimed
+        table = pd.DataFrame({"run": name, "part": PARTS})
+        table["milliseconds"] = 1e3 * timed.quantile(quantile)[list(PARTS)].to_numpy()
+        table["total_ms"] = 1e3 * float(np.quantile(seconds[name], quantile))
+        tables.append(table.assign(sum_ms=table["milliseconds"].sum()))
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(gap=table["sum_ms"] / table["total_ms"] - 1)

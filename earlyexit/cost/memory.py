@@ -1,10 +1,11 @@
-"""What a run needs at its peak, measured in a child process and by the allocator's record."""
+"""Peak memory of runs, by the allocator's record and in processes of their own, as tidy tables."""
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from earlyexit.cost.synthetic import random_model
+from earlyexit.cost.synthetic import (
+    geometric_shares,
+    policy_for_shares,
+    random_model,
+    random_tokens,
+)
 from earlyexit.devices import synchronize
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.original import original_early_exit
@@ -59,6 +65,58 @@ def peak_memory(
         rows.append((output, execution, logits, peak - logits, peak))
     columns = ["output", "execution", "logits_mib", "rest_mib", "peak_mib"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def memory_over_batches(
+    model: EarlyExitModel,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    policy: ExitPolicy,
+    threshold: float,
+) -> pd.DataFrame:
+    """:func:`peak_memory` on batches of different sizes, with a column batch (windows).
+
+    Args:
+        batches: token ids and targets ``(B, N)``, one batch per size.
+        policy: of this project's executions; threshold: of the original's procedure.
+    """
+    parts = [peak_memory(model, x, y, policy, threshold).assign(batch=len(x)) for x, y in batches]
+    return pd.concat(parts, ignore_index=True)
+
+
+def memory_over_lengths(
+    config: ModelConfig, lengths: Sequence[int], device: torch.device
+) -> pd.DataFrame:
+    """:func:`peak_memory` on one window of each length, with a column length (tokens).
+
+    Weights are random and exits constructed: half of the layers are executed on average.
+
+    Args:
+        config: of the model; its ``n_seq`` is replaced.
+    """
+    shares, parts = geometric_shares(config.n_layers, (config.n_layers + 1) / 2), []
+    for length in lengths:
+        longer = replace(config, n_seq=length)
+        model, x = random_model(longer).to(device), random_tokens(longer, 1, length).to(device)
+        policy = policy_for_shares(model, x, shares)
+        threshold = policy_for_shares(model, x, shares, "max_probability").thresholds[0]
+        parts.append(peak_memory(model, x, x, policy, threshold).assign(length=length))
+    return pd.concat(parts, ignore_index=True)
+
+
+def resident_memory(
+    config: ModelConfig,
+    windows: int,
+    policy: ExitPolicy,
+    threshold: float,
+    keys: Iterable[tuple[str, str]],
+) -> pd.DataFrame:
+    """:func:`peak_resident` of executions: columns output, execution, resident_mib.
+
+    Args:
+        windows: in the batch; keys: pairs (output, execution) of :func:`executions`.
+    """
+    rows = [(*key, peak_resident(config, windows, policy, threshold, key)) for key in keys]
+    return pd.DataFrame(rows, columns=["output", "execution", "resident_mib"])
 
 
 def peak_resident(

@@ -14,11 +14,13 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.operations import FLOAT, Operations, flops, norm, weighted_sum
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel
+from earlyexit.exits.statistics import exit_shares, layers_executed
 from earlyexit.models.operations import operations
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
@@ -210,6 +212,21 @@ def policy_flops(
     return run_flops(stated, positions, policy, at_last=at_last, stops=stops)
 
 
+def batch_speedups(model: ExitModel, x: Tensor, y: Tensor, policy: ExitPolicy) -> dict[str, float]:
+    """``speedup_layers`` and ``speedup_flops`` of a compacted run over one batch ``(B, N)``."""
+    shares = exit_shares(model, x, y, policy)
+    return {
+        "speedup_layers": model.n_layers / mean_layers(shares),
+        "speedup_flops": policy_flops(model, shares, policy)["speedup_flops"],
+    }
+
+
+def mean_layers(shares: Sequence[float]) -> float:
+    """Layers executed on average of tokens that leave in these shares ``(L + 1,)``."""
+    n_layers = len(shares) - 1
+    return float(layers_executed(np.arange(n_layers + 1), n_layers) @ np.asarray(shares))
+
+
 def _alive(shares: Sequence[float]) -> np.ndarray:
     """Share of tokens that run each layer ``(L,)``, from shares per exit layer ``(L + 1,)``."""
     return 1 - np.append(0, np.cumsum(np.asarray(shares, dtype=float)))[: len(shares) - 1]
@@ -267,6 +284,11 @@ class Load:
         return operations(self.config)
 
     @property
+    def at_full_depth(self) -> Load:
+        """The same batch without exits."""
+        return Load(self.config, self.batch, self.length)
+
+    @property
     def tokens(self) -> int:
         return self.batch * self.length
 
@@ -276,7 +298,7 @@ class Load:
         layers = self.config.n_layers
         if self.criterion == FULL_DEPTH:
             return float(layers)
-        return float(np.minimum(np.arange(layers + 1) + 1, layers) @ np.asarray(self.shares))
+        return mean_layers(self.shares)
 
     def describe(self) -> dict:
         """Sizes, criterion and mean depth, as columns of tables."""

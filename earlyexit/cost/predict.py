@@ -18,20 +18,18 @@ def answer(model: TimeModel, load: Load) -> dict:
         it is above 1), milliseconds and their parts, exit shares, and how far the prices were off on
         configurations they were not fitted on.
     """
-    full = Load(load.config, load.batch, load.length)
-    flops = policy_flops(load.operations, load.shares, load.criterion)
+    runs = {FULL_DEPTH: load.at_full_depth, "with exits": load}
     ratio = model.speedup(load)
     return load.describe() | {
         "exit_shares": [round(s, 6) for s in load.shares],
         "speedup_layers": load.config.n_layers / load.mean_depth,
-        "speedup_flops": flops["speedup_flops"],
+        "speedup_flops": policy_flops(load.operations, load.shares, load.criterion)[
+            "speedup_flops"
+        ],
         "speedup_time": ratio,
         "pays": bool(ratio > 1),
-        "milliseconds": {
-            FULL_DEPTH: model.milliseconds(full),
-            "with exits": model.milliseconds(load),
-        },
-        "parts": {FULL_DEPTH: model.predict(full), "with exits": model.predict(load)},
+        "milliseconds": {name: model.milliseconds(run) for name, run in runs.items()},
+        "parts": {name: model.predict(run) for name, run in runs.items()},
         "prediction_error": model.check,
         "beyond": times.beyond(load),
         "machine": model.machine,

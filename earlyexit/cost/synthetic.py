@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.criteria import CRITERIA, Criterion
 from earlyexit.exits.execution import run
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel
@@ -70,6 +70,12 @@ def geometric_shares(n_layers: int, mean_depth: float) -> np.ndarray:
     return np.append(share, 0.0)
 
 
+def rule_threshold(rule: Criterion, scores: np.ndarray, share: float) -> float:
+    """The threshold of a criterion that about this share of the scores passes."""
+    cut = np.quantile(scores, 1 - share if rule.exit_above else share)
+    return float(np.clip(cut, *rule.bounds))
+
+
 @torch.no_grad()
 def policy_for_shares(
     model: ExitModel, x: Tensor, shares: Sequence[float], criterion: str = "gate"
@@ -102,7 +108,5 @@ def policy_for_shares(
         thresholds[layer] = always
         made = run(model, x, ExitPolicy(criterion, tuple(thresholds)), reader)
         scores = made.scores[made.exit_layers == layer].double().cpu().numpy()
-        portion = shares[layer] / left
-        cut = np.quantile(scores, 1 - portion if rule.exit_above else portion)
-        thresholds[layer] = float(np.clip(cut, *rule.bounds))
+        thresholds[layer] = rule_threshold(rule, scores, shares[layer] / left)
     return ExitPolicy(criterion, tuple(thresholds))

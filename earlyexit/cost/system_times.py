@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from earlyexit.cost.breakdown import scaled_projection
-from earlyexit.cost.timing import interleaved_times
+from earlyexit.cost.timing import interleaved_times, median_ms
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.execution import decide
 from earlyexit.exits.policy import ExitPolicy
@@ -69,18 +69,15 @@ def sparse_times(
         score = sparse.importance(u)
         sparse.importance.bias -= score.quantile(1 - keep)
         v = dense.potentials(u)
-        features = dense.bk_core(v)
         calls = {
-            "dense": lambda dense=dense, u=u: dense(u),
-            "sparse": lambda sparse=sparse, u=u: sparse(u),
-            "core": lambda dense=dense, v=v: dense.bk_core(v),
-            "potentials": lambda dense=dense, u=u: dense.potentials(u),
-            "projection": lambda dense=dense, f=features: scaled_projection(dense, f),
-            "experts": lambda dense=dense, u=u: dense.moe(u),
+            "core": partial(dense.bk_core, v),
+            "potentials": partial(dense.potentials, u),
+            "projection": partial(scaled_projection, dense, dense.bk_core(v)),
+            "experts": partial(dense.moe, u),
         }
-        seconds = interleaved_times(calls, device, repeats)
-        ms = {name: 1e3 * float(np.median(s)) for name, s in seconds.items()}
-        parts = sum(ms[name] for name in ("core", "potentials", "projection", "experts"))
+        layers = {"dense": partial(dense, u), "sparse": partial(sparse, u)}
+        ms = median_ms(interleaved_times(layers | calls, device, repeats))
+        parts = sum(ms[name] for name in calls)
         share = 1 - ms["experts"] / parts
         sparse.reset_kept()
         sparse(u)

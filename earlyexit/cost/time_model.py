@@ -8,7 +8,7 @@ that short and long runs count alike and a part that takes no time decides nothi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -108,13 +108,13 @@ def measure(wanted: Sequence[Load], device: torch.device, repeats: int = 5) -> p
             policy = policy_for_shares(model, x, load.shares, load.criterion)
         runs[index] = partial(model.nll, x, x, policy)
     with tqdm(total=4 * len(runs) * repeats, desc="time runs", leave=False) as bar:
-        counted = {name: partial(_counted, run, bar) for name, run in runs.items()}
-        return run_times(counted, device, repeats, UNDISTURBED).rename(columns={"run": "load"})
 
+        def counted(index: int) -> None:
+            runs[index]()
+            bar.update()
 
-def _counted(run: Callable[[], object], bar: tqdm) -> None:
-    run()
-    bar.update()
+        calls = {index: partial(counted, index) for index in runs}
+        return run_times(calls, device, repeats, UNDISTURBED).rename(columns={"run": "load"})
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,7 @@ class TimeModel:
 
     def speedup(self, load: Load) -> float:
         """Predicted wall-clock speedup against the same model at full depth."""
-        full = Load(load.config, load.batch, load.length)
-        return self.milliseconds(full) / self.milliseconds(load)
+        return self.milliseconds(load.at_full_depth) / self.milliseconds(load)
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
@@ -212,9 +211,8 @@ def check(model: TimeModel, measured: pd.DataFrame, wanted: Sequence[Load]) -> p
         One row per load: d_model, n_layers, vocab_size, output_head, batch, n_seq, criterion,
         mean_depth, measured_ms, predicted_ms, error (relative).
     """
-    totals = measured.groupby("load")["total_ms"].first()
     table = pd.DataFrame([load.describe() for load in wanted])
-    table["measured_ms"] = [totals[index] for index in range(len(wanted))]
+    table["measured_ms"] = measured.groupby("load")["total_ms"].first()
     table["predicted_ms"] = [model.milliseconds(load) for load in wanted]
     return table.assign(error=table["predicted_ms"] / table["measured_ms"] - 1)
 
@@ -233,17 +231,14 @@ def calibrate(
     Returns:
         The time model, and the table of :func:`check` with a column ``used`` ("fitted", "checked").
     """
-    mine, others = loads(fitted), loads(checked)
-    times = measure(mine + others, device, repeats)
-    held_out = times["load"] >= len(mine)
-    model = fit(times[~held_out], mine)
-    rest = times[held_out].assign(load=times["load"] - len(mine))
-    table = check(model, rest, others)
-    errors = table["error"].abs()
+    to_fit, to_check = loads(fitted), loads(checked)
+    times = measure(to_fit + to_check, device, repeats)
+    model = fit(times[times["load"] < len(to_fit)], to_fit)
+    used = ["fitted"] * len(to_fit) + ["checked"] * len(to_check)
+    table = check(model, times, to_fit + to_check).assign(used=used)
+    errors = table.loc[table["used"] == "checked", "error"].abs()
     summary = {"median_error": float(errors.median()), "largest_error": float(errors.max())}
-    seen = check(model, times[~held_out], mine).assign(used="fitted")
-    both = pd.concat([seen, table.assign(used="checked")], ignore_index=True)
-    return TimeModel(model.prices, summary), both
+    return TimeModel(model.prices, summary), table
 
 
 def beyond(load: Load) -> list[str]:

@@ -6,13 +6,15 @@ import ctypes
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 
 import numpy as np
 import torch
 
 from earlyexit.devices import synchronize
+
+INTERVAL = ("speedup_time", "low", "high")  # columns of a ratio of times and its interval
 
 
 def interleaved_times(
@@ -63,3 +65,21 @@ def median_ratio(
     ratios = np.median(baseline[rows], axis=1) / np.median(other[rows], axis=1)
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(np.median(baseline) / np.median(other)), float(low), float(high)
+
+
+def time_columns(baseline: np.ndarray, other: np.ndarray, *names: str) -> dict[str, float]:
+    """:func:`median_ratio` as columns of a table.
+
+    Args:
+        names: of the ratio and of the ends of its interval; or one name, to which _low and _high are
+            added; by default ``speedup_time``.
+    """
+    if len(names) < 3:
+        (name,) = names or ("speedup_time",)
+        names = (name, f"{name}_low", f"{name}_high")
+    return dict(zip(names, median_ratio(baseline, other), strict=True))
+
+
+def median_ms(seconds: Mapping[Hashable, np.ndarray]) -> dict[Hashable, float]:
+    """Median milliseconds of each run of :func:`interleaved_times`."""
+    return {name: 1e3 * float(np.median(taken)) for name, taken in seconds.items()}

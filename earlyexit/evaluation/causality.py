@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from earlyexit.corpus.windows import IGNORE
+from earlyexit.evaluation.evaluator import on_device
 from earlyexit.exits.api import EarlyExitModel
 
 
@@ -40,10 +41,8 @@ def perplexity_without_future(
     Returns:
         The two perplexities; they are equal for a causal model.
     """
-    device = next(model.parameters()).device
     totals, count = torch.zeros(2, dtype=torch.float64), 0
-    for x, y in batches:
-        x, y = x.to(device), y.to(device)
+    for x, y in on_device(batches, next(model.parameters()).device):
         true = model.nll(x, y)
         cuts = {1 + k * (x.shape[1] - 1) // n_cuts for k in range(n_cuts)} - {x.shape[1]}
         for k, cut in enumerate(sorted(cuts)):
@@ -59,14 +58,6 @@ def leak(
     models: Mapping[str, EarlyExitModel], batches: Sequence[tuple[Tensor, Tensor]]
 ) -> pd.DataFrame:
     """:func:`perplexity_without_future` of models: columns model, future, perplexity."""
-    parts = [
-        pd.DataFrame(
-            {
-                "model": name,
-                "future": ["true", "replaced"],
-                "perplexity": perplexity_without_future(model, batches),
-            }
-        )
-        for name, model in models.items()
-    ]
-    return pd.concat(parts, ignore_index=True)
+    found = {name: perplexity_without_future(model, batches) for name, model in models.items()}
+    table = pd.DataFrame(found, index=pd.Index(["true", "replaced"], name="future")).T
+    return table.rename_axis("model").stack().rename("perplexity").reset_index()

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.resources import files
 
-import numpy as np
 import pandas as pd
 
-from earlyexit.evaluation.compare import evaluator_of
+from earlyexit.evaluation.compare import SPEEDUPS, run_rows
 from earlyexit.exits.api import EarlyExitModel
+from earlyexit.exits.policy import ExitPolicy
 
 # As documented there:
 CHECK_SHARE = 0.01  # of a layer's time: the exit check
@@ -22,13 +22,6 @@ MEMORY_SAVED = 0.30  # of activation memory
 EFFICIENCY = 0.85  # measured over theoretical speedup
 MULTI_SCALE, SPARSE, EXITS = 4.0, 1.8, 2.0  # speedups of each idea alone
 MULTI_SCALE_AND_EXITS, SPARSE_AND_EXITS = 8.0, 3.6  # and of two together, multiplied
-SPEEDUPS = (
-    "speedup_layers",
-    "speedup_flops",
-    "speedup_time",
-    "speedup_time_low",
-    "speedup_time_high",
-)
 ROUNDING = 1e-9  # an ε that equals the claimed loss is within it
 
 
@@ -59,25 +52,19 @@ def measured_claims(model: EarlyExitModel, loader: Iterable) -> pd.DataFrame:
         One row per claim: threshold, claimed_speedup, claimed_quality_loss, measured_speedup_layers,
         measured_quality_loss, perplexity, avg_exit_layer, exited_early (share of the tokens).
     """
-    claims, evaluator = claimed_test_rows(), evaluator_of(model)
-    full = evaluator.evaluate_policy(loader)["perplexity"]
-    measured = evaluator.evaluate(loader, claims["threshold"].tolist())
-    rows = []
-    for claim in claims.itertuples():
-        found = measured[claim.threshold]
-        rows.append(
-            {
-                "threshold": claim.threshold,
-                "claimed_speedup": claim.speedup,
-                "claimed_quality_loss": claim.quality_loss,
-                "measured_speedup_layers": found["speedup_estimate"],
-                "measured_quality_loss": found["perplexity"] / full - 1,
-                "perplexity": found["perplexity"],
-                "avg_exit_layer": found["avg_exit_layer"],
-                "exited_early": 1 - sum(found["exit_distribution"][-2:]) / 100,
-            }
-        )
-    return pd.DataFrame(rows)
+    claims = claimed_test_rows()
+    policies = [ExitPolicy.constant(t, model.n_layers) for t in claims["threshold"]]
+    measured = run_rows(model, policies, loader)
+    return pd.DataFrame(
+        {
+            "threshold": claims["threshold"],
+            "claimed_speedup": claims["speedup"],
+            "claimed_quality_loss": claims["quality_loss"],
+            "measured_speedup_layers": measured["speedup_layers"],
+            "measured_quality_loss": measured["quality_loss"],
+            **measured[["perplexity", "avg_exit_layer", "exited_early"]],
+        }
+    )
 
 
 def claims_and_certificates(front: pd.DataFrame, certificates: pd.DataFrame) -> pd.DataFrame:
@@ -92,27 +79,24 @@ def claims_and_certificates(front: pd.DataFrame, certificates: pd.DataFrame) -> 
         exited_early; and of the policy certified by document with the largest ε that is no more than
         the claimed loss certified_epsilon, certified_speedup_layers, certified_loss (NaN: none).
     """
+    claims = claimed_test_rows()
     measured = front[front["criterion"] == "original's threshold"].set_index("threshold")
-    by_document = certificates[certificates["policy"] == "certified by document"]
-    certified = by_document.dropna(subset="test_speedup_layers")
-    rows = []
-    for claim in claimed_test_rows().itertuples():
-        found = measured.loc[claim.threshold]
-        within = certified[certified["epsilon"] <= claim.quality_loss + ROUNDING]
-        best = within.loc[within["epsilon"].idxmax()] if len(within) else {}
-        rows.append(
-            {
-                "threshold": claim.threshold,
-                "claimed_speedup": claim.speedup,
-                "claimed_loss": claim.quality_loss,
-            }
-            | {f"measured_{name}": found[name] for name in SPEEDUPS}
-            | {
-                "measured_loss": found["quality_loss"],
-                "exited_early": found["exited_early"],
-                "certified_epsilon": best.get("epsilon", np.nan),
-                "certified_speedup_layers": best.get("test_speedup_layers", np.nan),
-                "certified_loss": best.get("test_quality_loss", np.nan),
-            }
-        )
-    return pd.DataFrame(rows)
+    measured = measured.loc[claims["threshold"]].reset_index()
+    certified = certificates[certificates["policy"] == "certified by document"]
+    certified = certified.dropna(subset="test_speedup_layers").sort_values("epsilon")
+    # The last row within each claim; −1 beside the rows is none, which reindex fills with NaN.
+    best = certified["epsilon"].searchsorted(claims["quality_loss"] + ROUNDING, "right") - 1
+    certified = certified.reset_index(drop=True).reindex(best).reset_index(drop=True)
+    return pd.DataFrame(
+        {
+            "threshold": claims["threshold"],
+            "claimed_speedup": claims["speedup"],
+            "claimed_loss": claims["quality_loss"],
+            **measured[list(SPEEDUPS)].add_prefix("measured_"),
+            "measured_loss": measured["quality_loss"],
+            "exited_early": measured["exited_early"],
+            "certified_epsilon": certified["epsilon"],
+            "certified_speedup_layers": certified["test_speedup_layers"],
+            "certified_loss": certified["test_quality_loss"],
+        }
+    )

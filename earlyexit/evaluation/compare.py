@@ -12,6 +12,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -20,26 +21,22 @@ from torch import Tensor
 from earlyexit.calibration.thresholds import Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.cost.parts import exit_costs, policy_flops
-from earlyexit.cost.timing import interleaved_times, median_ratio
+from earlyexit.cost.timing import interleaved_times, time_columns
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 
 SETTINGS = ("epsilon", "threshold", "exit_layer", "depth")
 
-COLUMNS = (
-    "criterion",
-    *SETTINGS,
-    "perplexity",
-    "quality_loss",
-    "tokens",
+SPEEDUPS = (
     "speedup_layers",
     "speedup_flops",
     "speedup_time",
     "speedup_time_low",
     "speedup_time_high",
-    "exited_early",
 )
+QUALITY = ("perplexity", "quality_loss", "tokens")
+COLUMNS = ("criterion", *SETTINGS, *QUALITY, *SPEEDUPS, "exited_early")
 
 ORACLE_POINTS = 400  # prices that an oracle's front is searched over
 
@@ -59,6 +56,11 @@ class Candidate:
     setting: str
     value: float
     policy: ExitPolicy
+
+    @property
+    def key(self) -> dict[str, str | float]:
+        """The columns that say which policy a row is of."""
+        return {"criterion": self.criterion, self.setting: self.value}
 
 
 def static_exits(n_layers: int) -> list[Candidate]:
@@ -89,11 +91,10 @@ def fitted(
         trace: of the fit part.
     """
     found = []
-    for criterion in criteria:
-        for epsilon in epsilons:
-            with suppress(Unreachable):
-                policy = fitted_policy(model, trace, criterion, epsilon)
-                found.append(Candidate(criterion, "epsilon", epsilon, policy))
+    for criterion, epsilon in product(criteria, epsilons):
+        with suppress(Unreachable):
+            policy = fitted_policy(model, trace, criterion, epsilon)
+            found.append(Candidate(criterion, "epsilon", epsilon, policy))
     return found
 
 
@@ -148,31 +149,23 @@ def compare(
     seconds = interleaved_times({None: lambda: model.nll(x, y)} | runs, x.device, repeats)
     distinct = {id(part): part for part in loaders.values()}
     full = {k: evaluator.evaluate_policy(part)["perplexity"] for k, part in distinct.items()}
-    rows = []
-    for c in candidates:
-        part = loaders[c.policy.criterion]
-        real = evaluator.evaluate_policy(part, c.policy)
-        shares = np.array(real["exit_distribution"]) / 100
-        rows.append(
-            tidy_row(c.criterion, {c.setting: c.value}, real, full[id(part)])
-            | time_columns(seconds[None], seconds[c])
-            | {
-                "speedup_flops": policy_flops(model, shares, c.policy)["speedup_flops"],
-                "exited_early": 1 - shares[-2:].sum(),
-            }
-        )
-    whole = exit_costs(model, "depth")[-1]
-    for depth, other in shallow.items():
-        real = evaluator_of(other).evaluate_policy(loaders["depth"])
-        rows.append(
-            tidy_row("shallow twin", {"depth": depth}, real, full[id(loaders["depth"])])
-            | time_columns(seconds[None], seconds[depth])
-            | {
-                "speedup_layers": model.n_layers / depth,
-                "speedup_flops": whole / exit_costs(other, "depth")[-1],
-                "exited_early": 0.0,
-            }
-        )
+    rows = [
+        c.key
+        | run_row(model, c.policy, part := loaders[c.policy.criterion], full[id(part)])
+        | time_columns(seconds[None], seconds[c])
+        for c in candidates
+    ]
+    part, whole = loaders["depth"], exit_costs(model, "depth")[-1]
+    rows += [
+        {"criterion": "shallow twin", "depth": depth}
+        | run_row(other, None, part, full[id(part)])
+        | time_columns(seconds[None], seconds[depth])
+        | {
+            "speedup_layers": model.n_layers / depth,
+            "speedup_flops": whole / exit_costs(other, "depth")[-1],
+        }
+        for depth, other in shallow.items()
+    ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -192,10 +185,11 @@ def oracle(model: EarlyExitModel, trace: ExitTrace, epsilons: Sequence[float]) -
         exits = (np.arange(trace.n_layers) + price * trace.kl).argmin(axis=1)
         found = trace.read_out(exits)
         rows.append(
-            dict.fromkeys(COLUMNS, math.nan)
-            | {"criterion": "oracle (kl)", "epsilon": epsilon, "tokens": trace.n_tokens}
-            | {name: found[name] for name in ("perplexity", "quality_loss", "speedup_layers")}
+            found
             | {
+                "criterion": "oracle (kl)",
+                "epsilon": epsilon,
+                "tokens": trace.n_tokens,
                 "speedup_flops": whole[-1] / whole[exits].mean(),
                 "exited_early": (exits < trace.n_layers - 1).mean(),
             }
@@ -220,50 +214,51 @@ def real_runs(
     rows = []
     for criterion, policy in policies.items():
         traced = traces[criterion].evaluate(policy)
-        real = evaluator_of(model).evaluate_policy(loaders[criterion], policy)
-        rows.append(
-            {
-                "criterion": criterion,
-                "tokens": real["total_tokens"],
-                "trace_perplexity": traced["perplexity"],
-                "real_perplexity": real["perplexity"],
-                "trace_speedup_layers": traced["speedup_layers"],
-                "real_speedup_layers": real["speedup_estimate"],
-            }
-        )
+        real = run_row(model, policy, loaders[criterion])
+        row = {"criterion": criterion, "tokens": real["tokens"]}
+        for name in ("perplexity", "speedup_layers"):
+            row |= {f"trace_{name}": traced[name], f"real_{name}": real[name]}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 # ---------------------------------------------------------------------------- what rows are made of
 
 
-def tidy_row(
-    criterion: str, setting: Mapping[str, float], real: Mapping, full_perplexity: float
+def run_row(
+    model: EarlyExitModel,
+    policy: ExitPolicy | None,
+    loader: Iterable,
+    full_perplexity: float = math.nan,
 ) -> dict[str, float]:
-    """A row with ``COLUMNS`` of which quality and layers are filled in, the rest NaN.
+    """What a policy does to quality, layers and FLOPs when it is run for real; None is full depth.
 
     Args:
-        real: as :meth:`EarlyExitEvaluator.evaluate_policy` returns.
-        full_perplexity: of the same weights and tokens at full depth.
+        full_perplexity: of the same tokens at full depth, that ``quality_loss`` is against.
+
+    Returns:
+        perplexity, quality_loss, tokens, speedup_layers, speedup_flops, exited_early (share of the
+        tokens) and avg_exit_layer.
     """
-    return (
-        dict.fromkeys(COLUMNS, math.nan)
-        | {"criterion": criterion, **setting}
-        | {
-            "perplexity": real["perplexity"],
-            "quality_loss": real["perplexity"] / full_perplexity - 1,
-            "tokens": real["total_tokens"],
-            "speedup_layers": real["speedup_estimate"],
-        }
-    )
+    real = evaluator_of(model).evaluate_policy(loader, policy)
+    shares = np.array(real["exit_distribution"]) / 100
+    return {
+        "perplexity": real["perplexity"],
+        "quality_loss": real["perplexity"] / full_perplexity - 1,
+        "tokens": real["total_tokens"],
+        "speedup_layers": real["speedup_estimate"],
+        "speedup_flops": policy_flops(model, shares, policy)["speedup_flops"],
+        "exited_early": 1 - shares[-2:].sum(),
+        "avg_exit_layer": real["avg_exit_layer"],
+    }
 
 
-def time_columns(
-    baseline: np.ndarray, seconds: np.ndarray, name: str = "speedup_time"
-) -> dict[str, float]:
-    """Columns ``name``, ``name_low`` and ``name_high``: ratio of median times, with its interval."""
-    names = (name, f"{name}_low", f"{name}_high")
-    return dict(zip(names, median_ratio(baseline, seconds), strict=True))
+def run_rows(
+    model: EarlyExitModel, policies: Iterable[ExitPolicy | None], loader: Iterable
+) -> pd.DataFrame:
+    """:func:`run_row` of each policy, on the same tokens and against full depth on them."""
+    full = run_row(model, None, loader)["perplexity"]
+    return pd.DataFrame([run_row(model, policy, loader, full) for policy in policies])
 
 
 def evaluator_of(model: EarlyExitModel) -> EarlyExitEvaluator:

@@ -86,19 +86,10 @@ def exit_distribution(trace: ExitTrace, thresholds: Iterable[float]) -> pd.DataF
     for threshold in thresholds:
         exits = trace.exit_layers(ExitPolicy.constant(threshold, trace.n_layers))
         shares = trace.exit_distribution(exits)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "threshold": threshold,
-                    "exit_layer": layers,
-                    "share": shares,
-                    "average": exits.mean(),
-                    "layers_executed": executed,
-                    "layer_equivalents": shares * executed,
-                    "speedup_layers": trace.n_layers / (shares @ executed),
-                }
-            )
-        )
+        table = pd.DataFrame({"threshold": threshold, "exit_layer": layers, "share": shares})
+        columns = {"average": exits.mean(), "layers_executed": executed}
+        columns |= {"layer_equivalents": shares * executed}
+        parts.append(table.assign(**columns, speedup_layers=trace.n_layers / (shares @ executed)))
     return pd.concat(parts, ignore_index=True)
 
 

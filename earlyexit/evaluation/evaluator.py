@@ -22,6 +22,32 @@ from earlyexit.exits.protocol import Execution
 from earlyexit.exits.statistics import exit_statistics
 
 
+def on_device(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and targets ``(B, N)`` of batches, moved to a device.
+
+    Raises:
+        ValueError: a batch is empty.
+    """
+    for x, y in batches:
+        if x.numel() == 0:
+            raise ValueError("the loader gave an empty batch")
+        yield x.to(device), y.view(x.shape).to(device)
+
+
+def run_batches(
+    model: EarlyExitModel,
+    batches: Iterable,
+    policy: ExitPolicy | None,
+    execution: Execution = "compacted",
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Targets, NLL and exit layers ``(B, N)`` of a policy run on batches; None is full depth."""
+    for x, y in on_device(batches, next(model.parameters()).device):
+        if policy is None:
+            yield y, model.nll(x, y), torch.full_like(x, model.n_layers)
+        else:
+            yield y, *model.nll(x, y, policy, execution)
+
+
 class EarlyExitEvaluator:
     """Quality and speed of a model with exits. The model is left as it was found.
 
@@ -69,9 +95,8 @@ class EarlyExitEvaluator:
         n_layers, nll, tokens = self.model.n_layers, 0.0, 0
         counts = torch.zeros(n_layers + 1, dtype=torch.int64)
         with self._borrowed_model() as model:
-            for x, y in tqdm(dataloader, desc="evaluate", mininterval=2, leave=False):
-                x, y = self._batch(x, y)
-                batch_nll, exits = self._score(model, x, y, policy, execution)
+            batches = tqdm(dataloader, desc="evaluate", mininterval=2, leave=False)
+            for y, batch_nll, exits in run_batches(model, batches, policy, execution):
                 scored = y != IGNORE
                 nll += batch_nll[scored].double().sum().item()
                 tokens += int(scored.sum())
@@ -111,8 +136,7 @@ class EarlyExitEvaluator:
         plain, early = [], []
         counts = torch.zeros(self.model.n_layers + 1, dtype=torch.int64)
         with self._borrowed_model() as model:
-            for x, y in islice(dataloader, num_batches):
-                x, y = self._batch(x, y)
+            for x, y in on_device(islice(dataloader, num_batches), self.device):
                 _, exits = model.nll(x, y, policy, execution)
                 counts += exits[y != IGNORE].cpu().bincount(minlength=model.n_layers + 1)
                 pair = [
@@ -134,17 +158,6 @@ class EarlyExitEvaluator:
             "avg_exit_layer": statistics["avg_exit_layer"],
             "exit_distribution": statistics["exit_distribution"],
         }
-
-    def _batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if x.numel() == 0:
-            raise ValueError("the loader gave an empty batch")
-        return x.to(self.device), y.view(x.shape).to(self.device)
-
-    @staticmethod
-    def _score(model, x, y, policy, execution) -> tuple[Tensor, Tensor]:
-        if policy is None:
-            return model.nll(x, y), torch.full_like(x, model.n_layers)
-        return model.nll(x, y, policy, execution)
 
     @contextmanager
     def _borrowed_model(self) -> Iterator[EarlyExitModel]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from earlyexit.calibration.thresholds import Unreachable
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.calibration.unit_losses import Unit, WindowLosses, window_losses
 from earlyexit.corpus.splits import Split
-from earlyexit.evaluation.compare import evaluator_of, fitted_policy
+from earlyexit.evaluation.compare import fitted_policy, run_row
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 
@@ -41,25 +42,21 @@ def candidate_table(
     Returns:
         Columns unit, n, candidate, fit_quality_loss, mean_gap, sd_gap and worst_gap (nats), layers.
     """
-    fit_loss = [trace.evaluate(policy)["quality_loss"] for policy in policies]
+    table = pd.DataFrame(
+        {
+            "candidate": range(len(policies)),
+            "fit_quality_loss": [trace.evaluate(policy)["quality_loss"] for policy in policies],
+            "layers": losses.layers,
+        }
+    )
     parts = []
     for unit in UNITS:
         gaps = losses.per_unit(unit)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "unit": unit,
-                    "n": len(gaps),
-                    "candidate": range(len(policies)),
-                    "fit_quality_loss": fit_loss,
-                    "mean_gap": gaps.mean(axis=0),
-                    "sd_gap": gaps.std(axis=0, ddof=1),
-                    "worst_gap": gaps.max(axis=0),
-                    "layers": losses.layers,
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
+        mean, sd, worst = gaps.mean(axis=0), gaps.std(axis=0, ddof=1), gaps.max(axis=0)
+        columns = {"unit": unit, "n": len(gaps), "mean_gap": mean, "sd_gap": sd, "worst_gap": worst}
+        parts.append(table.assign(**columns))
+    order = ["unit", "n", "candidate", "fit_quality_loss", "mean_gap", "sd_gap", "worst_gap"]
+    return pd.concat(parts, ignore_index=True)[[*order, "layers"]]
 
 
 def certify_each(
@@ -69,14 +66,10 @@ def certify_each(
     delta: float,
 ) -> Certificates:
     """(ε, unit) → the certificate that the losses allow, or why there is none."""
-    found: Certificates = {}
-    for epsilon in epsilons:
-        for unit in UNITS:
-            try:
-                found[epsilon, unit] = decide(policies, losses, epsilon, delta, unit)
-            except Refused as error:
-                found[epsilon, unit] = error
-    return found
+    return {
+        (epsilon, unit): _or_reason(decide, policies, losses, epsilon, delta, unit)
+        for epsilon, unit in product(epsilons, UNITS)
+    }
 
 
 def certificate_table(
@@ -97,11 +90,11 @@ def certificate_table(
         Columns epsilon, level (log(1 + ε)), policy, ``FACTS`` of certificates, test_quality_loss and
         test_speedup_layers; and reason, where there is no policy.
     """
-    evaluator = evaluator_of(model)
-    full = evaluator.evaluate_policy(loader)["perplexity"]
-    rows = []
+    full, rows = run_row(model, None, loader)["perplexity"], []
     for epsilon in dict.fromkeys(epsilon for epsilon, _ in certificates):
-        found = {"fitted, no certificate": _fitted_or_reason(model, trace, criterion, epsilon)}
+        found = {
+            "fitted, no certificate": _or_reason(fitted_policy, model, trace, criterion, epsilon)
+        }
         for unit in UNITS:
             found[f"certified by {unit}"] = certificates[epsilon, unit]
         for name, policy in found.items():
@@ -112,17 +105,17 @@ def certificate_table(
             if isinstance(policy, Certificate):
                 row |= {fact: getattr(policy, fact) for fact in FACTS}
                 policy = policy.policy
-            real = evaluator.evaluate_policy(loader, policy)
-            row["test_quality_loss"] = real["perplexity"] / full - 1
-            row["test_speedup_layers"] = real["speedup_estimate"]
-            rows.append(row)
+            real = run_row(model, policy, loader, full)
+            names = ("quality_loss", "speedup_layers")
+            rows.append(row | {f"test_{name}": real[name] for name in names})
     return pd.DataFrame(rows)
 
 
-def _fitted_or_reason(model, trace, criterion, epsilon) -> ExitPolicy | Unreachable:
+def _or_reason(function: Callable, *arguments):
+    """What the function returns, or the exception that says why there is no such policy."""
     try:
-        return fitted_policy(model, trace, criterion, epsilon)
-    except Unreachable as error:
+        return function(*arguments)
+    except (Refused, Unreachable) as error:
         return error
 
 

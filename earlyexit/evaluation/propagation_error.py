@@ -14,6 +14,7 @@ import torch
 
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.windows import IGNORE
+from earlyexit.evaluation.evaluator import run_batches
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import layers_executed
@@ -37,24 +38,20 @@ def propagation_error(
     Raises:
         ValueError: the batches are not the text of the trace.
     """
-    device = next(model.parameters()).device
-    nll, exits, targets = [], [], []
-    for x, y in batches:
-        values, layers = model.nll(x.to(device), y.to(device), policy)
-        scored = y != IGNORE
-        nll.append(values.cpu()[scored])
-        exits.append(layers.cpu()[scored])
-        targets.append(y[scored])
-    target = torch.cat(targets).numpy()
-    if not np.array_equal(target, trace.target):
+    runs = [
+        (nll[y != IGNORE].cpu(), exits[y != IGNORE].cpu(), y[y != IGNORE].cpu())
+        for y, nll, exits in run_batches(model, batches, policy)
+    ]
+    nll, exits, target = (torch.cat(parts) for parts in zip(*runs, strict=True))
+    if not np.array_equal(target.numpy(), trace.target):
         raise ValueError("the batches are not the text of the trace, token by token")
     traced = trace.exit_layers(policy)
     rows = np.arange(trace.n_tokens)
     return pd.DataFrame(
         {
             "position": trace.position,
-            "exit_layer": torch.cat(exits).numpy(),
-            "nll": torch.cat(nll).double().numpy(),
+            "exit_layer": exits.numpy(),
+            "nll": nll.double().numpy(),
             "exit_layer_trace": traced,
             "nll_trace": trace.nll[rows, np.minimum(traced, trace.n_layers - 1)].astype(float),
         }
@@ -72,26 +69,22 @@ def propagation_cost(tokens: pd.DataFrame, n_layers: int, n_seq: int) -> pd.Data
         part of the window), tokens, perplexity, perplexity_trace, cost (ratio − 1), moved (share of
         tokens that leave elsewhere than the trace says).
     """
-    layers = layers_executed(tokens["exit_layer"].to_numpy(), n_layers)
     width = max(1, n_seq // POSITIONS)
     keys = {
-        "all": pd.Series(0, index=tokens.index),
-        "layers executed": layers,
-        "position": tokens["position"] // width * width,
+        "all": np.zeros(len(tokens), dtype=int),
+        "layers executed": layers_executed(tokens["exit_layer"].to_numpy(), n_layers),
+        "position": tokens["position"].to_numpy() // width * width,
     }
-    rows = []
+    tokens = tokens.assign(moved=tokens["exit_layer"] != tokens["exit_layer_trace"])
+    parts = []
     for by, key in keys.items():
-        for value, part in tokens.groupby(key):
-            gap = part["nll"].mean() - part["nll_trace"].mean()
-            rows.append(
-                {
-                    "by": by,
-                    "value": int(value),
-                    "tokens": len(part),
-                    "perplexity": np.exp(part["nll"].mean()),
-                    "perplexity_trace": np.exp(part["nll_trace"].mean()),
-                    "cost": np.expm1(gap),
-                    "moved": (part["exit_layer"] != part["exit_layer_trace"]).mean(),
-                }
-            )
-    return pd.DataFrame(rows)
+        groups = tokens.groupby(key)
+        mean = groups[["nll", "nll_trace", "moved"]].mean().rename_axis("value").reset_index()
+        parts.append(mean.assign(by=by, tokens=groups.size().to_numpy()))
+    table = pd.concat(parts, ignore_index=True)
+    table = table.assign(
+        perplexity=np.exp(table["nll"]),
+        perplexity_trace=np.exp(table["nll_trace"]),
+        cost=np.expm1(table["nll"] - table["nll_trace"]),
+    )
+    return table[["by", "value", "tokens", "perplexity", "perplexity_trace", "cost", "moved"]]

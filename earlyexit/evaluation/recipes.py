@@ -11,7 +11,7 @@ from earlyexit.calibration.bounds import paired_interval
 from earlyexit.calibration.thresholds import Unreachable, fit_policy_to_cost
 from earlyexit.calibration.trace import ExitTrace, by_document
 from earlyexit.cost.parts import exit_costs, policy_flops
-from earlyexit.evaluation.compare import evaluator_of, fitted_policy
+from earlyexit.evaluation.compare import fitted_policy, run_row
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 
@@ -42,7 +42,7 @@ def against_twin(
     except Unreachable:
         policy = ExitPolicy.static(model.n_layers, model.n_layers)
     traced, twin_nll = test.evaluate(policy), twin.nll[:, -1]
-    real = evaluator_of(model).evaluate_policy(loader, policy)
+    real = run_row(model, policy, loader)
     mean, half, p = paired_interval(by_document(test.nll[:, -1] - twin_nll, test.document))
     return pd.DataFrame(
         {

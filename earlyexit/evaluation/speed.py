@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -12,21 +13,22 @@ from torch import Tensor
 
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.cost import time_model
-from earlyexit.cost.breakdown import ORIGINAL, run_times
-from earlyexit.cost.parts import FULL_DEPTH, policy_flops
+from earlyexit.cost.breakdown import ORIGINAL, compaction_speedups, run_times
+from earlyexit.cost.parts import FULL_DEPTH, batch_speedups, policy_flops
 from earlyexit.cost.synthetic import (
     geometric_shares,
     policy_for_shares,
     random_model,
     random_tokens,
+    rule_threshold,
 )
-from earlyexit.cost.timing import interleaved_times, median_ratio
-from earlyexit.evaluation.compare import evaluator_of
+from earlyexit.cost.timing import INTERVAL, interleaved_times, time_columns
+from earlyexit.evaluation.compare import run_rows
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.original import original_early_exit
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.exits.statistics import exit_shares, layers_executed
+from earlyexit.exits.statistics import exit_shares
 from earlyexit.nn.config import ModelConfig
 
 # Part of a run → what :func:`earlyexit.cost.parts.policy_flops` calls it; None: no FLOPs.
@@ -60,33 +62,14 @@ def end_to_end(
         of compacted execution).
     """
     totals = pieces.groupby("run")["total_ms"].first()
-    full, real = (evaluator_of(model).evaluate_policy(loader, p) for p in (None, policy))
-    allowed = batch_speedups(model, policy, batch)
-    ratio = totals[FULL_DEPTH] / totals["compacted"]
-    row = {
-        "quality_loss": real["perplexity"] / full["perplexity"] - 1,
-        **allowed,
-        "speedup_time": ratio,
-        "time_of_flops": ratio / allowed["speedup_flops"],
-        "original_time": totals[ORIGINAL] / totals["compacted"],
-    }
-    return pd.DataFrame([row])
-
-
-def batch_speedups(
-    model: EarlyExitModel, policy: ExitPolicy, batch: tuple[Tensor, Tensor]
-) -> dict[str, float]:
-    """``speedup_layers`` and ``speedup_flops`` of a compacted run over one batch ``(B, N)``."""
-    shares = exit_shares(model, *batch, policy)
-    return {
-        "speedup_layers": model.n_layers / _mean_layers(shares),
-        "speedup_flops": policy_flops(model, shares, policy)["speedup_flops"],
-    }
-
-
-def _mean_layers(shares: np.ndarray) -> float:
-    n_layers = len(shares) - 1
-    return float(shares @ layers_executed(np.arange(n_layers + 1), n_layers))
+    table = run_rows(model, [policy], loader)[["quality_loss"]].assign(
+        **batch_speedups(model, *batch, policy),
+        speedup_time=totals[FULL_DEPTH] / totals["compacted"],
+    )
+    return table.assign(
+        time_of_flops=table["speedup_time"] / table["speedup_flops"],
+        original_time=totals[ORIGINAL] / totals["compacted"],
+    )
 
 
 def policies_of_quantiles(
@@ -95,11 +78,8 @@ def policies_of_quantiles(
     """One threshold for all exits but the last, per share of the scores that is meant not to pass."""
     rule, early = CRITERIA[criterion], trace.n_layers - 1
     scores = trace.score(criterion)[:, :early]
-    cuts = [np.quantile(scores, q if rule.exit_above else 1 - q) for q in quantiles]
-    return [
-        ExitPolicy(criterion, (float(np.clip(cut, *rule.bounds)),) * early + (rule.never,))
-        for cut in cuts
-    ]
+    cuts = [rule_threshold(rule, scores, 1 - q) for q in quantiles]
+    return [ExitPolicy(criterion, (cut,) * early + (rule.never,)) for cut in cuts]
 
 
 def execution_speedups(
@@ -132,24 +112,18 @@ def execution_speedups(
             runs[p, "dense"] = lambda p=p: model.nll(x, y, p, "dense")
     seconds, rows = interleaved_times(runs, x.device, repeats), []
     for policy, execution in list(runs)[2:]:
-        shares = exit_shares(model, x, y, policy)
-        allowed = policy_flops(model, shares, policy)["speedup_flops"]
-        full = seconds[original_full_depth if execution == ORIGINAL else FULL_DEPTH]
-        ratio, low, high = median_ratio(full, seconds[policy, execution])
-        label = f"{execution}, {policy.rule.label}"
-        rows.append(
-            {
-                "execution": ORIGINAL if execution == ORIGINAL else label,
-                "layers": _mean_layers(shares),
-                "speedup_layers": model.n_layers / _mean_layers(shares),
-                "speedup_flops": allowed if execution == "compacted" else np.nan,
-                "speedup_time": ratio,
-                "low": low,
-                "high": high,
-                "milliseconds": 1e3 * np.median(seconds[policy, execution]),
-            }
+        full, taken = FULL_DEPTH, seconds[policy, execution]
+        row = {"execution": f"{execution}, {policy.rule.label}"} | batch_speedups(
+            model, x, y, policy
         )
+        if execution == ORIGINAL:
+            row["execution"], full = ORIGINAL, original_full_depth
+        if execution != "compacted":
+            row["speedup_flops"] = np.nan
+        row |= time_columns(seconds[full], taken, *INTERVAL)
+        rows.append(row | {"milliseconds": 1e3 * np.median(taken)})
     table = pd.DataFrame(rows)
+    table.insert(1, "layers", model.n_layers / table["speedup_layers"])
     return table.assign(efficiency=table["speedup_time"] / table["speedup_layers"])
 
 
@@ -177,29 +151,19 @@ def compaction(
         depth: policy_for_shares(model, x, geometric_shares(config.n_layers, depth))
         for depth in depths
     }
-    runs = {FULL_DEPTH: lambda: model.nll(x, x)}
-    runs |= {str(depth): lambda p=p: model.nll(x, x, p) for depth, p in policies.items()}
-    seconds = interleaved_times(runs, device, repeats)
+    table = compaction_speedups(model, x, policies, repeats)
+    runs = {FULL_DEPTH: partial(model.nll, x, x)}
+    runs |= {str(depth): partial(model.nll, x, x, p) for depth, p in policies.items()}
     clocked = run_times(runs, device, repeats)
     milliseconds = clocked.pivot(index="run", columns="part", values="milliseconds")
-    rows = []
+    beyond = []
     for depth, policy in policies.items():
         allowed = policy_flops(model, exit_shares(model, x, x, policy), policy)
         price = milliseconds.loc[FULL_DEPTH].sum() / allowed["full_depth"]
-        ratio, low, high = median_ratio(seconds[FULL_DEPTH], seconds[str(depth)])
-        row = {
-            "depth": depth,
-            "speedup_layers": config.n_layers / depth,
-            "speedup_flops": allowed["speedup_flops"],
-            "speedup_time": ratio,
-            "low": low,
-            "high": high,
-        }
-        for part, flops in PARTS_OF_FLOPS.items():
-            fair = price * allowed[flops] if flops else 0.0
-            row[f"beyond_{part}_ms"] = milliseconds.loc[str(depth), part] - fair
-        rows.append(row)
-    return pd.DataFrame(rows)
+        fair = {part: price * allowed.get(name, 0.0) for part, name in PARTS_OF_FLOPS.items()}
+        taken = milliseconds.loc[str(depth)]
+        beyond.append({f"beyond_{part}_ms": taken[part] - fair[part] for part in fair})
+    return table.join(pd.DataFrame(beyond))
 
 
 def output_heads(
@@ -220,25 +184,23 @@ def output_heads(
     """
     (x, y), runs, rows = batch, {}, []
     for name, (model, policy) in models.items():
-        for way, p in (("full depth", None), ("with exits", policy)):
-            runs[name, "scoring", way] = lambda m=model, p=p: m.nll(x, y, p)
-            runs[name, "prediction", way] = lambda m=model, p=p: m.predict(x, p)
+        for depth, p in (("", None), ("exits_", policy)):
+            runs[name, f"scoring_{depth}ms"] = partial(model.nll, x, y, p)
+            runs[name, f"prediction_{depth}ms"] = partial(model.predict, x, p)
     seconds = interleaved_times(runs, x.device, repeats)
     for name, (model, policy) in models.items():
-        full, real = (evaluator_of(model).evaluate_policy(loader, p) for p in (None, policy))
+        full, real = run_rows(model, [None, policy], loader).to_dict("records")
         row = {
             "head": name,
             "parameters": sum(p.numel() for p in model.parameters()),
             "perplexity": full["perplexity"],
-            "quality_loss": real["perplexity"] / full["perplexity"] - 1,
-            "speedup_layers": real["speedup_estimate"],
+            "quality_loss": real["quality_loss"],
+            "speedup_layers": real["speedup_layers"],
         }
         for task in ("scoring", "prediction"):
-            full_ms, exits_ms = (
-                1e3 * np.median(seconds[name, task, way]) for way in ("full depth", "with exits")
-            )
-            row |= {f"{task}_ms": full_ms, f"{task}_exits_ms": exits_ms}
-            row[f"{task}_speedup_time"] = full_ms / exits_ms
+            times = (f"{task}_ms", f"{task}_exits_ms")
+            row |= {column: 1e3 * np.median(seconds[name, column]) for column in times}
+            row[f"{task}_speedup_time"] = row[times[0]] / row[times[1]]
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -260,10 +222,9 @@ def price_grids(which: Literal["all", "few"]) -> dict[str, Sequence[tuple]]:
 
 def price_table(prices: time_model.TimeModel) -> pd.DataFrame:
     """A machine's prices: columns part, work (its kind), seconds_per_unit."""
-    return pd.DataFrame(
-        [
-            {"part": part, "work": kind, "seconds_per_unit": price}
-            for part, kinds in prices.prices.items()
-            for kind, price in kinds.items()
-        ]
-    )
+    rows = [
+        (part, kind, price)
+        for part, kinds in prices.prices.items()
+        for kind, price in kinds.items()
+    ]
+    return pd.DataFrame(rows, columns=["part", "work", "seconds_per_unit"])

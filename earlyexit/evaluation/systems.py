@@ -1,15 +1,17 @@
-"""Quality, positions, FLOPs and time of any system, in the same units for all.
+"""Systems that combine ACT, several scales, a sparse BK-Core and exits, in the same units for all.
 
 "Layers" are positions transformed per token: a layer at N/4 counts a quarter. Every speedup is against
 the reference, a plain model of the same width at full depth without exit heads. FLOPs and time are
 given twice: of the layers with all checks, and of everything, the vocabulary projection included.
+
+Models are given by the name of their system; a table of several seeds is a stack of one per seed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,12 +21,33 @@ from torch import Tensor
 
 from earlyexit.corpus.windows import IGNORE
 from earlyexit.cost.parts import run_flops
+from earlyexit.cost.synthetic import rule_threshold
+from earlyexit.cost.system_times import system_times
+from earlyexit.cost.timing import time_columns
+from earlyexit.evaluation import claims
+from earlyexit.evaluation.evaluator import run_batches
 from earlyexit.evaluation.routing import kept_shares
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import exit_state
-from earlyexit.training.systems import REFERENCE, System
+from earlyexit.exits.statistics import layers_executed
+from earlyexit.training.systems import EXITS, REFERENCE, SYSTEMS, System
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+Models = Mapping[str, EarlyExitModel]
+
+FULL, ADAPTIVE, STATIC = "full depth", "adaptive", "static"  # kinds of policies
+CHOSEN, CUT_OFF = "chosen", "cut off"  # modes at matched quality, beside full depth
+
+MEASURES = {
+    "positions": "speedup_layers",
+    "layer FLOPs": "speedup_flops",
+    "layer time": "time_layers",
+    "total time": "time_total",
+}
+
+DEARER = 1.15  # FLOPs' speedup over the clock's, from which a verdict mentions it
 
 
 @torch.no_grad()
@@ -48,17 +71,13 @@ def run_policy(
         operations = replace(operations, kept=tuple(kept))
     nll, count, tokens, depth = 0.0, 0, 0, 0.0
     positions = np.zeros(model.n_layers)
-    for x, y in batches:
-        if policy is None:
-            losses, exits = model.nll(x, y), torch.full_like(x, model.n_layers)
-        else:
-            losses, exits = model.nll(x, y, policy)
+    for y, losses, exits in run_batches(model, batches, policy):
         scored = y != IGNORE
         nll += losses[scored].double().sum().item()
         count += int(scored.sum())
-        tokens += x.numel()
-        positions += operations.run_positions(exits) * x.numel()
-        depth += (exits + 1).clamp_max(model.n_layers).sum().item()
+        tokens += y.numel()
+        positions += operations.run_positions(exits) * y.numel()
+        depth += layers_executed(exits, model.n_layers).sum().item()
     positions /= tokens
     flops = run_flops(operations, positions, policy)
     return {
@@ -85,11 +104,8 @@ def quantile_policies(
     values, (low, high) = torch.cat(scores).double().cpu().numpy(), rule.bounds
     open_ones = values[(values > low) & (values < high)]
     values = open_ones if len(open_ones) else values
-    cuts = np.quantile(values, [1 - s if rule.exit_above else s for s in shares])
-    return [
-        ExitPolicy.constant(float(np.clip(t, *rule.bounds)), model.n_layers, criterion)
-        for t in cuts
-    ]
+    cuts = (rule_threshold(rule, values, share) for share in shares)
+    return [ExitPolicy.constant(cut, model.n_layers, criterion) for cut in cuts]
 
 
 def sweep(
@@ -112,8 +128,8 @@ def cheapest_within(curve: pd.DataFrame, limit: float) -> int | None:
     return None if good.empty else int(good["flops_layers"].idxmin())
 
 
-def choose(fit: pd.DataFrame, reference: float, tolerance: float) -> tuple[int, str]:
-    """The cheapest row within ``tolerance`` of the reference's perplexity, or else of the best row.
+def choose(fit: pd.DataFrame, reference: float, epsilon: float) -> tuple[int, str]:
+    """The cheapest row within ``epsilon`` of the reference's perplexity, or else of the best row.
 
     Args:
         fit: a system's :func:`sweep` over the fit part.
@@ -122,10 +138,10 @@ def choose(fit: pd.DataFrame, reference: float, tolerance: float) -> tuple[int, 
     Returns:
         The row, and ``"the plain model"`` or ``"itself"``: what its quality is matched to.
     """
-    row = cheapest_within(fit, (1 + tolerance) * reference)
+    row = cheapest_within(fit, (1 + epsilon) * reference)
     if row is not None:
         return row, "the plain model"
-    return cheapest_within(fit, (1 + tolerance) * fit["perplexity"].min()), "itself"
+    return cheapest_within(fit, (1 + epsilon) * fit["perplexity"].min()), "itself"
 
 
 def speedups(rows: pd.DataFrame, reference: pd.Series) -> pd.DataFrame:
@@ -152,10 +168,242 @@ def candidate_policies(
         x: token ids ``(B, N)`` whose scores set the thresholds.
     """
     if system is REFERENCE:
-        return {"full depth": [None]}
+        return {FULL: [None]}
     layers = range(model.n_layers - 1)
     return {
-        "full depth": [None],
-        "adaptive": quantile_policies(model, x, system.criterion, shares),
-        "static": [ExitPolicy.static(k, model.n_layers) for k in layers],
+        FULL: [None],
+        ADAPTIVE: quantile_policies(model, x, system.criterion, shares),
+        STATIC: [ExitPolicy.static(k, model.n_layers) for k in layers],
     }
+
+
+# ---------------------------------------------------------------------------- tables of the notebook
+
+
+def full_depth_table(models: Models, fit: Batches, test: Batches) -> pd.DataFrame:
+    """Every system as trained, without early exit.
+
+    Args:
+        fit: its first batch says how many positions a sparse core keeps; test: is scored.
+
+    Returns:
+        Columns system, kept (share of positions that BK-Core visits), and those of
+        :func:`run_policy`.
+    """
+    parts = []
+    for name, model in models.items():
+        kept = np.mean(kept_shares(model, fit[:1]) or [1.0])
+        full = sweep(model, test, [None]).drop(columns="threshold")
+        parts.append(pd.DataFrame({"system": [name], "kept": kept}).join(full))
+    return pd.concat(parts, ignore_index=True)
+
+
+def act_conversion(
+    converted: EarlyExitModel,
+    calibrated: EarlyExitModel,
+    fit: Batches,
+    test: Batches,
+    shares: Sequence[float],
+) -> pd.DataFrame:
+    """A converted ACT model at several thresholds, its exits calibrated or not, and at ACT's own.
+
+    Args:
+        shares: of the scores on the first batch of ``fit`` that pass each threshold.
+
+    Returns:
+        :func:`sweep`, with a column exits.
+    """
+    policies = quantile_policies(converted, fit[0][0], "agreement", shares)
+    parts = [
+        sweep(converted, test, policies).assign(exits="as converted"),
+        sweep(calibrated, test, policies).assign(exits="calibrated"),
+        sweep(converted, test, [converted.act_policy()]).assign(exits="ACT itself"),
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def conversion_error(
+    act: EarlyExitModel, converted: EarlyExitModel, batch: tuple[Tensor, Tensor]
+) -> float:
+    """Largest difference of any token's NLL between ACT and its conversion at ACT's threshold, nats."""
+    truth, (found, _) = act.nll(*batch), converted.nll(*batch, converted.act_policy())
+    return (truth - found).abs().max().item()
+
+
+@dataclass(frozen=True)
+class SystemCurve:
+    """What a system's policies do.
+
+    Attributes:
+        policies: one per row of the tables; None is full depth.
+        fit: :func:`sweep` on the fit part.
+        test: on the test split, with what is saved against the plain model, and the kind of the policy
+            in a column policy.
+    """
+
+    policies: list[ExitPolicy | None]
+    fit: pd.DataFrame
+    test: pd.DataFrame
+
+    def rows(self, *kinds: str) -> np.ndarray:
+        """Which rows are policies of these kinds."""
+        return self.test["policy"].isin(kinds).to_numpy()
+
+
+def system_curves(
+    models: Models, fit: Batches, test: Batches, shares: Sequence[float]
+) -> dict[str, SystemCurve]:
+    """Name → curve of every system over its thresholds, run for real.
+
+    Args:
+        models: ready to exit, the plain one first.
+        shares: of the scores on the first batch of ``fit`` that pass each threshold.
+    """
+    systems, curves, reference = {s.name: s for s in SYSTEMS}, {}, None
+    for name, model in models.items():
+        kinds = candidate_policies(systems[name], model, fit[0][0], shares)
+        policies = [policy for group in kinds.values() for policy in group]
+        on_fit, on_test = (sweep(model, part, policies) for part in (fit, test))
+        reference = on_test.iloc[0] if reference is None else reference
+        names = [kind for kind, group in kinds.items() for _ in group]
+        on_test, static = speedups(on_test, reference), np.array(names) == STATIC
+        setting = on_test["threshold"]  # of a static exit, its layer
+        on_test = on_test.assign(
+            policy=names, threshold=setting.mask(static), exit_layer=setting.where(static)
+        )
+        curves[name] = SystemCurve(policies, on_fit, on_test)
+    return curves
+
+
+def at_matched_quality(
+    curves: Mapping[str, SystemCurve],
+    models: Models,
+    batch: tuple[Tensor, Tensor],
+    epsilon: float,
+    repeats: int,
+) -> pd.DataFrame:
+    """The cheapest policy of each system within ε of the plain model on the fit part, timed in turn.
+
+    Args:
+        curves: as :func:`system_curves` returns for ``models``.
+        batch: token ids and targets ``(B, N)`` that are timed.
+
+    Returns:
+        Per system its chosen adaptive policy, the static one of the same quality (mode "cut off") and
+        full depth: system, mode, matched_to ("the plain model", or "itself" where a system cannot get
+        there), the columns of the curve's test table; and with intervals low to high the speedups
+        time_layers and time_total against the plain model, and against_exits of the layers.
+    """
+    limit = curves[REFERENCE.name].fit["perplexity"].iloc[0]
+    chosen, runs = {}, {}
+    for name, curve in curves.items():
+        for mode, kind in ((CHOSEN, ADAPTIVE), (CUT_OFF, STATIC)):
+            if mode == CUT_OFF and not curve.rows(kind).any():
+                continue
+            k, matched_to = choose(curve.fit[curve.rows(FULL, kind)], limit, epsilon)
+            chosen[name, mode] = dict(curve.test.iloc[k]) | {"matched_to": matched_to}
+            runs[name, mode] = models[name], curve.policies[k]
+        chosen[name, FULL] = dict(curve.test.iloc[0]) | {"matched_to": ""}
+        runs[name, FULL] = models[name], None
+    seconds = system_times(runs, *batch, repeats)
+    layers, total, plain = seconds["layers"], seconds["total"], (REFERENCE.name, FULL)
+    rows = [
+        {"system": key[0], "mode": key[1]}
+        | row
+        | time_columns(layers[plain], layers[key], "time_layers")
+        | time_columns(total[plain], total[key], "time_total")
+        | time_columns(layers[EXITS.name, CHOSEN], layers[key], "against_exits")
+        for key, row in chosen.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def claimed_products(matched: pd.DataFrame) -> pd.DataFrame:
+    """The original's factors and products beside the measured ones, of one seed.
+
+    Args:
+        matched: as :func:`at_matched_quality` returns.
+
+    Returns:
+        Columns claim, claimed (NaN: nothing is), and a speedup per key of ``MEASURES``; those of time
+        with _low and _high.
+    """
+    timed = ("layer time", "total time")
+    ends = {f"{m}_{end}": f"{MEASURES[m]}_{end}" for m in timed for end in ("low", "high")}
+    values = matched.rename(columns={old: new for new, old in (MEASURES | ends).items()})
+    values = values.set_index(["mode", "system"])[[*MEASURES, *ends]]
+    alone, both = values.loc[FULL], values.loc[CHOSEN]
+    scales, sparse, exits = alone.loc["multi-scale"], alone.loc["sparse"], both.loc["exits"]
+    rows = {
+        "several scales": (claims.MULTI_SCALE, scales),
+        "sparse BK-Core": (claims.SPARSE, sparse),
+        "exits": (claims.EXITS, exits),
+        "layers cut off": (np.nan, values.loc[(CUT_OFF, "exits")]),
+        "scales × exits (multiplied)": (claims.MULTI_SCALE_AND_EXITS, scales * exits),
+        "scales + exits (measured)": (claims.MULTI_SCALE_AND_EXITS, both.loc["multi-scale"]),
+        "sparse × exits (multiplied)": (claims.SPARSE_AND_EXITS, sparse * exits),
+        "sparse + exits (measured)": (claims.SPARSE_AND_EXITS, both.loc["sparse"]),
+    }
+    return pd.DataFrame(
+        [{"claim": name, "claimed": claimed, **row} for name, (claimed, row) in rows.items()]
+    )
+
+
+def verdict_table(matched: pd.DataFrame) -> pd.DataFrame:
+    """Each system's chosen policy against exits alone.
+
+    Args:
+        matched: stacked over the seeds.
+
+    Returns:
+        Columns seed, system, matched_to, quality_loss, quality_loss_full_depth, speedup_flops,
+        time_layers, against_exits with its interval, flops_over_time.
+    """
+    of_full = matched[matched["mode"] == FULL][["seed", "system", "quality_loss"]]
+    table = matched[matched["mode"] == CHOSEN].merge(
+        of_full, on=["seed", "system"], suffixes=("", "_full_depth")
+    )
+    table["flops_over_time"] = table["speedup_flops"] / table["time_layers"]
+    columns = (
+        "seed system matched_to quality_loss quality_loss_full_depth speedup_flops time_layers"
+    )
+    columns += " against_exits against_exits_low against_exits_high flops_over_time"
+    return table[columns.split()]
+
+
+def verdicts(table: pd.DataFrame, epsilon: float) -> str:
+    """A Markdown list: which systems are faster than exits alone, and why not.
+
+    Args:
+        table: as :func:`verdict_table` returns; epsilon: the matched quality loss.
+    """
+    mean = table.groupby("system", sort=False).mean(numeric_only=True)
+    alone = mean.loc[EXITS.name, "quality_loss"]
+    lines = []
+    for name, rows in table.groupby("system", sort=False):
+        if name in (REFERENCE.name, EXITS.name):
+            continue
+        row = mean.loc[name]
+        why = [
+            f"its layers take {1 / row['against_exits']:.2f} of the time of exits alone, at a loss of"
+            f" {row['quality_loss']:+.1%} against {alone:+.1%}"
+        ]
+        if not (rows["matched_to"] == "the plain model").all():
+            why.append(
+                f"none of its policies is within {epsilon:.0%} of the plain model on the fit part, so it"
+                f" is matched to itself (at full depth {row['quality_loss_full_depth']:+.1%} on the test"
+                " split)"
+            )
+        if row["flops_over_time"] > DEARER:
+            why.append(
+                f"FLOPs promise {row['speedup_flops']:.2f}×, {row['flops_over_time']:.2f} times what the"
+                " clock gives: the rest goes into gathering, scattering and smaller matrix products"
+            )
+        lines.append(f"- **{name}** {_comparison(rows)}: {'; '.join(why)}.")
+    return "\n".join(lines)
+
+
+def _comparison(rows: pd.DataFrame) -> str:
+    if (rows["against_exits_low"] > 1).all():
+        return "is faster"
+    return "is slower" if (rows["against_exits_high"] < 1).all() else "cannot be told apart"

@@ -204,7 +204,7 @@ class Walk(ABC):
 
     @abstractmethod
     def leave(self, layer: int, leaving: Tensor, staying: Tensor, hidden: Tensor) -> None:
-        """Let rows of ``alive`` go, whose states are ``hidden`` ``(X, D)``; keep what they leave behind."""
+        """Let rows of ``alive`` go, of states ``hidden`` ``(X, D)``; keep what they leave behind."""
 
 
 def exit_state(model: ExitModel, layer: int, hidden: Tensor, previous: Tensor | None) -> ExitState:

@@ -197,7 +197,7 @@ def time_model(cache: Path, device: torch.device, refit: bool = False) -> TimeMo
 
 def time_model_path(cache: Path, device: torch.device) -> Path:
     """Where this machine's prices are kept; another machine or other code has another place."""
-    code = digests.of_code(times.calibrate, TimeModel)
+    code = digests.of_code(f"{times.__name__}.calibrate", TimeModel)
     key = {"machine": _machine(), "device": str(device), "code": code}
     return _path(cache / "time_model", ".json", key)
 

@@ -57,25 +57,26 @@ def test_a_row_is_a_real_run_with_three_speedups(subject, make_policy, make_mode
 
 
 def test_each_row_has_one_setting_in_the_column_of_its_kind(subject):
-    rows = [
-        tables.tidy_row(c.criterion, {c.setting: c.value}, _real(), 10.0)
-        for c in (
-            *tables.original_thresholds([0.7], 3),
-            *tables.static_exits(3),
-            *tables.fitted(subject.model, subject.fit, ["gate"], [EPSILON]),
-        )
+    model = subject.model
+    candidates = [
+        *tables.original_thresholds([0.7], 3),
+        *tables.static_exits(3),
+        *tables.fitted(model, subject.fit, ["gate"], [EPSILON]),
     ]
-    table = pd.DataFrame(rows)
-    assert (table[list(SETTINGS)].notna().sum(axis=1) == 1).all()
+    table = pd.DataFrame([c.key for c in candidates])
+    assert (table[list(SETTINGS[:3])].notna().sum(axis=1) == 1).all()
     assert table["threshold"].dropna().tolist() == [0.7]
     assert table["exit_layer"].dropna().tolist() == [0, 1]
     assert table["epsilon"].dropna().tolist() == [EPSILON]
-    assert table["quality_loss"].tolist() == pytest.approx([0.2] * 4)
-    assert table["speedup_time"].isna().all()  # nothing was timed
 
 
-def _real() -> dict:
-    return {"perplexity": 12.0, "total_tokens": 5, "speedup_estimate": 2.0}
+def test_full_depth_against_itself_saves_nothing(subject, make_policy):
+    policy = make_policy(subject.model, subject.batch[0], "gate")
+    full, real = tables.run_rows(subject.model, [None, policy], subject.batches).to_dict("records")
+    assert full["quality_loss"] == full["exited_early"] == 0
+    assert full["speedup_layers"] == full["speedup_flops"] == 1
+    assert real["quality_loss"] == pytest.approx(real["perplexity"] / full["perplexity"] - 1)
+    assert math.isnan(tables.run_row(subject.model, None, subject.batches)["quality_loss"])
 
 
 def test_policies_are_fitted_to_flops_and_left_out_where_unreachable(subject):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from earlyexit.cost import time_model
 from earlyexit.cost.breakdown import ORIGINAL, execution_runs, run_times
 from earlyexit.cost.parts import policy_flops
-from earlyexit.evaluation import memory, speed
+from earlyexit.evaluation import speed
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
-from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import exit_shares
 from earlyexit.nn.config import ModelConfig
 
@@ -101,24 +99,3 @@ def test_few_configurations_are_the_smallest_and_prices_have_a_row_each():
         {"part": "blocks", "work": "launches", "seconds_per_unit": 2e-5},
         {"part": "blocks", "work": "bytes", "seconds_per_unit": 1e-10},
     ]
-
-
-def test_memory_grows_with_the_batch_and_the_length(subject):
-    x, y = subject.batch
-    policy = ExitPolicy.static(1, 3)
-    pairs = [(x[:size], y[:size]) for size in (1, 4)]
-    table = memory.memory_over_batches(subject.model, pairs, policy, 0.5)
-    peak = table.pivot(index="batch", columns=["output", "execution"], values="peak_mib")
-    assert peak.index.tolist() == [1, 4] and (peak.loc[4] > peak.loc[1]).all()
-    table = memory.memory_over_lengths(SMALL, [8, 32], torch.device("cpu"))
-    logits = table[table["output"] == "logits returned"].groupby("length")["logits_mib"].first()
-    assert logits.tolist() == pytest.approx([n * 40 * 4 / 2**20 for n in (8, 32)])
-    assert np.isfinite(table["peak_mib"]).all()
-
-
-def test_a_row_per_measured_process(monkeypatch):
-    monkeypatch.setattr(memory, "peak_resident", lambda *arguments: len(arguments[-1][1]))
-    keys = [("scored in chunks", "full depth"), ("scored in chunks", "compacted")]
-    table = memory.resident_memory(SMALL, 2, ExitPolicy.static(1, 3), 0.5, keys)
-    assert table[["output", "execution"]].to_records(index=False).tolist() == keys
-    assert table["resident_mib"].tolist() == [10, 9]
