@@ -1,8 +1,8 @@
-"""Batching by difficulty: windows of similar predicted depth together, against random batches.
+"""Compare batches of windows that have a similar predicted depth with random batches.
 
-Dense execution waits for a batch's slowest token; compacted execution does not, and what grouping does
-for it is only to give its layers batches of more even size. The prediction costs one layer: the score
-of the first exit, averaged over the window. For comparison, hindsight groups by the depth really run.
+Dense execution runs until a batch's last token has exited. Compacted execution does not, so grouping
+only makes the batches of its layers more even in size. The prediction costs one layer: it is the score
+of the first exit, averaged over the window. For comparison, "hindsight" groups by the executed depth.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel, exit_state
 from earlyexit.exits.statistics import layers_executed
 
-SMALLEST_POOL = 64  # windows that batches are drawn from, at least
-BATCHES = 2  # at least so many in a pool, or there would be nothing to group
+SMALLEST_POOL = 64  # the least number of windows that batches are drawn from
+BATCHES = 2  # the least number in a pool; one batch alone could not be grouped
 
 
 @torch.no_grad()
 def predicted_difficulty(
     model: ExitModel, x: Tensor, policy: ExitPolicy, batch: int = 32
 ) -> np.ndarray:
-    """Mean score of a window's tokens at the first exit, larger where they will run deeper.
+    """Predict how deep each window will run, from its tokens' mean score at the first exit.
 
     Args:
         x: windows of token ids ``(W, N)``.
         policy: its criterion must not read logits.
-        batch: windows at a time.
+        batch: number of windows that are run at a time.
 
     Returns:
-        One number per window ``(W,)``; costs the first layer only.
+        One number per window ``(W,)``, larger where deeper runs are expected. Only layer 0 is run.
 
     Raises:
         ValueError: the criterion reads logits, or the model has one layer.
@@ -57,7 +57,7 @@ def predicted_difficulty(
 
 
 def executed_depth(model: ExitModel, x: Tensor, policy: ExitPolicy, batch: int = 32) -> np.ndarray:
-    """Layers executed of every token ``(W, N)``, run for real."""
+    """Return the layers that every token ``(W, N)`` executes in a real run."""
     exits = torch.cat([decide(model, p, policy).exit_layers.view_as(p) for p in x.split(batch)])
     return layers_executed(exits, model.n_layers).cpu().numpy()
 
@@ -65,10 +65,10 @@ def executed_depth(model: ExitModel, x: Tensor, policy: ExitPolicy, batch: int =
 def batches(
     difficulty: np.ndarray | None, windows: int, size: int, seed: int = 0
 ) -> list[np.ndarray]:
-    """Indices of the windows of each batch, by rising difficulty, or at random where it is None.
+    """Return the window indices of each batch, by rising difficulty, or at random if it is None.
 
     Raises:
-        ValueError: a size below 1, or difficulties of another number of windows.
+        ValueError: the size is below 1, or there is not one difficulty per window.
     """
     if size < 1:
         raise ValueError(f"batch size {size} must be at least 1")
@@ -89,15 +89,15 @@ def throughput(
     batch_sizes: Sequence[int],
     repeats: int = 3,
 ) -> pd.DataFrame:
-    """Tokens per second of layers and checks; the output head, the same for all, is not run.
+    """Measure tokens per second of layers and checks, without the output head, which all share.
 
     Args:
-        x: windows ``(W, N)`` to draw from; a batch size takes 64 of them at least, and two batches.
+        x: windows ``(W, N)``; each batch size uses the first 64, or two batches if these are more.
 
     Returns:
-        One row per batch size, execution and grouping ("random", "first exit", "hindsight"; "" at
-        full depth): tokens_per_second, layers_run (until a batch's slowest token has left, mean over
-        batches), speedup_time (wall-clock, against full depth in the same batches' size), windows.
+        One row per batch, execution and grouping ("random", "first exit", "hindsight"; "" at full
+        depth): tokens_per_second, layers_run (until a batch's last token has exited, mean over
+        batches), speedup_time (wall-clock, against full depth at the same batch size), windows.
     """
     never, rows = ExitPolicy.static(model.n_layers, model.n_layers), []
     for size in tqdm(batch_sizes, desc="batch sizes", leave=False):

@@ -1,7 +1,7 @@
-"""The benchmark: ratios of median times, interleaved, beside the targets they were hoped to reach.
+"""The benchmark measures ratios of median times, interleaved, and compares them with targets.
 
-Models have random weights and constructed exits unless a checkpoint is given: time depends on how many
-tokens run where, not on what they mean. No quality is claimed here.
+Models have random weights and constructed exits unless a checkpoint is given, because time depends on
+how many tokens run each layer, not on their meaning. Quality is not measured.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from earlyexit.exits.original import original_early_exit
 from earlyexit.nn.bk_core import BKCore
 from earlyexit.nn.config import ModelConfig
 
-LAYERS_ONLY = 2  # words: a vocabulary so small that time is that of the layers
+LAYERS_ONLY = 2  # words: with so small a vocabulary, only the layers take time
 SMALL = ModelConfig(10_000, 64, 4, dropout_p=0.0, gate_hidden=0)
 LARGE = ModelConfig(10_000, 256, 8, dropout_p=0.0, gate_hidden=0)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One ratio.
+    """A row holds one measured ratio and its target.
 
     Attributes:
         name: what was measured.
         value: the ratio of medians; low, high: its bootstrap interval over repeats, NaN without one.
-        unit: "×" or "share".
-        target: what was hoped for; ``at_least`` says on which side of it.
-        note: which speedup it is, and what else belongs to the number.
+        unit: "×", "share" or "slope".
+        target: the value to reach; ``at_least`` says whether it is a lower or an upper limit.
+        note: which speedup it is, and the sizes it was measured with.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Row:
 
     @classmethod
     def measured(cls, name: str, ratio: Sequence[float], *rest) -> Row:
-        """Of a ratio and its interval, as :func:`median_ratio` returns them; then as the fields."""
+        """Build a row from a name, the result of :func:`median_ratio`, and the fields after value."""
         value, low, high = map(float, ratio)
         return cls(name, value, *rest, low, high)
 
     @property
     def verdict(self) -> str:
-        """ "met" or "missed" where the whole interval says so, "unclear" between; "" without target."""
+        """Say "met" or "missed" if the whole interval is, else "unclear"; "" without a target."""
         if self.target is None:
             return ""
         ends = [self.value] if np.isnan(self.low) else [self.low, self.high]
@@ -72,20 +72,20 @@ class Row:
         return "met" if all(reached) else "unclear" if any(reached) else "missed"
 
     def to_dict(self) -> dict:
-        """Plain JSON: NaN is null."""
+        """Return the fields and the verdict as plain JSON, in which NaN is null."""
         row = asdict(self) | {"verdict": self.verdict}
         return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Sizes of a benchmark.
+    """A benchmark has sections, and each section yields rows.
 
     Args:
-        device: where to run.
+        device: where the models run.
         repeats: interleaved repeats of each run; medians are taken over them.
-        quick: small sizes, seconds instead of minutes.
-        model: a trained model for the end-to-end rows instead of random ones.
+        quick: whether sizes are small, so that it takes seconds instead of minutes.
+        model: a trained model, used for the end-to-end rows instead of random ones.
     """
 
     device: torch.device
@@ -98,7 +98,7 @@ class Bench:
         return 8 if self.quick else 32
 
     def sections(self) -> dict[str, Callable[[], Iterator[Row]]]:
-        """Name → what it measures."""
+        """Return the function that measures each section, by the section's name."""
         out = {
             "BK-Core": self.recursion,
             "gate check": self.gate_check,
@@ -117,7 +117,7 @@ class Bench:
     # ------------------------------------------------------------------ sections
 
     def recursion(self) -> Iterator[Row]:
-        """BK-Core against a loop over positions, and over the length."""
+        """Time BK-Core against a loop over positions, and its growth with the length N."""
         core = BKCore(16).to(self.device).eval()
         v = torch.randn(32, 128, 16, device=self.device)
         runs = {"loop": lambda: position_loop(core, v), "core": lambda: core(v)}
@@ -130,7 +130,7 @@ class Bench:
         yield Row("BK-Core, growth with the length", slope, "slope", 1.1, False, note)
 
     def gate_check(self) -> Iterator[Row]:
-        """A gate's check against the layer it follows."""
+        """Time a gate's check as a share of the layer before it."""
         config = replace(LARGE, vocab_size=LAYERS_ONLY, n_layers=2)
         model = random_model(config).to(self.device)
         functions = part_functions(model, self._tokens(config))
@@ -143,7 +143,7 @@ class Bench:
         yield Row.measured("gate check", share, "share", 0.03, False, note)
 
     def compaction(self) -> Iterator[Row]:
-        """What of the FLOP speedup arrives, layers only."""
+        """Measure the share of the FLOP speedup that wall-clock time shows, in the layers alone."""
         config = replace(LARGE, vocab_size=LAYERS_ONLY)
         model, x = random_model(config).to(self.device), self._tokens(config)
         depths = (2.0, 4.0) if self.quick else (2.0, 3.0, 4.0, 5.0, 6.0)
@@ -161,7 +161,7 @@ class Bench:
             yield Row.measured(name, ratio / row.speedup_flops, "share", 0.9, True, note)
 
     def length(self) -> Iterator[Row]:
-        """Time of the whole model over the length of its windows."""
+        """Measure how the time of the whole model grows with the length of its windows."""
         lengths = [128, 512, 2048] if self.quick else [128, 512, 2048, 8192]
         config = replace(SMALL, vocab_size=LAYERS_ONLY, n_seq=lengths[-1])
         model, runs = random_model(config).to(self.device), {}
@@ -177,7 +177,7 @@ class Bench:
         yield Row("compacted, growth with the length", slope, "slope", 1.1, False, note)
 
     def end_to_end(self, model: EarlyExitModel, depth: float | None) -> Iterator[Row]:
-        """Scoring with the output head: against full depth, and against the original's procedure."""
+        """Time scoring, head included, against full depth and against the original's procedure."""
         config = model.config
         x = random_tokens(config, self.batch, min(128, config.n_seq)).to(self.device)
         depth = depth or (config.n_layers + 1) / 2
@@ -232,7 +232,7 @@ class Bench:
 
 @torch.no_grad()
 def position_loop(core: BKCore, v: Tensor) -> Tensor:
-    """BK-Core's features ``(B, N, 2H)`` by a loop in torch over the N positions, one step each."""
+    """Compute BK-Core's features ``(B, N, 2H)`` by a loop in torch over the N positions."""
     state, out = None, []
     for i in range(v.shape[1]):
         state, features = core.step(state, v[:, i])
@@ -241,7 +241,7 @@ def position_loop(core: BKCore, v: Tensor) -> Tensor:
 
 
 def conditions(device: torch.device) -> dict:
-    """What a reader must know of the machine; a load above 0 before the start says it was shared."""
+    """Describe the machine; a load above 0 before the start means that others used it too."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return {
         "device": str(device),
@@ -253,7 +253,7 @@ def conditions(device: torch.device) -> dict:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows for a reader."""
+    """Format the rows as a table of text, one line each."""
     width = max(len(row.name) for row in rows)
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Where early exit loses: predicted speedup over head/block ratio, depth, exit rate and batch."""
+"""Predict where early exit loses, over head/block ratio, depth, exit rate and batch size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from earlyexit.models.operations import operations
 from earlyexit.nn.config import ModelConfig
 
 VOCABULARIES = np.geomspace(100, 50_000, 14).astype(int)
-# Of what lies between one layer and all; with exactly one layer the run stops, which is another matter.
+# Share of the layers after the first. It is never 0: a run that stops after one is a special case.
 SHARES_EXECUTED = np.linspace(0.05, 1, 9)
 
 
@@ -27,10 +27,10 @@ def break_even_map(
     d_model: int = 64,
     length: int = 128,
 ) -> pd.DataFrame:
-    """Predicted wall-clock speedup of scoring, head included, against full depth.
+    """Predict the wall-clock speedup of scoring, head included, against full depth.
 
     Args:
-        model: a machine's prices.
+        model: the prices of a machine.
         panels: pairs of (layers, batch).
 
     Returns:
@@ -51,13 +51,13 @@ def break_even_map(
 
 
 def measured_points(checked: pd.DataFrame) -> pd.DataFrame:
-    """Measured and predicted speedups of the runs in a table of :func:`earlyexit.cost.time_model.check`.
+    """Return measured and predicted speedups from a table of :func:`earlyexit.cost.time_model.check`.
 
-    The map is one of linear output heads: other runs are left out.
+    The map is for linear output heads, so runs with another head are left out.
 
     Returns:
         The columns of :func:`break_even_map` and d_model; ``speedup_time`` is measured,
-        ``speedup_predicted`` is not.
+        ``speedup_predicted`` is predicted.
     """
     checked = checked[checked["output_head"] == "linear"]
     keys = ["d_model", "n_layers", "vocab_size", "batch", "n_seq"]

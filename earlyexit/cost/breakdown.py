@@ -1,4 +1,4 @@
-"""Where the time goes: the parts of a layer and of a check one by one, and the parts of whole runs."""
+"""Measure the time of each part of a layer and of a check, and of each part of whole runs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ORIGINAL = "original's procedure"
 def part_functions(
     model: ExitModel, x: Tensor, layer: int = 0
 ) -> dict[tuple[str, str], Callable[[], object]]:
-    """(group, part) → a call that runs just that part of ``layer`` on the batch ``x`` ``(B, N)``.
+    """Return calls by (group, part) that run only that part of ``layer`` on ``x`` ``(B, N)``.
 
-    Groups: "whole" (the block), "block" (its parts), "check" (deciding by each criterion), "head" (what
-    scoring takes, and all logits). ``layer`` is not the last: nothing is decided there.
+    Groups are "whole" (the block), "block" (its parts), "check" (the decision by each criterion) and
+    "head" (scoring, and all logits). ``layer`` must not be the last, where no exit is decided.
 
     Args:
-        model: of plain ResNet-BK layers.
+        model: a model of plain ResNet-BK layers.
     """
     states = model.hidden_states(x)
     before, after = states[layer], states[layer + 1]
@@ -71,20 +71,20 @@ def part_functions(
 
 
 def scaled_projection(layer: MoEResNetBKLayer, features: Tensor) -> Tensor:
-    """BK features ``(…, 2H)`` → what they add to the stream ``(…, D)``, as the layer computes it."""
+    """Project BK features ``(…, 2H)`` to what the layer adds to the residual stream ``(…, D)``."""
     project, scale = layer.output_proj, layer.bk_scale
     return F.linear(features, scale * project.weight, scale * project.bias)
 
 
 def _decide(rule: Criterion, score: Tensor) -> list[int]:
-    """What a check does with its scores: compare, and tell the host how many leave."""
+    """Compare scores with a threshold and transfer the counts of exits and of NaN, as a check does."""
     passed = rule.passes(score, rule.bounds[0])
     return torch.stack([passed.sum(), torch.isnan(score).sum()]).tolist()
 
 
 @torch.no_grad()
 def part_times(model: ExitModel, x: Tensor, repeats: int) -> pd.DataFrame:
-    """Median time of every part with its own caches warm, interleaved.
+    """Measure the median time of every part, interleaved and with warm caches.
 
     Returns:
         Columns group, part, milliseconds, share_of_block (of the whole block's median).
@@ -105,12 +105,12 @@ def execution_runs(
     original: EarlyExitModel,
     threshold: float,
 ) -> dict[str, Callable[[], object]]:
-    """Scoring a batch ``(B, N)`` in every way there is.
+    """Return calls that score a batch ``(B, N)`` in each execution, by its name.
 
     Args:
-        policy: for this project's executions.
-        original: the model that the original's procedure runs; its head is a plain matrix there.
-        threshold: of maximum probability, for the original's procedure.
+        policy: the exits of compacted and of dense execution.
+        original: the model that the original's procedure runs, with a plain matrix as its head.
+        threshold: the maximum probability at which the original's procedure exits.
     """
     return {
         FULL_DEPTH: lambda: model.nll(x, y),
@@ -123,10 +123,10 @@ def execution_runs(
 def compaction_speedups(
     model: EarlyExitModel, x: Tensor, policies: Mapping[float, ExitPolicy], repeats: int
 ) -> pd.DataFrame:
-    """Three speedups of compacted execution of a batch ``(B, N)``, runs taken in turn.
+    """Measure three speedups of compacted execution of a batch ``(B, N)``, interleaved.
 
     Args:
-        policies: mean depth → the policy by which the tokens leave at that depth on average.
+        policies: mean depth → the policy by which tokens execute so many layers on average.
 
     Returns:
         Columns depth, speedup_layers, speedup_flops, speedup_time with its 90 % interval low to high.
@@ -151,14 +151,14 @@ def run_times(
     repeats: int,
     quantile: float = 0.5,
 ) -> pd.DataFrame:
-    """Where the time of whole runs goes, and whether the parts add up to it.
+    """Measure the parts of whole runs, and how far their sum is from the total.
 
-    Every run is timed with a clock that is read off at part boundaries and, in turn with that, as it
-    is. The first gives the parts, the second the total they have to add up to.
+    Every run is timed with a clock that is read at the boundaries of parts, and, interleaved with that,
+    without it. The first gives the parts, the second the total that they should add up to.
 
     Args:
-        runs: see :func:`execution_runs`.
-        quantile: of the repeats, instead of their median.
+        runs: calls by name, as :func:`execution_runs` returns.
+        quantile: the quantile over the repeats; by default the median.
 
     Returns:
         One row per run and part: run, part, milliseconds (quantile), total_ms (quantile, no clock
@@ -175,7 +175,7 @@ def run_times(
     seconds = interleaved_times(runs | clocks, device, repeats)
     tables = []
     for name in runs:
-        timed = pd.DataFrame(parts[name][1::2])  # before each of them one ran untimed
+        timed = pd.DataFrame(parts[name][1::2])  # the even entries are the untimed warm-ups
         table = pd.DataFrame({"run": name, "part": PARTS})
         table["milliseconds"] = 1e3 * timed.quantile(quantile)[list(PARTS)].to_numpy()
         table["total_ms"] = 1e3 * float(np.quantile(seconds[name], quantile))

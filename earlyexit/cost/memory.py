@@ -1,4 +1,4 @@
-"""Peak memory of runs, by the allocator's record and in processes of their own, as tidy tables."""
+"""Measure the peak memory of runs, of tensors and of whole processes, as tidy tables."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from earlyexit.nn.config import ModelConfig
 
 MIB = 2**20
 RETURNED, SCORED = "logits returned", "scored in chunks"
-NONE_EARLY = "compacted, none early"  # the control: what is saved here, exits do not save
+NONE_EARLY = "compacted, none early"  # the control: what it saves is not due to exits
 
 
 def executions(
     model: EarlyExitModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
 ) -> dict[tuple[str, str], Callable[[], object]]:
-    """(output, execution) → one forward pass; ``policy`` for ours, ``threshold`` for the original's."""
+    """Return forward passes by (output, execution); only the original's uses ``threshold``."""
     exits = partial(model, x, use_early_exit=True)
     nobody = ExitPolicy.static(model.n_layers - 1, model.n_layers)
     return {
@@ -51,15 +51,15 @@ def executions(
 def peak_memory(
     model: EarlyExitModel, x: Tensor, y: Tensor, policy: ExitPolicy, threshold: float
 ) -> pd.DataFrame:
-    """Peak tensor memory of every execution on one batch.
+    """Measure the peak tensor memory of every execution on one batch.
 
     Returns:
-        Columns output, execution, logits_mib (the B·N·V logits returned), rest_mib, peak_mib.
+        Columns output, execution, logits_mib (of the B · N · V logits returned), rest_mib, peak_mib.
     """
     model.eval()
     rows = []
     for (output, execution), run in executions(model, x, y, policy, threshold).items():
-        run()  # warm-up: libraries keep workspaces of their own
+        run()  # warm-up: libraries allocate workspaces that they keep
         peak = peak_tensor_bytes(run, x.device) / MIB
         logits = x.numel() * model.vocab_size * 4 / MIB if output == RETURNED else 0.0
         rows.append((output, execution, logits, peak - logits, peak))
@@ -73,11 +73,11 @@ def memory_over_batches(
     policy: ExitPolicy,
     threshold: float,
 ) -> pd.DataFrame:
-    """:func:`peak_memory` on batches of different sizes, with a column batch (windows).
+    """Measure :func:`peak_memory` on batches of different sizes, with a column batch (windows).
 
     Args:
         batches: token ids and targets ``(B, N)``, one batch per size.
-        policy: of this project's executions; threshold: of the original's procedure.
+        policy, threshold: as :func:`executions` takes them.
     """
     parts = [peak_memory(model, x, y, policy, threshold).assign(batch=len(x)) for x, y in batches]
     return pd.concat(parts, ignore_index=True)
@@ -86,12 +86,12 @@ def memory_over_batches(
 def memory_over_lengths(
     config: ModelConfig, lengths: Sequence[int], device: torch.device
 ) -> pd.DataFrame:
-    """:func:`peak_memory` on one window of each length, with a column length (tokens).
+    """Measure :func:`peak_memory` on one window of each length, with a column length (tokens).
 
-    Weights are random and exits constructed: half of the layers are executed on average.
+    Weights are random, and exits are constructed so that (L + 1) / 2 layers are executed on average.
 
     Args:
-        config: of the model; its ``n_seq`` is replaced.
+        config: configuration of the model; its ``n_seq`` is replaced.
     """
     shares, parts = geometric_shares(config.n_layers, (config.n_layers + 1) / 2), []
     for length in lengths:
@@ -110,10 +110,11 @@ def resident_memory(
     threshold: float,
     keys: Iterable[tuple[str, str]],
 ) -> pd.DataFrame:
-    """:func:`peak_resident` of executions: columns output, execution, resident_mib.
+    """Measure :func:`peak_resident` of executions: columns output, execution, resident_mib.
 
     Args:
-        windows: in the batch; keys: pairs (output, execution) of :func:`executions`.
+        windows: number of windows in the batch.
+        keys: pairs (output, execution) of :func:`executions`.
     """
     rows = [(*key, peak_resident(config, windows, policy, threshold, key)) for key in keys]
     return pd.DataFrame(rows, columns=["output", "execution", "resident_mib"])
@@ -122,10 +123,10 @@ def resident_memory(
 def peak_resident(
     config: ModelConfig, batch: int, policy: ExitPolicy, threshold: float, key: tuple[str, str]
 ) -> float:
-    """Peak resident memory (MiB) that one execution adds, in a process of its own (CPU).
+    """Measure the peak resident memory (MiB) that one execution adds to a new process (CPU).
 
-    The child has random weights of ``config``: what is kept in memory does not depend on them, except
-    through which tokens exit, so ``policy`` should be a static one.
+    The process has random weights of ``config``. Memory depends on them only through which tokens
+    exit, so ``policy`` should be a static one.
     """
     return peak_rss_bytes(_child, config, batch, policy, threshold, key) / MIB
 
@@ -137,13 +138,13 @@ def _child(
     x = torch.randint(config.vocab_size, (batch, config.n_seq))
     run = executions(model, x, x, policy, threshold)[key]
     with torch.no_grad():
-        model.nll(x[:1, :8], x[:1, :8])  # loads every library the work needs
+        model.nll(x[:1, :8], x[:1, :8])  # loads every library that the run needs
         if work:
             run()
 
 
 def memory_parts(model: EarlyExitModel, batch: int) -> pd.DataFrame:
-    """What the model must hold, in MiB: parameters, one residual stream, one batch of logits."""
+    """Compute the MiB of the parameters, of one residual stream and of one batch of logits."""
     config = model.config
     embedding = config.vocab_size * config.d_model
     parameters = sum(p.numel() for p in model.parameters())
@@ -158,9 +159,9 @@ def memory_parts(model: EarlyExitModel, batch: int) -> pd.DataFrame:
 
 
 def peak_tensor_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Largest sum of tensor storage alive at once during ``function``, beyond what was there before.
+    """Measure the most bytes of tensors alive at once during ``function``, beyond those before it.
 
-    On CUDA the allocator counts; on the CPU the profiler's record of allocations is replayed.
+    On CUDA the allocator counts them; on the CPU they are summed from the profiler's allocations.
     """
     gc.collect()
     if device.type == "cuda":
@@ -179,11 +180,10 @@ def peak_tensor_bytes(function: Callable[[], object], device: torch.device) -> i
 
 
 def peak_rss_bytes(function: Callable[..., object], *args) -> int:
-    """Growth of the peak resident memory of a fresh process while it runs ``function(*args)``.
+    """Measure by how many bytes the work in ``function`` raises a process's peak resident memory.
 
-    ``function`` is called once with a first argument ``False`` (everything but the work to be measured)
-    and once, in another process, with ``True``; the difference is returned. CPU only; the function
-    must be importable.
+    ``function(False, *args)`` does everything but the work to be measured, ``function(True, *args)``
+    does it too. Each runs in a new process on the CPU, so ``function`` must be importable.
     """
     idle, busy = (_child_peak(function, work, *args) for work in (False, True))
     return max(0, busy - idle)
@@ -210,7 +210,7 @@ def _report_peak(writer, function, work: bool, *args) -> None:
 
 
 def _own_peak() -> int:
-    """Peak resident bytes of this process. ``ru_maxrss`` would start at the parent's."""
+    """Return this process's peak resident bytes; on Linux ``ru_maxrss`` would start at the parent's."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

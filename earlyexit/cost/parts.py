@@ -1,9 +1,9 @@
-"""The one account of what a run costs: part → kind of work → amount.
+"""The account of a run gives its cost: an amount of each kind of work, for each part of the run.
 
-It is made of what a model states of itself (:mod:`earlyexit.exits.operations`), of how many positions
-every layer transforms, and of what is checked. FLOPs, bytes and the amounts that predict time are read
-from it. Everything that takes a ``model`` takes its operations as well, or those of a configuration that
-was never built: :func:`earlyexit.models.operations.operations`.
+It is computed from the operations that a model states (:mod:`earlyexit.exits.operations`), from how
+many positions every layer transforms, and from the checks. FLOPs, bytes and the amounts that predict
+time are read from it. A function that takes a ``model`` also takes operations alone, so that the model
+need not be built: see :func:`earlyexit.models.operations.operations`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PROPAGATION = ("layer norm", "potentials", "BK-Core")
 FINAL_HEAD = ("head norm", "unembedding", "softmax")
 EXIT_HEAD = ("translator", *FINAL_HEAD)
 
-# Kinds of work that take time of their own; what others take is counted by these.
+# Kinds of work that have a price in time; the time of the other kinds is contained in these.
 PRICED = ("launches", "expert_flops", "thin_flops", "flops", "bytes", "steps", "logits", "run")
 
-NOBODY = 1e-9  # share of tokens that is rounding
+NOBODY = 1e-9  # a share of tokens below this is a rounding error
 
 Account = dict[str, dict[str, float]]  # part of a run → kind of work → amount
 
@@ -43,7 +43,7 @@ Account = dict[str, dict[str, float]]  # part of a run → kind of work → amou
 
 
 def model_parts(model: ExitModel | Operations) -> dict[str, dict[str, float]]:
-    """Amounts of every part of the first layer and of an exit's head, to score one word."""
+    """Return the amounts of every part of the first layer and of an exit head that scores one word."""
     stated = model.operations()
     head = {"translator": stated.translator, "head norm": norm(stated.width)}
     parts = stated.layers[0] | head | stated.projection["word"]
@@ -51,7 +51,7 @@ def model_parts(model: ExitModel | Operations) -> dict[str, dict[str, float]]:
 
 
 def part_flops(model: ExitModel | Operations) -> dict[str, float]:
-    """FLOPs per token of every part of the first layer and of an exit's head."""
+    """Return the FLOPs per token of every part of the first layer and of an exit head."""
     return {name: flops(amounts) for name, amounts in model_parts(model).items()}
 
 
@@ -60,7 +60,7 @@ def total(parts: dict[str, float], names: Sequence[str]) -> float:
 
 
 def cost_table(model: ExitModel | Operations) -> pd.DataFrame:
-    """Parts with parameters, FLOPs and bytes of activations per token, FLOPs as a share of one block."""
+    """Return each part's parameters, FLOPs and bytes per token, and FLOPs as a share of one block."""
     stated = model.operations()
     block = flops(stated.layer(0))
     rows = [
@@ -78,13 +78,13 @@ def cost_table(model: ExitModel | Operations) -> pd.DataFrame:
 
 
 def head_ratio(model: ExitModel | Operations) -> float:
-    """FLOPs of the final head over those of one block."""
+    """Return the FLOPs of the final head over those of one block."""
     stated = model.operations()
     return flops(stated.head("word")) / flops(stated.layer(0))
 
 
 def break_even_depth(layers: int, head_ratio: float) -> float:
-    """Mean depth below which a full-vocabulary check after each block pays: (L + r) / (1 + r)."""
+    """Return the mean depth below which full-vocabulary checks pay off: (L + r) / (1 + r)."""
     return (layers + head_ratio) / (1 + head_ratio)
 
 
@@ -92,7 +92,7 @@ def break_even_depth(layers: int, head_ratio: float) -> float:
 
 
 def check_amounts(model: Operations, criterion: str, layer: int) -> dict[str, float]:
-    """Amounts per token of one exit check after ``layer``, beyond what the exit itself costs."""
+    """Return the amounts per token of one exit check after ``layer``, without the exit itself."""
     rule = CRITERIA[criterion]
     if rule.reads == "logits":
         terms = [(1.0, model.translator), (1.0, model.head(rule.wants))]
@@ -103,7 +103,7 @@ def check_amounts(model: Operations, criterion: str, layer: int) -> dict[str, fl
 
 
 def check_flops(model: ExitModel | Operations, criterion: str) -> float:
-    """FLOPs per token of one check at the first exit, beyond what the exit itself costs."""
+    """Return the FLOPs per token of one check at the first exit, without the exit itself."""
     return flops(check_amounts(model.operations(), criterion, 0))
 
 
@@ -116,18 +116,18 @@ def account(
     tokens: int | None = None,
     stops: bool = True,
 ) -> Account:
-    """Amounts per token of a compacted run that scores one word per token, without launches.
+    """Return the amounts per token of a compacted run that scores one word per token.
 
-    A check at the last layer costs nothing but for a check of its logits, where the prediction is not
-    read from them. Where the most probable word is found without all logits, a check that wants no more
-    leaves the scoring to do.
+    Launches are not counted. A check at the last layer is free unless it computes logits from which
+    the prediction is not read. If a check finds the most probable word without all logits, the score
+    of the target is computed in addition.
 
     Args:
-        positions: that every layer transforms, per token ``(L,)``.
-        criterion: what is checked; None is full depth, without any exit.
-        checked: whether it is, after each layer ``(L,)``.
-        tokens: of the batch: a layer that would run for less than half a token is not run.
-        stops: whether a run ends where nobody is left, so that nothing is propagated any further.
+        positions: positions per token that every layer transforms ``(L,)``.
+        criterion: the criterion that is checked; None is full depth, without any exit.
+        checked: whether it is checked after each layer ``(L,)``.
+        tokens: tokens of the batch; a layer that would run for less than half a token is not run.
+        stops: whether a run ends when no token is left, so that states are propagated no further.
 
     Returns:
         Parts ``blocks`` and ``head``, and with a criterion ``check`` and ``propagation``.
@@ -141,7 +141,7 @@ def account(
     rule, early, end = CRITERIA[criterion], left[-1], run[-1]
     passed = left * (run > 0) if stops else left
     through = weighted_sum((passed[k], model.passed(k)) for k in layers)
-    # A recursion passes over positions of exited tokens only where the layer runs.
+    # The recursion visits the positions of exited tokens only in layers that run.
     waited = weighted_sum((left[k] * (run[k] > 0), model.passed(k)) for k in layers)
     out["propagation"] = weighted_sum([(1.0, through), (early, model.leaving)])
     out["propagation"] |= {kind: n for kind, n in waited.items() if kind == "steps"}
@@ -149,7 +149,7 @@ def account(
         (run[k] * checked[k], check_amounts(model, criterion, k)) for k in layers[:-1]
     )
     last_check = model.head(rule.wants) if rule.reads == "logits" and checked[-1] else None
-    known = full.min() == 1 and rule.reads == "logits"  # every token's logits or features are there
+    known = full.min() == 1 and rule.reads == "logits"  # the check has those of every token
     word = model.head("word")
     if known and rule.read_by_check(model):
         heads = [(end, last_check or word)]
@@ -170,12 +170,12 @@ def run_flops(
     at_last: bool = False,
     stops: bool = False,
 ) -> dict[str, float]:
-    """FLOPs per token of a compacted run that scores one word per token, by part.
+    """Return the FLOPs per token, by part, of a compacted run that scores one word per token.
 
     Args:
-        positions: that every layer transformed, per token ``(L,)``.
-        policy: whose checks are paid; or a criterion, checked after every layer but the last, and with
-            ``at_last`` there too; None is full depth.
+        positions: positions per token that every layer transformed ``(L,)``.
+        policy: the policy whose checks are counted; or a criterion, checked after every layer but the
+            last, and with ``at_last`` there too; None is full depth.
         stops: see :func:`account`.
 
     Returns:
@@ -200,10 +200,10 @@ def policy_flops(
     policy: ExitPolicy | str,
     stops: bool = True,
 ) -> dict[str, float]:
-    """:func:`run_flops` of tokens that leave in these ``shares`` per exit layer ``(L + 1,)``.
+    """Return :func:`run_flops` of tokens that leave in these ``shares`` per exit layer ``(L + 1,)``.
 
-    The last share is for "no early exit". Of several scales tokens are taken to leave in whole blocks. A
-    criterion is checked at the last layer too where tokens count as exited at it.
+    The last share is of tokens without an early exit. In a model with several scales, tokens are
+    assumed to leave in whole blocks. A criterion is checked at the last layer if tokens exit at it.
     """
     stated, at_last = model.operations(), False
     if isinstance(policy, str):
@@ -213,7 +213,7 @@ def policy_flops(
 
 
 def batch_speedups(model: ExitModel, x: Tensor, y: Tensor, policy: ExitPolicy) -> dict[str, float]:
-    """``speedup_layers`` and ``speedup_flops`` of a compacted run over one batch ``(B, N)``."""
+    """Return ``speedup_layers`` and ``speedup_flops`` of a compacted run on one batch ``(B, N)``."""
     shares = exit_shares(model, x, y, policy)
     return {
         "speedup_layers": model.n_layers / mean_layers(shares),
@@ -222,21 +222,21 @@ def batch_speedups(model: ExitModel, x: Tensor, y: Tensor, policy: ExitPolicy) -
 
 
 def mean_layers(shares: Sequence[float]) -> float:
-    """Layers executed on average of tokens that leave in these shares ``(L + 1,)``."""
+    """Return the mean layers executed by tokens that leave in these shares ``(L + 1,)``."""
     n_layers = len(shares) - 1
     return float(layers_executed(np.arange(n_layers + 1), n_layers) @ np.asarray(shares))
 
 
 def _alive(shares: Sequence[float]) -> np.ndarray:
-    """Share of tokens that run each layer ``(L,)``, from shares per exit layer ``(L + 1,)``."""
+    """Return the share of tokens that run each layer ``(L,)``, from exit shares ``(L + 1,)``."""
     return 1 - np.append(0, np.cumsum(np.asarray(shares, dtype=float)))[: len(shares) - 1]
 
 
 def exit_costs(model: ExitModel | Operations, criterion: str) -> np.ndarray:
-    """FLOPs per token of leaving at exit 0 … L − 1 in a compacted run that goes on ``(L,)``."""
+    """Return FLOPs per token ``(L,)`` of leaving at exit 0 … L − 1 while other tokens run on."""
     layers = model.operations().n_layers
     rows = np.eye(layers, layers + 1)
-    rows[-1] = np.roll(rows[-1], 1)  # leaving at the last layer is not leaving early
+    rows[-1] = np.roll(rows[-1], 1)  # leaving at the last layer is no early exit
     return np.array([policy_flops(model, row, criterion, stops=False)["total"] for row in rows])
 
 
@@ -245,17 +245,17 @@ def exit_costs(model: ExitModel | Operations, criterion: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Load:
-    """A configuration to be run.
+    """A load states the model, the batch and the exits of a run, so that its cost can be computed.
 
     Attributes:
-        config: the model.
-        batch, length: windows B and tokens N of each.
-        criterion: what is checked after every layer but the last; ``FULL_DEPTH`` runs no exit.
-        shares: of tokens per exit layer ``(L + 1,)``; not used at full depth.
+        config: configuration of the model.
+        batch, length: number of windows B, and of tokens N of each.
+        criterion: checked after every layer but the last; ``FULL_DEPTH`` runs no exit.
+        shares: share of the tokens per exit layer ``(L + 1,)``; not used at full depth.
 
     Raises:
-        ValueError: shares of another length, negative, or not summing to 1; sizes below 1; an unknown
-            criterion.
+        ValueError: a size is below 1, the criterion is unknown, or the shares have another length,
+            are negative or do not sum to 1.
     """
 
     config: ModelConfig
@@ -285,7 +285,7 @@ class Load:
 
     @property
     def at_full_depth(self) -> Load:
-        """The same batch without exits."""
+        """Return the load of the same batch without exits."""
         return Load(self.config, self.batch, self.length)
 
     @property
@@ -294,14 +294,14 @@ class Load:
 
     @property
     def mean_depth(self) -> float:
-        """Layers executed on average."""
+        """Return the number of layers that a token executes on average."""
         layers = self.config.n_layers
         if self.criterion == FULL_DEPTH:
             return float(layers)
         return mean_layers(self.shares)
 
     def describe(self) -> dict:
-        """Sizes, criterion and mean depth, as columns of tables."""
+        """Return sizes, criterion and mean depth as columns of a table."""
         config = self.config
         sizes = ("d_model", "n_layers", "vocab_size", "output_head")
         return {name: getattr(config, name) for name in sizes} | {
@@ -313,16 +313,16 @@ class Load:
 
 
 def work(load: Load) -> Account:
-    """Amounts of ``PRICED`` kinds for scoring a batch, compacted where there are exits.
+    """Return the amounts of ``PRICED`` kinds for scoring a batch, compacted if there are exits.
 
-    Beside those of :func:`account` there are launches (operations started), the part ``rest``, and with
-    exits ``gather/scatter``. A check by logits is the part ``projected check``.
+    To those of :func:`account` it adds launches (operations started), the part ``rest``, and with exits
+    ``gather/scatter``. A check that reads logits is named ``projected check``.
     """
     model, tokens, layers = load.operations, load.tokens, load.config.n_layers
     exits = load.criterion != FULL_DEPTH
     rule = CRITERIA[load.criterion] if exits else None
     shares = load.shares if exits else (0.0,) * layers + (1.0,)
-    # Those who "exit" at the last layer run to the end like those who do not.
+    # Tokens that exit at the last layer run all layers, like those without an exit.
     alive = _alive((*shares[: layers - 1], 0.0, shares[-1]))
     parts = account(
         model, alive, load.criterion if exits else None, [True] * (layers - 1) + [False],
@@ -335,9 +335,9 @@ def work(load: Load) -> Account:
     if exits and rule.reads == "logits":
         check = "projected check"
         parts[check] = parts.pop("check")
-        for part in (check, "head"):  # beside logits their bytes take no time
+        for part in (check, "head"):  # compared with the logits, their bytes take no time
             parts[part].pop("bytes", None)
-        if rule.read_by_check(model):  # those who reach the end go through the head
+        if rule.read_by_check(model):  # only tokens that reach the end are projected
             projected = running[-1]
     out = {
         part: {kind: tokens * n for kind, n in amounts.items() if kind in PRICED}
@@ -361,7 +361,7 @@ def work(load: Load) -> Account:
 def _moves(
     model: Operations, running: np.ndarray, leaving: np.ndarray, tokens: int
 ) -> dict[str, float]:
-    """Bytes of taking rows out and putting them back, of so many tokens that run and leave."""
+    """Return the bytes moved to gather rows and to scatter them back, as tokens leave."""
     stay = running[1:][leaving > 0.5].sum()
     rows = 4 * stay + 2 * leaving.sum() + 2 * tokens
     potentials = model.passed(0).get("steps", 0.0)

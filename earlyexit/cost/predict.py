@@ -1,4 +1,4 @@
-"""What ``python -m earlyexit predict`` answers: time of a configuration that was never run."""
+"""Predict the time of a configuration that was never run, for ``python -m earlyexit predict``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from earlyexit.exits.criteria import CRITERIA
 
 
 def answer(model: TimeModel, load: Load) -> dict:
-    """Prediction of a run with exits and of the same model at full depth, plain JSON.
+    """Predict a run with exits and the same model at full depth, as plain JSON.
 
     Returns:
         ``speedup_layers``, ``speedup_flops``, ``speedup_time`` (predicted wall-clock), ``pays`` (whether
-        it is above 1), milliseconds and their parts, exit shares, and how far the prices were off on
-        configurations they were not fitted on.
+        it is above 1), milliseconds and their parts, exit shares, and the relative error of the prices
+        on configurations that they were not fitted on.
     """
     runs = {FULL_DEPTH: load.at_full_depth, "with exits": load}
     ratio = model.speedup(load)
@@ -37,7 +37,7 @@ def answer(model: TimeModel, load: Load) -> dict:
 
 
 def text(answer: dict) -> str:
-    """The answer for a reader."""
+    """Format the answer as text."""
     full, exits = (answer["parts"][name] for name in (FULL_DEPTH, "with exits"))
     lines = [
         f"d={answer['d_model']}, {answer['n_layers']} layers, {answer['vocab_size']:,} words"

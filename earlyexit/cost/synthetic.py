@@ -1,7 +1,7 @@
-"""Constructed exits: a prescribed share of tokens leaves at each layer, whatever the weights mean.
+"""Construct exits by which a prescribed share of the tokens leaves at each layer.
 
-Time depends on how many tokens run where, not on how good their predictions are. So timing needs no
-trained model: thresholds are put at quantiles of the scores that the tokens of a batch really have.
+Time depends on how many tokens run each layer, not on how good their predictions are. Timing therefore
+needs no trained model: thresholds are set at quantiles of the scores of a batch's tokens.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from earlyexit.exits.readers import Predictions
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 
-# Of 10,000 words the first tenth then takes 80 % of the tokens, as in the embedded text (81 %).
+# The most frequent tenth of 10,000 words then makes 80 % of the tokens; in the embedded text, 81 %.
 ZIPF_SHIFT, ZIPF_POWER = 2.7, 1.1
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> EarlyExitLanguageModel:
-    """An untrained model in evaluation mode, its (random) linear gates declared trained."""
+    """Return an untrained model in evaluation mode whose random linear gates are marked as trained."""
     torch.manual_seed(seed)
     model = EarlyExitLanguageModel.from_config(replace(config, gate_hidden=config.gate_hidden or 0))
     model.gates.trained.fill_(True)
@@ -35,9 +35,9 @@ def random_model(config: ModelConfig, seed: int = 0) -> EarlyExitLanguageModel:
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> Tensor:
-    """Token ids ``(B, N)`` numbered by frequency as words of a text are (Zipf–Mandelbrot).
+    """Draw token ids ``(B, N)`` whose frequencies fall with the id as in a text (Zipf–Mandelbrot).
 
-    An adaptive softmax takes less time for frequent words, so uniform ones would not do.
+    An adaptive softmax takes less time for frequent words, so uniform ids would bias its time.
     """
     generator = torch.Generator().manual_seed(seed)
     rank = torch.arange(config.vocab_size, dtype=torch.float64)
@@ -47,13 +47,13 @@ def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -
 
 
 def geometric_shares(n_layers: int, mean_depth: float) -> np.ndarray:
-    """Shares per exit layer ``(L + 1,)`` that fall (or rise) geometrically; nobody "does not exit".
+    """Return shares per exit layer ``(L + 1,)`` that fall or rise geometrically; the last is 0.
 
     Args:
-        mean_depth: layers executed on average, 1 … n_layers.
+        mean_depth: layers executed on average, in 1 … n_layers.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the mean depth is out of this range.
     """
     if not 1 <= mean_depth <= n_layers:
         raise ValueError(f"a mean depth of {mean_depth} does not lie in 1 … {n_layers} layers")
@@ -71,7 +71,7 @@ def geometric_shares(n_layers: int, mean_depth: float) -> np.ndarray:
 
 
 def rule_threshold(rule: Criterion, scores: np.ndarray, share: float) -> float:
-    """The threshold of a criterion that about this share of the scores passes."""
+    """Return the threshold of a criterion that about this share of the scores passes."""
     cut = np.quantile(scores, 1 - share if rule.exit_above else share)
     return float(np.clip(cut, *rule.bounds))
 
@@ -80,16 +80,16 @@ def rule_threshold(rule: Criterion, scores: np.ndarray, share: float) -> float:
 def policy_for_shares(
     model: ExitModel, x: Tensor, shares: Sequence[float], criterion: str = "gate"
 ) -> ExitPolicy:
-    """A policy by which these shares of the tokens ``x`` ``(B, N)`` leave at each layer.
+    """Return a policy by which these shares of the tokens ``x`` ``(B, N)`` leave at each layer.
 
-    Thresholds are found one layer after the other, on compacted runs, so that the states exited
-    tokens leave behind are part of it.
+    Thresholds are found layer by layer on compacted runs, whose states include the effect of the
+    tokens that have already exited.
 
     Args:
-        shares: per exit layer, ``(L + 1,)``; the last two mean the same, running to the end.
+        shares: share per exit layer ``(L + 1,)``; the tokens of the last two run to the end.
 
     Raises:
-        ValueError: shares of another length, negative, or not summing to 1.
+        ValueError: the shares have another length, are negative or do not sum to 1.
     """
     rule, layers = CRITERIA[criterion], model.n_layers
     shares = np.asarray(shares, dtype=float)

@@ -1,4 +1,4 @@
-"""Time of systems beside each other, and what a sparse BK-Core could save of it."""
+"""Measure the time of systems, and how much of it a sparse BK-Core could save."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def system_times(
     y: Tensor,
     repeats: int,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Seconds per batch of every run, interleaved: of layers and checks alone, and in total.
+    """Measure the seconds per batch of every run, interleaved.
 
     Args:
-        runs: name → model, and a policy by states; None is full depth.
+        runs: name → model, and a policy whose criterion reads no logits; None is full depth.
 
     Returns:
-        ``"layers"`` and ``"total"``, each name → seconds.
+        ``"layers"`` (with checks, ``2 · repeats`` times) and ``"total"``, each name → seconds.
     """
     whole, layers = {}, {}
     for name, (model, policy) in runs.items():
         whole[name] = partial(model.nll, x, y, policy)
         never = ExitPolicy.static(model.n_layers, model.n_layers)
         layers[name] = partial(decide, model, x, policy or never)
-    # Short runs feel every disturbance, and cost little to repeat.
+    # A disturbance changes short runs more, and repeating them costs little.
     return {
         "total": interleaved_times(whole, x.device, repeats),
         "layers": interleaved_times(layers, x.device, 2 * repeats),
@@ -49,16 +49,16 @@ def system_times(
 def sparse_times(
     sizes: Sequence[tuple[int, int, int, int]], keep: float, repeats: int, device: torch.device
 ) -> pd.DataFrame:
-    """How much of a layer a sparse BK-Core could save, and how much it does, untrained.
+    """Measure how much of a layer's time an untrained sparse BK-Core saves, and could save at most.
 
     Args:
         sizes: (batch, N, d_model, heads) of each row.
-        keep: share of positions kept, the same random ones in every repeat.
+        keep: share of positions that are kept, the same random ones in every repeat.
 
     Returns:
         Columns batch, positions, d_model, heads, kept, dense_ms and sparse_ms of a layer,
-        core_share (BK-Core's of a dense layer's parts; with both projections: skippable_share),
-        at_most (speedup if skipping cost nothing) and measured.
+        core_share (BK-Core's share of a dense layer's time), skippable_share (the same with both
+        projections), at_most (speedup if skipping cost nothing) and measured (speedup).
     """
     rows = []
     for batch, n, d, heads in sizes:

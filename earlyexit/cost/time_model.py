@@ -1,8 +1,8 @@
-"""Time predicted from work: a machine's prices, fitted on a few configurations, checked on others.
+"""Predict time from work by a machine's prices, fitted on some configurations and checked on others.
 
 The time of a part is a sum of few terms, each an amount of work times a price (seconds per launch, per
 FLOP, per byte, …). Prices are non-negative and minimise the error relative to the whole run's time, so
-that short and long runs count alike and a part that takes no time decides nothing.
+that short and long runs count alike, and a part that takes hardly any time has hardly any weight.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from earlyexit.cost.synthetic import (
 from earlyexit.exits.clock import PARTS
 from earlyexit.nn.config import ModelConfig
 
-# (d_model, n_layers, vocabulary, batch, length, mean depth, output head): spread over every size that
-# prices depend on. What is fitted and what is checked have no configuration in common.
+# (d_model, n_layers, vocabulary, batch, length, mean depth, output head): they cover the range of every
+# size that prices depend on. No configuration is both fitted and checked.
 FITTED = (
     (32, 3, 1000, 4, 64, 1.5),
     (64, 4, 2000, 32, 128, 2.0),
@@ -57,7 +57,7 @@ CHECKED = (
     (128, 3, 8000, 2, 128, 2.0),
 )
 
-# Measured points of the break-even map, beside the others.
+# Further configurations that are measured as points of the break-even map.
 MAPPED = (
     (64, 4, 500, 32, 128, 1.5),
     (64, 4, 1500, 32, 128, 2.5),
@@ -70,13 +70,13 @@ MAPPED = (
 
 UNDISTURBED = 0.25  # quantile of the repeats: other processes can only add time
 
-OUTLIER, REWEIGHTINGS = 0.03, 10  # of a run's time: larger errors are other processes' doing
+OUTLIER, REWEIGHTINGS = 0.03, 10  # of a run's time: larger errors are taken to be disturbances
 
 FITTED_CRITERIA = ("gate", "max_probability")
 
 
 def loads(grid: Sequence[tuple], criteria: Sequence[str] = FITTED_CRITERIA) -> list[Load]:
-    """Every configuration of a grid, at full depth and with exits of each criterion."""
+    """Return the loads of a grid: each configuration at full depth and with exits of each criterion."""
     out = []
     for d, layers, vocabulary, batch, length, depth, *head in grid:
         (head,) = head or ("linear",)
@@ -90,15 +90,15 @@ def loads(grid: Sequence[tuple], criteria: Sequence[str] = FITTED_CRITERIA) -> l
 
 
 def measure(wanted: Sequence[Load], device: torch.device, repeats: int = 5) -> pd.DataFrame:
-    """Time of every load, by part, with random weights and constructed exits, all taken in turn.
+    """Measure every load, interleaved, with random weights and constructed exits.
 
     Returns:
-        :func:`run_times`, its runs named ``load``: the index in ``wanted``.
+        The table of :func:`run_times`, with ``load``, the index in ``wanted``, instead of run.
     """
 
     @cache
     def made(config: ModelConfig, batch: int, length: int):
-        """One model and batch for all loads that differ in exits only."""
+        """Return one model and batch for all loads that differ in exits only."""
         return random_model(config).to(device), random_tokens(config, batch, length).to(device)
 
     runs = {}
@@ -119,12 +119,12 @@ def measure(wanted: Sequence[Load], device: torch.device, repeats: int = 5) -> p
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Prices of a machine.
+    """A time model holds the prices of a machine and predicts the time of loads from them.
 
     Attributes:
         prices: part → kind of work → seconds per unit.
-        machine: what they were measured on.
         check: median and largest relative error on configurations that were not fitted, if checked.
+        machine: description of the machine that they were measured on.
     """
 
     prices: dict[str, dict[str, float]]
@@ -132,7 +132,7 @@ class TimeModel:
     machine: dict = field(default_factory=dict)
 
     def predict(self, load: Load) -> dict[str, float]:
-        """Milliseconds of each part of a run; their sum is the run."""
+        """Predict the milliseconds of each part of a run; their sum is the time of the run."""
         out = dict.fromkeys(PARTS, 0.0)
         for part, amounts in work(load).items():
             prices = self.prices.get(part, {})
@@ -142,25 +142,25 @@ class TimeModel:
         return out
 
     def milliseconds(self, load: Load) -> float:
-        """Predicted time of a run."""
+        """Predict the milliseconds of a run."""
         return sum(self.predict(load).values())
 
     def speedup(self, load: Load) -> float:
-        """Predicted wall-clock speedup against the same model at full depth."""
+        """Predict the wall-clock speedup against the same model at full depth."""
         return self.milliseconds(load.at_full_depth) / self.milliseconds(load)
 
     def save(self, path: Path) -> None:
-        """Write JSON, whole or not at all."""
+        """Write JSON atomically, so that a killed process leaves no partial file."""
         text = json.dumps(self.__dict__, indent=2) + "\n"
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> TimeModel:
-        """What :meth:`save` wrote.
+        """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no time model.
+            ValueError: the file holds no time model.
         """
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
@@ -169,10 +169,10 @@ class TimeModel:
 
 
 def fit(measured: pd.DataFrame, wanted: Sequence[Load]) -> TimeModel:
-    """Prices from measured loads, by non-negative least squares of the error relative to the run.
+    """Fit prices to loads, by non-negative least squares of the error relative to the run's time.
 
     Args:
-        measured: as :func:`measure` returns for ``wanted``.
+        measured: the table that :func:`measure` returns for ``wanted``.
     """
     works = [work(load) for load in wanted]
     seconds = measured.set_index(["load", "part"])["milliseconds"] / 1e3
@@ -190,13 +190,13 @@ def fit(measured: pd.DataFrame, wanted: Sequence[Load]) -> TimeModel:
 
 
 def _measured_as(part: str) -> str:
-    """The part of a clock that a part of the work belongs to: a check that projects is a check."""
+    """Return the measured part that a part of the work belongs to; a projected check is a check."""
     return part.removeprefix("projected ")
 
 
 def _robust_nnls(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """x ≥ 0 that makes a x close to b in Huber's sense: a disturbed measurement pulls little."""
-    scale = np.maximum(a.max(axis=0), 1e-300)  # columns of one size: well conditioned
+    """Minimise Huber's loss of a x − b over x ≥ 0, so that outliers have little influence."""
+    scale = np.maximum(a.max(axis=0), 1e-300)  # columns of equal size condition the problem well
     a, trust = a / scale, np.ones(len(b))
     for _ in range(REWEIGHTINGS):
         x, _ = nnls(a * trust[:, None], b * trust)
@@ -205,7 +205,7 @@ def _robust_nnls(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def check(model: TimeModel, measured: pd.DataFrame, wanted: Sequence[Load]) -> pd.DataFrame:
-    """Predicted against measured time of loads.
+    """Compare the predicted with the measured time of loads.
 
     Returns:
         One row per load: d_model, n_layers, vocab_size, output_head, batch, n_seq, criterion,
@@ -226,7 +226,7 @@ def calibrate(
     """Fit this machine's prices and check them on other configurations.
 
     Args:
-        fitted, checked: grids of :func:`loads`; all are timed in turn, so that drift hits both alike.
+        fitted, checked: grids for :func:`loads`, timed interleaved, so that drift affects both alike.
 
     Returns:
         The time model, and the table of :func:`check` with a column ``used`` ("fitted", "checked").
@@ -242,7 +242,7 @@ def calibrate(
 
 
 def beyond(load: Load) -> list[str]:
-    """In which sizes a load lies outside all that prices are fitted on, as phrases."""
+    """Return a phrase for each size in which a load is outside the range that prices are fitted on."""
     config = load.config
     sizes = (config.d_model, config.n_layers, config.vocab_size, load.batch, load.length)
     names = ("d_model", "n_layers", "vocabulary", "batch", "n_seq")

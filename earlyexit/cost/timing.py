@@ -1,4 +1,4 @@
-"""Measuring time and memory: interleaved, warmed up, synchronised."""
+"""Measure times that are interleaved, warmed up and synchronised, and compare them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def interleaved_times(
     device: torch.device,
     repeats: int = 9,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each function ``(repeats,)``, called in turn so that drift hits all alike.
+    """Measure the seconds of each function ``(repeats,)``, interleaved so that drift affects all alike.
 
-    Each is called once more, untimed, right before it is timed: caches are warm, as they are when one
-    batch follows another, whatever ran before. The order is drawn anew in every round, so that none
-    always follows the same neighbour.
+    Each is called once untimed right before it is timed, so that caches are warm, as when one batch
+    follows another. Every round has a new random order, so that no function always follows the same
+    other.
     """
     _keep_freed_memory()
     names, order = list(functions), random.Random(0)
@@ -44,22 +44,22 @@ def interleaved_times(
 
 @cache
 def _keep_freed_memory() -> None:
-    """Keep glibc from handing freed tensors back to the kernel, for the rest of the process.
+    """Keep glibc from returning freed memory to the kernel, for the rest of the process.
 
-    Otherwise whether a run first has its pages mapped again, which can take as long as a small layer,
-    depends on what ran before it.
+    Otherwise a run may first have to map its pages again, depending on what ran before it, and this
+    can take as long as a small layer.
     """
     if sys.platform == "linux":
         libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # malloc.h
         if hasattr(libc, "mallopt"):
             libc.mallopt(trim_threshold, 2**31 - 1)
-            libc.mallopt(mmap_threshold, 2**25)  # the largest that is taken
+            libc.mallopt(mmap_threshold, 2**25)  # the largest value that is accepted
 
 
 def median_ratio(
     baseline: np.ndarray, other: np.ndarray, level: float = 0.9, draws: int = 1000
 ) -> tuple[float, float, float]:
-    """Ratio of median times ``baseline / other`` with a bootstrap interval over repeats."""
+    """Return the ratio of median times ``baseline / other`` and its bootstrap interval over repeats."""
     rng = np.random.default_rng(0)
     rows = rng.integers(0, len(baseline), (draws, len(baseline)))
     ratios = np.median(baseline[rows], axis=1) / np.median(other[rows], axis=1)
@@ -68,11 +68,11 @@ def median_ratio(
 
 
 def time_columns(baseline: np.ndarray, other: np.ndarray, *names: str) -> dict[str, float]:
-    """:func:`median_ratio` as columns of a table.
+    """Return :func:`median_ratio` as columns of a table.
 
     Args:
-        names: of the ratio and of the ends of its interval; or one name, to which _low and _high are
-            added; by default ``speedup_time``.
+        names: the names of the ratio and of the two ends of its interval; or the first of them, to
+            which _low and _high are added (default ``speedup_time``).
     """
     if len(names) < 3:
         (name,) = names or ("speedup_time",)
@@ -81,5 +81,5 @@ def time_columns(baseline: np.ndarray, other: np.ndarray, *names: str) -> dict[s
 
 
 def median_ms(seconds: Mapping[Hashable, np.ndarray]) -> dict[Hashable, float]:
-    """Median milliseconds of each run of :func:`interleaved_times`."""
+    """Return the median milliseconds of each run of :func:`interleaved_times`."""
     return {name: 1e3 * float(np.median(taken)) for name, taken in seconds.items()}
