@@ -65,7 +65,7 @@ def executed_depth(model: ExitModel, x: Tensor, policy: ExitPolicy, batch: int =
 def batches(
     difficulty: np.ndarray | None, windows: int, size: int, seed: int = 0
 ) -> list[np.ndarray]:
-    """Return the window indices of each batch, by rising difficulty, or at random if it is None.
+    """Return the window indices of each batch, by rising ``difficulty``, or at random if it is None.
 
     Raises:
         ValueError: the size is below 1, or there is not one difficulty per window.

@@ -64,7 +64,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Say "met" or "missed" if the whole interval is, else "unclear"; "" without a target."""
+        """Return "met" or "missed" if the whole interval agrees, else "unclear"; "" without target."""
         if self.target is None:
             return ""
         ends = [self.value] if np.isnan(self.low) else [self.low, self.high]
@@ -95,6 +95,7 @@ class Bench:
 
     @property
     def batch(self) -> int:
+        """Return the number of windows in a batch."""
         return 8 if self.quick else 32
 
     def sections(self) -> dict[str, Callable[[], Iterator[Row]]]:

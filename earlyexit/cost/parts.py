@@ -56,6 +56,7 @@ def part_flops(model: ExitModel | Operations) -> dict[str, float]:
 
 
 def total(parts: dict[str, float], names: Sequence[str]) -> float:
+    """Return the sum of the named parts."""
     return sum(parts[name] for name in names)
 
 
@@ -281,6 +282,7 @@ class Load:
 
     @cached_property
     def operations(self) -> Operations:
+        """Return the operations of the model, which is not built."""
         return operations(self.config)
 
     @property
@@ -290,6 +292,7 @@ class Load:
 
     @property
     def tokens(self) -> int:
+        """Return the number of tokens in the batch."""
         return self.batch * self.length
 
     @property
