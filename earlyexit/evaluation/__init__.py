@@ -1,0 +1,1 @@
+"""This wing runs models and policies, and tabulates their quality, speed and guarantees."""

@@ -1,4 +1,4 @@
-"""Whether a prediction depends on tokens after it: they are replaced, and the change is measured."""
+"""Test whether a prediction depends on later tokens, by replacing them and measuring the change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from earlyexit.exits.api import EarlyExitModel
 
 
 def replace_future(x: Tensor, cut: int, vocab_size: int, seed: int = 0) -> Tensor:
-    """A copy of ``x`` ``(B, N)`` with random tokens from position ``cut`` on."""
+    """Return a copy of ``x`` ``(B, N)`` with random tokens from position ``cut`` on."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(vocab_size, x[:, cut:].shape, generator=generator)
     return torch.cat([x[:, :cut], noise.to(x.device)], dim=1)
@@ -23,7 +23,7 @@ def replace_future(x: Tensor, cut: int, vocab_size: int, seed: int = 0) -> Tenso
 
 @torch.no_grad()
 def future_effect(model: EarlyExitModel, x: Tensor, cut: int) -> float:
-    """Largest change of any logit before ``cut`` when everything from ``cut`` on is replaced."""
+    """Return the largest change of a logit before ``cut`` if all tokens from ``cut`` on are replaced."""
     before = model(x)[:, :cut]
     after = model(replace_future(x, cut, model.vocab_size))[:, :cut]
     return (before - after).abs().max().item()
@@ -33,10 +33,10 @@ def future_effect(model: EarlyExitModel, x: Tensor, cut: int) -> float:
 def perplexity_without_future(
     model: EarlyExitModel, batches: Iterable[tuple[Tensor, Tensor]], n_cuts: int = 8
 ) -> tuple[float, float]:
-    """Perplexity of the same tokens with their true future and with a replaced one.
+    """Compute the perplexity of the same tokens with their true future and with a replaced one.
 
-    A token's whole future is replaced only at the last position before a cut, so one token per window
-    and cut is scored.
+    One token per window and cut is scored, the last before the cut, as all later tokens are replaced
+    only for it.
 
     Returns:
         The two perplexities; they are equal for a causal model.
@@ -57,7 +57,7 @@ def perplexity_without_future(
 def leak(
     models: Mapping[str, EarlyExitModel], batches: Sequence[tuple[Tensor, Tensor]]
 ) -> pd.DataFrame:
-    """:func:`perplexity_without_future` of models: columns model, future, perplexity."""
+    """Tabulate :func:`perplexity_without_future` of models: columns model, future, perplexity."""
     found = {name: perplexity_without_future(model, batches) for name, model in models.items()}
     table = pd.DataFrame(found, index=pd.Index(["true", "replaced"], name="future")).T
     return table.rename_axis("model").stack().rename("perplexity").reset_index()

@@ -1,9 +1,9 @@
-"""Policies → one tidy table: each is run for real and gets one row with its loss and three speedups.
+"""Run policies for real and write one tidy table, with the loss and three speedups of each.
 
-A row says which criterion decides and by which setting it was made: fitted to an ``epsilon``, with a
-given ``threshold``, cutting off after one ``exit_layer``, or a model of another ``depth``. The columns
+A row names the criterion and the setting that its policy was made by: an ``epsilon`` it was fitted to, a
+given ``threshold``, the one ``exit_layer`` of all tokens, or the ``depth`` of another model. The columns
 of the other settings are NaN. Speedups are against the same weights at full depth: in layers, in FLOPs
-(checks, propagation and heads counted) and in wall-clock time with a 90 % interval.
+(including checks, propagation and heads) and in wall-clock time with a 90 % interval.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ SPEEDUPS = (
 QUALITY = ("perplexity", "quality_loss", "tokens")
 COLUMNS = ("criterion", *SETTINGS, *QUALITY, *SPEEDUPS, "exited_early")
 
-ORACLE_POINTS = 400  # prices that an oracle's front is searched over
+ORACLE_POINTS = 400  # number of prices that the oracle's front is searched over
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy, and how a table calls it.
+    """A candidate is a policy with the columns that identify it in a table.
 
     Attributes:
-        criterion: its name in the table.
+        criterion: the name of its criterion in the table.
         setting: the one of ``SETTINGS`` that it was made by.
-        value: of that setting.
-        policy: what is run.
+        value: the value of that setting.
+        policy: the policy that is run.
     """
 
     criterion: str
@@ -59,12 +59,12 @@ class Candidate:
 
     @property
     def key(self) -> dict[str, str | float]:
-        """The columns that say which policy a row is of."""
+        """Return the columns that identify the policy of a row."""
         return {"criterion": self.criterion, self.setting: self.value}
 
 
 def static_exits(n_layers: int) -> list[Candidate]:
-    """All tokens leaving at one exit, for every exit but the last."""
+    """Return a policy for every exit but the last, by which all tokens leave there."""
     return [
         Candidate("static", "exit_layer", layer, ExitPolicy.static(layer, n_layers))
         for layer in range(n_layers - 1)
@@ -72,7 +72,7 @@ def static_exits(n_layers: int) -> list[Candidate]:
 
 
 def original_thresholds(thresholds: Iterable[float], n_layers: int) -> list[Candidate]:
-    """Maximum probability at one threshold for all exits, as the original runs it."""
+    """Return policies that exit by maximum probability at one threshold, as the original does."""
     return [
         Candidate("original's threshold", "threshold", t, ExitPolicy.constant(t, n_layers))
         for t in thresholds
@@ -85,10 +85,10 @@ def fitted(
     criteria: Iterable[str],
     epsilons: Sequence[float],
 ) -> list[Candidate]:
-    """A policy per criterion and ε; left out where the criterion saves nothing within that ε.
+    """Return a policy per criterion and ε, without those whose criterion saves nothing within ε.
 
     Args:
-        trace: of the fit part.
+        trace: trace of the fit part.
     """
     found = []
     for criterion, epsilon in product(criteria, epsilons):
@@ -101,13 +101,13 @@ def fitted(
 def fitted_policy(
     model: EarlyExitModel, trace: ExitTrace, criterion: str, epsilon: float
 ) -> ExitPolicy:
-    """Thresholds per layer that save most FLOPs at a quality loss of at most ``epsilon``.
+    """Fit thresholds per layer that save most FLOPs at a quality loss of at most ``epsilon``.
 
     Args:
-        trace: of the fit part.
+        trace: trace of the fit part.
 
     Raises:
-        Unreachable: only full depth keeps to ε.
+        Unreachable: only full depth stays within ε.
     """
     return fit_policy(trace, criterion, epsilon, costs=exit_costs(model, criterion))
 
@@ -115,7 +115,7 @@ def fitted_policy(
 def nearest_policy(
     candidates: Iterable[Candidate], criterion: str, epsilon: float, n_layers: int
 ) -> ExitPolicy:
-    """The policy of a criterion fitted to the ε nearest to ``epsilon``; full depth without any."""
+    """Return a criterion's policy for the ε nearest to ``epsilon``, or full depth if it has none."""
     of_criterion = {c.value: c.policy for c in candidates if c.criterion == criterion}
     if not of_criterion:
         return ExitPolicy.static(n_layers, n_layers)
@@ -130,15 +130,14 @@ def compare(
     repeats: int,
     shallow: Mapping[int, EarlyExitModel] | None = None,
 ) -> pd.DataFrame:
-    """Run every candidate for real, compacted.
+    """Run every candidate in compacted execution and tabulate the results.
 
     Args:
-        loaders: criterion of a policy → pairs of token ids and targets ``(B, N)`` that its quality is
-            read on, against full depth on the same tokens. ``"depth"`` is for static exits and shallow
-            models.
-        batch: token ids and targets ``(B, N)`` that everything is timed on, in turn.
-        repeats: timed runs of each.
-        shallow: depth → a model of fewer layers, run at its own full depth.
+        loaders: criterion of a policy → pairs of token ids and targets ``(B, N)`` on which its quality
+            is compared with full depth. ``"depth"`` is for static exits and shallow models.
+        batch: token ids and targets ``(B, N)`` on which all runs are timed, interleaved.
+        repeats: number of timed runs of each.
+        shallow: depth → a model of fewer layers, run at its full depth.
 
     Returns:
         One row per candidate and shallow model, with ``COLUMNS``.
@@ -170,9 +169,9 @@ def compare(
 
 
 def oracle(model: EarlyExitModel, trace: ExitTrace, epsilons: Sequence[float]) -> pd.DataFrame:
-    """Exits chosen with hindsight about the last layer's prediction, on the trace.
+    """Choose exits by hindsight about the last layer's prediction, on the trace.
 
-    This is no run, so there is no time, and no check among its FLOPs.
+    Nothing is run, so the table has no time, and its FLOPs contain no checks.
 
     Returns:
         One row per ε, with ``COLUMNS``.
@@ -203,10 +202,11 @@ def real_runs(
     traces: Mapping[str, ExitTrace],
     loaders: Mapping[str, Iterable],
 ) -> pd.DataFrame:
-    """What the trace says of policies, beside compacted runs over the same tokens.
+    """Compare the trace's estimate for each policy with a compacted run over the same tokens.
 
     Args:
-        policies: criterion → policy; traces and loaders: criterion → the tokens it is read on.
+        policies: criterion → policy.
+        traces, loaders: criterion → the tokens that the policy is evaluated on.
 
     Returns:
         Columns criterion, tokens, then perplexity and speedup_layers, each as ``trace_`` and ``real_``.
@@ -222,7 +222,7 @@ def real_runs(
     return pd.DataFrame(rows)
 
 
-# ---------------------------------------------------------------------------- what rows are made of
+# ---------------------------------------------------------------------------- rows
 
 
 def run_row(
@@ -231,10 +231,10 @@ def run_row(
     loader: Iterable,
     full_perplexity: float = math.nan,
 ) -> dict[str, float]:
-    """What a policy does to quality, layers and FLOPs when it is run for real; None is full depth.
+    """Measure quality, layers and FLOPs of a policy in a real run; None is full depth.
 
     Args:
-        full_perplexity: of the same tokens at full depth, that ``quality_loss`` is against.
+        full_perplexity: perplexity of the same tokens at full depth, for ``quality_loss``.
 
     Returns:
         perplexity, quality_loss, tokens, speedup_layers, speedup_flops, exited_early (share of the
@@ -256,32 +256,32 @@ def run_row(
 def run_rows(
     model: EarlyExitModel, policies: Iterable[ExitPolicy | None], loader: Iterable
 ) -> pd.DataFrame:
-    """:func:`run_row` of each policy, on the same tokens and against full depth on them."""
+    """Tabulate :func:`run_row` of each policy, with its loss against full depth on the same tokens."""
     full = run_row(model, None, loader)["perplexity"]
     return pd.DataFrame([run_row(model, policy, loader, full) for policy in policies])
 
 
 def evaluator_of(model: EarlyExitModel) -> EarlyExitEvaluator:
-    """An evaluator on the device where the model is."""
+    """Return an evaluator that runs on the model's device."""
     return EarlyExitEvaluator(model, next(model.parameters()).device)
 
 
-# ---------------------------------------------------------------------------- tables of tables
+# ---------------------------------------------------------------------------- stacked tables
 
 
 def stack(tables: Mapping[Hashable, pd.DataFrame], *names: str) -> pd.DataFrame:
-    """Tables below each other, with their keys as first columns.
+    """Stack tables below each other, with their keys as the first columns.
 
     Args:
         tables: key, or tuple of keys, → table.
-        names: of the key columns.
+        names: names of the key columns.
     """
     whole = pd.concat(tables, names=[*names, None])
     return whole.reset_index(level=list(range(len(names)))).reset_index(drop=True)
 
 
 def nearest(values: Iterable[float], wanted: float) -> float:
-    """The value that is nearest to ``wanted``.
+    """Return the value that is nearest to ``wanted``.
 
     Raises:
         ValueError: there are no values.

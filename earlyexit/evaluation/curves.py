@@ -1,4 +1,4 @@
-"""What an exit trace says, as tidy tables: exits, thresholds, where tokens leave, fitted policies."""
+"""Tabulate what an exit trace contains: exits, thresholds, exit distributions, fitted policies."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import layers_executed
 
-LONG = 100  # points of a curve, above which every second is enough
+LONG = 100  # points of a curve; of a longer one, every second point is kept
 
 Kind = tuple[str, float, Thresholds]
 
 
 def exit_quality(trace: ExitTrace) -> pd.DataFrame:
-    """All tokens leaving at the same exit: the columns of ``ExitTrace.static``, exit and mean kl."""
+    """Tabulate the quality of each exit if all tokens leave there: ``ExitTrace.static`` and mean kl."""
     table = trace.static().rename(columns={"exit_layer": "exit"}).drop(columns="criterion")
     return table.assign(kl=trace.kl.mean(axis=0))
 
 
 def signal_curves(trace: ExitTrace) -> pd.DataFrame:
-    """Every threshold of every criterion, static exits and both oracles.
+    """Tabulate every threshold of every criterion, static exits and both oracles.
 
     Returns:
-        Columns criterion, threshold, exit_layer and price (NaN where it is not the setting; a threshold
-        that no score reaches is NaN too), perplexity, quality_loss, layers, speedup_layers, agreement.
+        Columns criterion, threshold, exit_layer and price (NaN where another is the setting, or where
+        no score reaches the threshold), perplexity, quality_loss, layers, speedup_layers, agreement.
     """
     sweeps = [trace.sweep(name) for name in trace.criteria]
     parts = [sweep.iloc[::2] if len(sweep) > LONG else sweep for sweep in sweeps]
@@ -41,7 +41,7 @@ def signal_curves(trace: ExitTrace) -> pd.DataFrame:
 def calibrated_curves(
     before: ExitTrace, after: ExitTrace, criteria: Iterable[str] = ("max_probability", "entropy")
 ) -> pd.DataFrame:
-    """The same predictions judged by their confidence before and after temperature scaling.
+    """Sweep the same predictions by their confidence before and after temperature scaling.
 
     Returns:
         As :func:`signal_curves`, with columns signal ("static" for static exits) and calibration
@@ -62,7 +62,7 @@ def _finite(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_in_hindsight(curves: pd.DataFrame, epsilon: float) -> pd.Series:
-    """Largest speedup in layers of each criterion within ``epsilon``, mean over the seeds.
+    """Return each criterion's largest speedup in layers within ``epsilon``, averaged over the seeds.
 
     Args:
         curves: :func:`signal_curves` of several seeds, with a column seed.
@@ -73,11 +73,11 @@ def best_in_hindsight(curves: pd.DataFrame, epsilon: float) -> pd.Series:
 
 
 def exit_distribution(trace: ExitTrace, thresholds: Iterable[float]) -> pd.DataFrame:
-    """Where tokens leave by maximum probability, and what that makes in layers.
+    """Tabulate at which exits tokens leave by maximum probability, and the layers this executes.
 
     Returns:
         One row per threshold and exit layer (n_layers: no early exit): threshold, exit_layer, share (of
-        the tokens), average (exit layer), layers_executed, layer_equivalents (share × layers), and
+        the tokens), average (mean exit layer), layers_executed, layer_equivalents (share × layers), and
         speedup_layers.
     """
     layers = np.arange(trace.n_layers + 1)
@@ -96,10 +96,10 @@ def exit_distribution(trace: ExitTrace, thresholds: Iterable[float]) -> pd.DataF
 def fit_all(
     trace: ExitTrace, criteria: Iterable[str], epsilons: Sequence[float]
 ) -> dict[Kind, ExitPolicy]:
-    """(criterion, ε, kind of thresholds) → the policy of fewest layers; full depth where none saves.
+    """Fit a policy of fewest layers per (criterion, ε, kind), or full depth if none saves.
 
     Args:
-        trace: of the fit part.
+        trace: trace of the fit part.
     """
     policies = {}
     for criterion in criteria:
@@ -118,16 +118,16 @@ def fit_all(
 def policy_table(
     fit: ExitTrace, test: ExitTrace, policies: Mapping[Kind, ExitPolicy]
 ) -> pd.DataFrame:
-    """Fitted policies on the test trace, beside the static exit and hindsight at the same ε.
+    """Compare fitted policies on the test trace with the static exit and the oracle at the same ε.
 
     Args:
-        fit: what the policies were fitted on; it chooses the static exit, too.
-        policies: as :func:`fit_all` returns.
+        fit: the trace that the policies were fitted on; the static exit is chosen on it, too.
+        policies: the policies that :func:`fit_all` returns.
 
     Returns:
-        Columns criterion, thresholds (their kind), epsilon, what ``ExitTrace.evaluate`` returns,
+        Columns criterion, thresholds (their kind), epsilon, those of ``ExitTrace.evaluate``,
         fit_speedup_layers, static_speedup and static_loss, oracle_speedup, and gap_closed: the share of
-        the gap from static to oracle, NaN where there is none.
+        the gap from static to oracle that is closed, NaN if there is no gap.
     """
     static, static_test, oracle = fit.static(), test.static(), test.oracle("kl")
     rows = []

@@ -1,4 +1,4 @@
-"""EarlyExitEvaluator: what a policy really costs and saves, run for real."""
+"""Run policies on a model and measure their quality and their speed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from earlyexit.exits.statistics import exit_statistics
 
 
 def on_device(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and targets ``(B, N)`` of batches, moved to a device.
+    """Yield token ids and targets ``(B, N)`` of batches on a device.
 
     Raises:
         ValueError: a batch is empty.
@@ -40,7 +40,7 @@ def run_batches(
     policy: ExitPolicy | None,
     execution: Execution = "compacted",
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Targets, NLL and exit layers ``(B, N)`` of a policy run on batches; None is full depth."""
+    """Run a policy on batches and yield targets, NLL and exit layers ``(B, N)``; None is full depth."""
     for x, y in on_device(batches, next(model.parameters()).device):
         if policy is None:
             yield y, model.nll(x, y), torch.full_like(x, model.n_layers)
@@ -49,11 +49,11 @@ def run_batches(
 
 
 class EarlyExitEvaluator:
-    """Quality and speed of a model with exits. The model is left as it was found.
+    """The evaluator measures quality and speed of a model with exits and leaves it unchanged.
 
     Args:
         model: the model.
-        device: where to run: a string, a ``torch.device``, or ``"auto"``.
+        device: the device to run on: a string, a ``torch.device``, or ``"auto"``.
     """
 
     def __init__(self, model: EarlyExitModel, device: str | torch.device = "auto"):
@@ -65,17 +65,17 @@ class EarlyExitEvaluator:
         dataloader: Iterable,
         confidence_thresholds: Sequence[float] = (0.7, 0.8, 0.9, 0.95),
     ) -> dict[float, dict]:
-        """Maximum-probability exits at each threshold, in compacted execution, over all batches.
+        """Evaluate exits by maximum probability at each threshold, compacted, over all batches.
 
         Args:
-            dataloader: pairs of token ids and targets ``(B, N)``; targets that are −100 do not count.
+            dataloader: pairs of token ids and targets ``(B, N)``; targets of −100 are ignored.
 
         Returns:
             threshold → ``perplexity`` (token-weighted), ``avg_exit_layer``, ``exit_distribution``
             (n_layers + 1 percentages), ``speedup_estimate`` (layers, not time), ``total_tokens``.
 
         Raises:
-            ValueError: a threshold outside [0, 1], an empty loader, no scored token, NLL not finite.
+            ValueError: a threshold is outside [0, 1], no token is scored, or the NLL is not finite.
         """
         rule = CRITERIA["max_probability"]
         thresholds = [check_threshold(t, rule) for t in confidence_thresholds]
@@ -91,7 +91,7 @@ class EarlyExitEvaluator:
         policy: ExitPolicy | None = None,
         execution: Execution = "compacted",
     ) -> dict:
-        """:meth:`evaluate` for any policy; None is full depth without any exit head."""
+        """Evaluate any policy as :meth:`evaluate` does; None is full depth without any exit head."""
         n_layers, nll, tokens = self.model.n_layers, 0.0, 0
         counts = torch.zeros(n_layers + 1, dtype=torch.int64)
         with self._borrowed_model() as model:
@@ -116,13 +116,13 @@ class EarlyExitEvaluator:
         policy: ExitPolicy | None = None,
         execution: Execution = "compacted",
     ) -> dict:
-        """Wall-clock of scoring with exits against full depth with no exit head, same weights.
+        """Time scoring with exits against full depth without exit heads, with the same weights.
 
-        Both are warmed up and run in turn on each batch, synchronised; each batch's two times are
-        taken back to back. What is timed includes the output head.
+        Both are warmed up and synchronised, and timed one right after the other on each batch. The
+        times include the output head.
 
         Args:
-            num_batches: at most so many batches are timed.
+            num_batches: the most batches that are timed.
             policy: by default maximum probability ≥ the model's ``confidence_threshold``.
 
         Returns:
@@ -143,7 +143,7 @@ class EarlyExitEvaluator:
                     ("plain", lambda x=x, y=y: model.nll(x, y)),
                     ("early", lambda x=x, y=y: model.nll(x, y, policy, execution)),
                 ]
-                order = pair[:: (-1) ** len(plain)]  # who goes first alternates
+                order = pair[:: (-1) ** len(plain)]  # the order alternates
                 seconds = interleaved_times(dict(order), self.device, repeats=1)
                 plain.append(seconds["plain"][0])
                 early.append(seconds["early"][0])
@@ -161,9 +161,9 @@ class EarlyExitEvaluator:
 
     @contextmanager
     def _borrowed_model(self) -> Iterator[EarlyExitModel]:
-        """The model on the evaluator's device in evaluation mode; put back as it was.
+        """Yield the model on the evaluator's device in evaluation mode, and restore it afterwards.
 
-        Statistics that a model keeps are buffers: the values of all of them are restored in place.
+        A model keeps its statistics in buffers, so the values of all buffers are restored in place.
         """
         model, device = self.model, next(self.model.parameters()).device
         training = {module: module.training for module in model.modules()}

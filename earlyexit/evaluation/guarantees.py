@@ -1,4 +1,4 @@
-"""Certificates as tables: candidates, what could be certified, bounds, audits, and another text."""
+"""Tabulate certificates, their candidates, bounds and audits, and their transfer to another text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from earlyexit.exits.policy import ExitPolicy
 
 UNITS: tuple[Unit, ...] = ("document", "window")
 
-SIZES = (10, 30, 100, 300, 1000)  # units that the widths of bounds are shown for
+SIZES = (10, 30, 100, 300, 1000)  # numbers of units for which the widths of bounds are shown
 
 SYNTHETIC_UNITS, SYNTHETIC_SIZES = 20_000, (30, 100, 500, 2000)  # in all, and in each audit
 
@@ -34,10 +34,11 @@ Certificates = dict[tuple[float, Unit], Certificate | Refused]
 def candidate_table(
     trace: ExitTrace, policies: Sequence[ExitPolicy], losses: WindowLosses
 ) -> pd.DataFrame:
-    """Losses of the candidates per unit.
+    """Tabulate the losses of the candidates per unit.
 
     Args:
-        trace: of the fit part, which proposed the policies; losses: on the certification part.
+        trace: trace of the fit part, on which the policies were fitted.
+        losses: losses on the certification part.
 
     Returns:
         Columns unit, n, candidate, fit_quality_loss, mean_gap, sd_gap and worst_gap (nats), layers.
@@ -65,7 +66,7 @@ def certify_each(
     epsilons: Sequence[float],
     delta: float,
 ) -> Certificates:
-    """(ε, unit) → the certificate that the losses allow, or why there is none."""
+    """Return by (ε, unit) the certificate that the losses allow, or the reason for a refusal."""
     return {
         (epsilon, unit): _or_reason(decide, policies, losses, epsilon, delta, unit)
         for epsilon, unit in product(epsilons, UNITS)
@@ -79,16 +80,16 @@ def certificate_table(
     criterion: str,
     loader: Iterable,
 ) -> pd.DataFrame:
-    """Certified policies and one fitted without a certificate per ε, run for real.
+    """Run, for each ε, the certified policies and one that is fitted without a certificate.
 
     Args:
-        trace: of the fit part.
-        certificates: as :func:`certify_each` returns.
+        trace: trace of the fit part.
+        certificates: the certificates that :func:`certify_each` returns.
         loader: batches of the test split.
 
     Returns:
         Columns epsilon, level (log(1 + ε)), policy, ``FACTS`` of certificates, test_quality_loss and
-        test_speedup_layers; and reason, where there is no policy.
+        test_speedup_layers; and reason, if there is no policy.
     """
     full, rows = run_row(model, None, loader)["perplexity"], []
     for epsilon in dict.fromkeys(epsilon for epsilon, _ in certificates):
@@ -112,7 +113,7 @@ def certificate_table(
 
 
 def _or_reason(function: Callable, *arguments):
-    """What the function returns, or the exception that says why there is no such policy."""
+    """Return the function's result, or the exception that says why there is no such policy."""
     try:
         return function(*arguments)
     except (Refused, Unreachable) as error:
@@ -122,16 +123,16 @@ def _or_reason(function: Callable, *arguments):
 def bound_widths(
     losses: np.ndarray, epsilon: float, delta: float, repeats: int = 3
 ) -> pd.DataFrame:
-    """Upper bounds on one candidate's mean loss by every method, its losses resampled to n units.
+    """Compute upper bounds on one candidate's mean loss, by every method, on n resampled units.
 
-    The candidate is the one whose mean loss is nearest to half of what ε allows.
+    The candidate is the one whose mean loss is nearest to half of the level log(1 + ε).
 
     Args:
         losses: mean gap of each unit ``(units, candidates)``.
 
     Returns:
-        Columns method, n, mean, bound; ``repeats`` rows per method and n, the number of units among
-        the n.
+        Columns method, n, mean, bound, with ``repeats`` rows per method and n; n is each of ``SIZES``
+        and the number of units.
     """
     level, ceiling = math.log1p(epsilon), CEILING * math.log1p(epsilon)
     k = int(np.argmin(np.abs(losses.mean(axis=0) - level / 2)))
@@ -145,7 +146,7 @@ def bound_widths(
 
 
 def least_levels(sizes: Iterable[int], epsilon: float, delta: float) -> pd.DataFrame:
-    """The least level that any valid test could certify: columns n, level."""
+    """Tabulate the least level that any valid test on n units could certify: columns n, level."""
     ceiling = CEILING * math.log1p(epsilon)
     return pd.DataFrame([{"n": n, "level": smallest_level(n, delta, ceiling)} for n in sizes])
 
@@ -153,14 +154,14 @@ def least_levels(sizes: Iterable[int], epsilon: float, delta: float) -> pd.DataF
 def audits(
     losses: np.ndarray, epsilon: float, delta: float, trials: int, real_trials: int
 ) -> pd.DataFrame:
-    """Audits on synthetic units and on real ones taken as a population, over the number of units.
+    """Audit synthetic units, and real units taken as a population, for several numbers of units.
 
     Args:
         losses: mean gap of each real unit ``(units, candidates)``.
-        trials, real_trials: resamples on synthetic and on real units.
+        trials, real_trials: number of resamples of synthetic and of real units.
 
     Returns:
-        As :func:`earlyexit.calibration.audit.audit`, with a column units.
+        The rows of :func:`earlyexit.calibration.audit.audit`, with a column units.
     """
     pools = {
         "synthetic units": (*synthetic_units(SYNTHETIC_UNITS, epsilon), SYNTHETIC_SIZES, trials),
@@ -185,14 +186,14 @@ def transfer(
     other: Split,
     eos_id: int,
 ) -> pd.DataFrame:
-    """Certified policies on another text, where nothing is certified.
+    """Measure certified policies on another text, on which nothing is certified.
 
     Args:
         certificates: ε → certificate of the model.
-        other: the other text in the model's words.
+        other: the other text in the model's vocabulary.
 
     Returns:
-        Columns epsilon, covered (whether the certificate speaks of this text), quality_loss,
+        Columns epsilon, covered (whether the certificate holds for this text), quality_loss,
         speedup_layers, unknown_share.
     """
     policies = [certificate.policy for certificate in certificates.values()]

@@ -1,7 +1,8 @@
-"""The propagation error: what the states that exited tokens leave behind cost in quality.
+"""Measure the propagation error: the loss of quality that the states of exited tokens cause.
 
-The trace reads every exit of full-depth states, which is optimistic. A real run freezes a token at its
-exit, and deeper layers of later tokens read what it hands on. The difference is measured per token.
+The trace evaluates every exit on full-depth states, which is optimistic. In a real run the state of a
+token no longer changes after its exit, and the deeper layers of later tokens read what is propagated
+from it. The difference is measured per token.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import layers_executed
 
-POSITIONS = 8  # equal parts of a window
+POSITIONS = 8  # number of equal parts of a window
 
 
 def propagation_error(
     model: EarlyExitModel, trace: ExitTrace, batches: Iterable, policy: ExitPolicy
 ) -> pd.DataFrame:
-    """Real against traced NLL of every scored token.
+    """Compare the NLL of a real run with that of the trace, for every scored token.
 
     Args:
-        trace: of the same text, in order.
+        trace: trace of the same text, in the same order.
         batches: pairs of token ids and targets ``(B, N)``, in order.
 
     Returns:
@@ -59,15 +60,15 @@ def propagation_error(
 
 
 def propagation_cost(tokens: pd.DataFrame, n_layers: int, n_seq: int) -> pd.DataFrame:
-    """Perplexity of the real run against the trace's, by depth and by position.
+    """Compare the perplexity of the real run with the trace's, by depth and by position.
 
     Args:
-        tokens: as :func:`propagation_error` returns.
+        tokens: the table that :func:`propagation_error` returns.
 
     Returns:
         Columns by ("all", "layers executed", "position"), value (layers, or the first position of a
         part of the window), tokens, perplexity, perplexity_trace, cost (ratio − 1), moved (share of
-        tokens that leave elsewhere than the trace says).
+        tokens that leave at another exit than in the trace).
     """
     width = max(1, n_seq // POSITIONS)
     keys = {

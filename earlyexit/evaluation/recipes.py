@@ -1,4 +1,4 @@
-"""Models whose exits were trained in different ways, against twins without exits and shallow models."""
+"""Compare models whose exits were trained differently with twins without exits and shallow models."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def against_twin(
     loader: Iterable,
     epsilon: float,
 ) -> pd.DataFrame:
-    """Every exit of a model with gates, and what its gates save, against a twin without exits.
+    """Compare every exit of a model with gates, and the gates' savings, with a twin without exits.
 
     Args:
-        fit, test: traces of the model; the gate policy is fitted to ``epsilon`` on the first.
+        fit, test: traces of the model; the gate policy is fitted to ``epsilon`` on ``fit``.
         twin: trace of the twin over the tokens of ``test``.
         loader: batches of the same tokens, for the real run.
 
     Returns:
         One row per exit: exit, perplexity; and the same in all rows: last_vs_twin (document mean) with
-        the half of its 95 % interval and p_value, gate_speedup_layers, gate_loss_own (against the
-        model's own full depth), gate_loss_twin, and left_behind: what the states of exited tokens add
-        to the perplexity of a real run.
+        half of its 95 % interval and p_value, gate_speedup_layers, gate_loss_own (against the same
+        model at full depth), gate_loss_twin, and left_behind: the relative increase of perplexity that
+        the states of exited tokens cause in a real run.
     """
     try:
         policy = fitted_policy(model, fit, "gate", epsilon)
@@ -60,7 +60,7 @@ def against_twin(
 
 
 def twin_row(twin: ExitTrace) -> pd.DataFrame:
-    """The twin's last exit, the only one that was trained: columns exit, perplexity."""
+    """Tabulate the twin's last exit, the only one that was trained: columns exit, perplexity."""
     return pd.DataFrame({"exit": [twin.n_layers - 1], "perplexity": [np.exp(twin.full_nll)]})
 
 
@@ -71,21 +71,21 @@ def equal_cost(
     shallow: EarlyExitModel,
     shallow_test: ExitTrace,
 ) -> pd.DataFrame:
-    """Gates fitted to the cost of a shallow model at full depth, against that model.
+    """Compare gates fitted to the cost of a shallow model at full depth with that model.
 
     Args:
         fit, test: traces of the model with gates.
         shallow_test: trace of the shallow model over the tokens of ``test``.
 
     Returns:
-        One row: adaptive_layers, adaptive_cost (over the shallow model's; above 1 where no exit is as
+        One row: adaptive_layers, adaptive_cost (over the shallow model's; above 1 if no exit is as
         cheap), adaptive_perplexity, shallow_perplexity, difference (document mean) with its 95 %
         interval low to high, and p_value.
     """
     cost, last = exit_costs(shallow, "depth")[-1], model.n_layers - 1
     try:
         policy = fit_policy_to_cost(fit, "gate", cost, exit_costs(model, "gate"))
-    except Unreachable:  # the shallow model is cheaper than any exit: the nearest is the first
+    except Unreachable:  # the shallow model is cheaper than the cheapest exit, the first
         policy = ExitPolicy.static(0, model.n_layers)
     exits = test.exit_layers(policy)
     spent = policy_flops(model, test.exit_distribution(exits), policy)["total"]

@@ -1,4 +1,4 @@
-"""Which experts, clusters of the output head and positions the tokens of a text are routed to."""
+"""Measure to which experts, output-head clusters and BK-Core positions tokens are routed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from earlyexit.models.sparse_bk import sparse_layers
 
 @torch.no_grad()
 def expert_shares(model: EarlyExitLanguageModel, batches: Iterable) -> Tensor:
-    """Share of tokens routed to each expert ``(L, E)`` at full depth; each row sums to 1."""
+    """Return the share of tokens routed to each expert ``(L, E)`` at full depth; rows sum to 1."""
     device = next(model.parameters()).device
     layers = [block.bk_layer.moe for block in model.blocks]
     for moe in layers:
@@ -29,7 +29,7 @@ def expert_shares(model: EarlyExitLanguageModel, batches: Iterable) -> Tensor:
 
 
 def expert_table(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFrame:
-    """:func:`expert_shares`, tidy: columns layer, expert, share."""
+    """Return :func:`expert_shares` as a tidy table: columns layer, expert, share."""
     shares = pd.DataFrame(expert_shares(model, batches).tolist())
     return (
         shares.rename_axis("layer")
@@ -41,11 +41,11 @@ def expert_table(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFra
 
 @torch.no_grad()
 def opened_shares(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFrame:
-    """How often an adaptive output head opens its clusters, at full-depth states.
+    """Measure how often an adaptive output head opens its clusters, on full-depth states.
 
     Returns:
-        Columns ``exit``, ``cluster`` (0 the more frequent), and the share of tokens for which it is
-        opened to score the ``word`` that comes, and to find the most probable one (``top``).
+        Columns ``exit``, ``cluster`` (0 holds the most frequent words), and the shares of tokens for
+        which it is opened to score the next ``word`` and to find the most probable one (``top``).
 
     Raises:
         ValueError: the model has no adaptive head, or there are no batches.
@@ -75,7 +75,7 @@ def opened_shares(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFr
 
 @contextmanager
 def _rows_into(module: nn.Module) -> Iterator[list[int]]:
-    """How many rows each call of a module gets, while the context lasts."""
+    """Record the number of rows that each call of a module gets within the context."""
     rows: list[int] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     try:
@@ -86,7 +86,7 @@ def _rows_into(module: nn.Module) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def kept_shares(model: EarlyExitLanguageModel, batches: Iterable) -> list[float]:
-    """Share of positions that each sparse layer's BK-Core visits at full depth."""
+    """Return the share of positions that each sparse layer's BK-Core visits at full depth."""
     device = next(model.parameters()).device
     for layer in sparse_layers(model):
         layer.reset_kept()

@@ -1,4 +1,4 @@
-"""Three speedups of runs on one batch: end to end, over thresholds, over depths, and by output head."""
+"""Measure three speedups on one batch: end to end, by threshold, by depth and by output head."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import exit_shares
 from earlyexit.nn.config import ModelConfig
 
-# Part of a run → what :func:`earlyexit.cost.parts.policy_flops` calls it; None: no FLOPs.
+# Part of a run → its name in :func:`earlyexit.cost.parts.policy_flops`; None: it has no FLOPs.
 PARTS_OF_FLOPS = {
     "blocks": "blocks",
     "check": "checks",
@@ -49,17 +49,17 @@ def end_to_end(
     pieces: pd.DataFrame,
     loader: Iterable,
 ) -> pd.DataFrame:
-    """One policy: its loss over a split, and what it saves on the timed batch.
+    """Measure the loss of one policy over a split, and its savings on the timed batch.
 
     Args:
         batch: token ids and targets ``(B, N)``.
         pieces: :func:`earlyexit.cost.breakdown.run_times` of its ``execution_runs``.
-        loader: batches that the quality is read on.
+        loader: batches on which the quality is measured.
 
     Returns:
-        One row: quality_loss, speedup_layers, speedup_flops, speedup_time, time_of_flops (the share of
-        the FLOPs' speedup that the clock shows), original_time (of the original's procedure over that
-        of compacted execution).
+        One row: quality_loss, speedup_layers, speedup_flops, speedup_time, time_of_flops (the speedup
+        in time over that in FLOPs), original_time (time of the original's procedure over that of
+        compacted execution).
     """
     totals = pieces.groupby("run")["total_ms"].first()
     table = run_rows(model, [policy], loader)[["quality_loss"]].assign(
@@ -75,7 +75,10 @@ def end_to_end(
 def policies_of_quantiles(
     trace: ExitTrace, criterion: str, quantiles: Sequence[float]
 ) -> list[ExitPolicy]:
-    """One threshold for all exits but the last, per share of the scores that is meant not to pass."""
+    """Return one policy per quantile, the share of the scores that do not pass its threshold.
+
+    The threshold is the same for all exits but the last, where nothing passes.
+    """
     rule, early = CRITERIA[criterion], trace.n_layers - 1
     scores = trace.score(criterion)[:, :early]
     cuts = [rule_threshold(rule, scores, 1 - q) for q in quantiles]
@@ -89,10 +92,10 @@ def execution_speedups(
     policies: Sequence[ExitPolicy],
     repeats: int,
 ) -> pd.DataFrame:
-    """Layers, FLOPs and time of every way of running policies of different depths.
+    """Measure layers, FLOPs and time of policies in each execution.
 
-    Each runs compacted, and beside that dense; or, by maximum probability, in the original's procedure,
-    which is set against the full depth of its own model.
+    Each policy runs compacted, and also dense, or by the original's procedure if its criterion is
+    maximum probability. The latter is compared with the full depth of ``original``.
 
     Args:
         original: the model that the original's procedure runs, with a plain matrix as its head.
@@ -100,7 +103,8 @@ def execution_speedups(
 
     Returns:
         Columns execution, layers (mean executed), speedup_layers, speedup_flops (compacted only),
-        speedup_time with its 90 % interval low to high, milliseconds, efficiency (time over layers).
+        speedup_time with its 90 % interval low to high, milliseconds, efficiency (speedup in time over
+        that in layers).
     """
     (x, y), original_full_depth = batch, f"{FULL_DEPTH}, {ORIGINAL}"
     runs = {FULL_DEPTH: lambda: model.nll(x, y), original_full_depth: lambda: original.nll(x, y)}
@@ -135,15 +139,15 @@ def compaction(
     repeats: int,
     device: torch.device,
 ) -> pd.DataFrame:
-    """Compacted execution of a model with random weights and constructed exits.
+    """Measure compacted execution of a model with random weights and constructed exits.
 
     Args:
-        windows, length: of the batch.
-        depths: mean layers executed of each row.
+        windows, length: numbers of windows and of tokens of each in the batch.
+        depths: mean layers executed, one per row.
 
     Returns:
         Columns depth, speedup_layers, speedup_flops, speedup_time with its 90 % interval low to high,
-        and per part beyond_…_ms: what it takes beyond its FLOPs at the speed of full depth.
+        and per part beyond_…_ms: its time minus that of its FLOPs at the speed of full depth.
     """
     model = random_model(config).to(device)
     x = random_tokens(config, windows, length).to(device)
@@ -172,15 +176,16 @@ def output_heads(
     loader: Iterable,
     repeats: int,
 ) -> pd.DataFrame:
-    """Models that differ in their output head: quality, and time of scoring and of greedy prediction.
+    """Compare output heads by quality and by the time of scoring and of greedy prediction.
 
     Args:
         models: name of the head → model, and the policy it is run with.
-        batch: token ids and targets ``(B, N)`` that are timed; loader: that the quality is read on.
+        batch: token ids and targets ``(B, N)`` on which the runs are timed.
+        loader: batches on which the quality is measured.
 
     Returns:
-        Columns head, parameters, perplexity (full depth), quality_loss, speedup_layers; and for
-        scoring and prediction each _ms (full depth), _exits_ms, _speedup_time.
+        Columns head, parameters, perplexity (full depth), quality_loss, speedup_layers; and scoring
+        and prediction, each with _ms (full depth), _exits_ms and _speedup_time.
     """
     (x, y), runs, rows = batch, {}, []
     for name, (model, policy) in models.items():
@@ -206,10 +211,10 @@ def output_heads(
 
 
 def price_grids(which: Literal["all", "few"]) -> dict[str, Sequence[tuple]]:
-    """The configurations that prices are fitted on and checked on, arguments of ``calibrate``.
+    """Return the configurations that prices are fitted and checked on, as arguments of ``calibrate``.
 
     Args:
-        which: all of them; or few, two and one of those with the least work in their layers.
+        which: "all", or "few": two to fit and one to check, those with the least work in the layers.
     """
     fitted, checked = time_model.FITTED, time_model.CHECKED[:4] + time_model.MAPPED
     if which == "few":
@@ -221,7 +226,7 @@ def price_grids(which: Literal["all", "few"]) -> dict[str, Sequence[tuple]]:
 
 
 def price_table(prices: time_model.TimeModel) -> pd.DataFrame:
-    """A machine's prices: columns part, work (its kind), seconds_per_unit."""
+    """Tabulate the prices of a machine: columns part, work (its kind), seconds_per_unit."""
     rows = [
         (part, kind, price)
         for part, kinds in prices.prices.items()

@@ -1,10 +1,10 @@
-"""Systems that combine ACT, several scales, a sparse BK-Core and exits, in the same units for all.
+"""Compare systems that combine ACT, several scales, a sparse BK-Core and exits, in the same units.
 
 "Layers" are positions transformed per token: a layer at N/4 counts a quarter. Every speedup is against
 the reference, a plain model of the same width at full depth without exit heads. FLOPs and time are
-given twice: of the layers with all checks, and of everything, the vocabulary projection included.
+given twice: for the layers with all checks, and in total with the vocabulary projection.
 
-Models are given by the name of their system; a table of several seeds is a stack of one per seed.
+Models are given by the name of their system. The tables of several seeds are stacked.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MEASURES = {
     "total time": "time_total",
 }
 
-DEARER = 1.15  # FLOPs' speedup over the clock's, from which a verdict mentions it
+DEARER = 1.15  # speedup in FLOPs over that in time, above which a verdict mentions it
 
 
 @torch.no_grad()
@@ -57,14 +57,14 @@ def run_policy(
     policy: ExitPolicy | None,
     kept: Sequence[float] = (),
 ) -> dict[str, float]:
-    """A compacted run over ``batches``; None is full depth without checks.
+    """Run a policy compacted over ``batches``; None is full depth without checks.
 
     Args:
-        kept: share of positions that each sparse core visits, where it was measured.
+        kept: share of positions that each sparse core visits, if it was measured.
 
     Returns:
-        ``perplexity``, ``layers`` (positions per token), ``mean_exit`` (layers run per token, each
-        counting one), ``flops_layers`` (all but the head) and ``flops_total`` per token.
+        ``perplexity``, ``layers`` (positions per token), ``mean_exit`` (layers run per token, at any
+        scale), ``flops_layers`` (without the head) and ``flops_total`` per token.
     """
     operations = model.operations()
     if len(kept):
@@ -93,9 +93,9 @@ def run_policy(
 def quantile_policies(
     model: EarlyExitModel, x: Tensor, criterion: str, shares: Sequence[float]
 ) -> list[ExitPolicy]:
-    """One threshold for all exits per share: about that share of the scores at ``x`` passes it.
+    """Return, per share, a policy with one threshold that about this share of scores at ``x`` passes.
 
-    Scores at a bound of the criterion (tokens that halted long ago) decide nothing and do not count.
+    Scores at a bound of the criterion, as of tokens that have already halted, are not counted.
     """
     rule, scores = CRITERIA[criterion], []
     for layer, (before, after) in enumerate(pairwise(model.hidden_states(x)[:-1])):
@@ -113,7 +113,7 @@ def sweep(
     batches: Sequence[tuple[Tensor, Tensor]],
     policies: Sequence[ExitPolicy | None],
 ) -> pd.DataFrame:
-    """:func:`run_policy` of every policy; column ``threshold`` is NaN at full depth."""
+    """Tabulate :func:`run_policy` of every policy; column ``threshold`` is NaN at full depth."""
     kept = kept_shares(model, batches[:1])
     rows = [
         {"threshold": p.thresholds[0] if p else math.nan} | run_policy(model, batches, p, kept)
@@ -123,20 +123,20 @@ def sweep(
 
 
 def cheapest_within(curve: pd.DataFrame, limit: float) -> int | None:
-    """Row of the fewest layer FLOPs with a perplexity ≤ ``limit``; None where there is none."""
+    """Return the row of fewest layer FLOPs with a perplexity ≤ ``limit``, or None if there is none."""
     good = curve[curve["perplexity"] <= limit]
     return None if good.empty else int(good["flops_layers"].idxmin())
 
 
 def choose(fit: pd.DataFrame, reference: float, epsilon: float) -> tuple[int, str]:
-    """The cheapest row within ``epsilon`` of the reference's perplexity, or else of the best row.
+    """Choose the cheapest row within ``epsilon`` of the reference's perplexity, else of the best row's.
 
     Args:
         fit: a system's :func:`sweep` over the fit part.
         reference: the plain model's perplexity on the same part.
 
     Returns:
-        The row, and ``"the plain model"`` or ``"itself"``: what its quality is matched to.
+        The row, and whether it is matched to ``"the plain model"`` or to ``"itself"``.
     """
     row = cheapest_within(fit, (1 + epsilon) * reference)
     if row is not None:
@@ -145,11 +145,11 @@ def choose(fit: pd.DataFrame, reference: float, epsilon: float) -> tuple[int, st
 
 
 def speedups(rows: pd.DataFrame, reference: pd.Series) -> pd.DataFrame:
-    """``rows`` of :func:`run_policy` with what they save against a reference row.
+    """Add the loss and the speedups against a reference row to ``rows`` of :func:`run_policy`.
 
     Returns:
-        Also quality_loss, speedup_layers (positions), speedup_flops (of the layers) and
-        speedup_flops_total.
+        The rows with columns quality_loss, speedup_layers (positions), speedup_flops (of the layers)
+        and speedup_flops_total added.
     """
     return rows.assign(
         quality_loss=rows["perplexity"] / reference["perplexity"] - 1,
@@ -162,10 +162,11 @@ def speedups(rows: pd.DataFrame, reference: pd.Series) -> pd.DataFrame:
 def candidate_policies(
     system: System, model: EarlyExitModel, x: Tensor, shares: Sequence[float]
 ) -> dict[str, list[ExitPolicy | None]]:
-    """What a system may do, by kind: full depth, a threshold per share of passing scores, one exit.
+    """Return a system's policies by kind: full depth, one threshold per share, and static exits.
 
     Args:
         x: token ids ``(B, N)`` whose scores set the thresholds.
+        shares: shares of these scores that pass each threshold.
     """
     if system is REFERENCE:
         return {FULL: [None]}
@@ -181,14 +182,14 @@ def candidate_policies(
 
 
 def full_depth_table(models: Models, fit: Batches, test: Batches) -> pd.DataFrame:
-    """Every system as trained, without early exit.
+    """Measure every system as trained, without early exit.
 
     Args:
-        fit: its first batch says how many positions a sparse core keeps; test: is scored.
+        fit: batches; on the first, the positions that a sparse core keeps are counted.
+        test: batches that are scored.
 
     Returns:
-        Columns system, kept (share of positions that BK-Core visits), and those of
-        :func:`run_policy`.
+        Columns system, kept (share of positions that BK-Core visits), and those of :func:`run_policy`.
     """
     parts = []
     for name, model in models.items():
@@ -205,13 +206,13 @@ def act_conversion(
     test: Batches,
     shares: Sequence[float],
 ) -> pd.DataFrame:
-    """A converted ACT model at several thresholds, its exits calibrated or not, and at ACT's own.
+    """Sweep the thresholds of a converted ACT model, calibrated or not, and run it at ACT's threshold.
 
     Args:
-        shares: of the scores on the first batch of ``fit`` that pass each threshold.
+        shares: shares of the scores on the first batch of ``fit`` that pass each threshold.
 
     Returns:
-        :func:`sweep`, with a column exits.
+        The rows of :func:`sweep`, with a column exits.
     """
     policies = quantile_policies(converted, fit[0][0], "agreement", shares)
     parts = [
@@ -225,20 +226,20 @@ def act_conversion(
 def conversion_error(
     act: EarlyExitModel, converted: EarlyExitModel, batch: tuple[Tensor, Tensor]
 ) -> float:
-    """Largest difference of any token's NLL between ACT and its conversion at ACT's threshold, nats."""
+    """Return the largest difference (nats) of a token's NLL from ACT, converted at its threshold."""
     truth, (found, _) = act.nll(*batch), converted.nll(*batch, converted.act_policy())
     return (truth - found).abs().max().item()
 
 
 @dataclass(frozen=True)
 class SystemCurve:
-    """What a system's policies do.
+    """A curve holds the policies of a system and their results.
 
     Attributes:
         policies: one per row of the tables; None is full depth.
         fit: :func:`sweep` on the fit part.
-        test: on the test split, with what is saved against the plain model, and the kind of the policy
-            in a column policy.
+        test: :func:`sweep` on the test split, with the columns of :func:`speedups`, and with columns
+            exit_layer and policy (its kind).
     """
 
     policies: list[ExitPolicy | None]
@@ -246,18 +247,18 @@ class SystemCurve:
     test: pd.DataFrame
 
     def rows(self, *kinds: str) -> np.ndarray:
-        """Which rows are policies of these kinds."""
+        """Return a mask of the rows whose policies are of these kinds."""
         return self.test["policy"].isin(kinds).to_numpy()
 
 
 def system_curves(
     models: Models, fit: Batches, test: Batches, shares: Sequence[float]
 ) -> dict[str, SystemCurve]:
-    """Name → curve of every system over its thresholds, run for real.
+    """Run every system at its thresholds and return its curve by name.
 
     Args:
-        models: ready to exit, the plain one first.
-        shares: of the scores on the first batch of ``fit`` that pass each threshold.
+        models: models with calibrated exits, the plain one first.
+        shares: shares of the scores on the first batch of ``fit`` that pass each threshold.
     """
     systems, curves, reference = {s.name: s for s in SYSTEMS}, {}, None
     for name, model in models.items():
@@ -267,7 +268,7 @@ def system_curves(
         reference = on_test.iloc[0] if reference is None else reference
         names = [kind for kind, group in kinds.items() for _ in group]
         on_test, static = speedups(on_test, reference), np.array(names) == STATIC
-        setting = on_test["threshold"]  # of a static exit, its layer
+        setting = on_test["threshold"]  # for a static exit this is its layer
         on_test = on_test.assign(
             policy=names, threshold=setting.mask(static), exit_layer=setting.where(static)
         )
@@ -282,17 +283,18 @@ def at_matched_quality(
     epsilon: float,
     repeats: int,
 ) -> pd.DataFrame:
-    """The cheapest policy of each system within ε of the plain model on the fit part, timed in turn.
+    """Choose and time the cheapest policy of each system within ε of the plain model on the fit part.
 
     Args:
-        curves: as :func:`system_curves` returns for ``models``.
-        batch: token ids and targets ``(B, N)`` that are timed.
+        curves: the curves that :func:`system_curves` returns for ``models``.
+        batch: token ids and targets ``(B, N)`` on which runs are timed, interleaved.
 
     Returns:
-        Per system its chosen adaptive policy, the static one of the same quality (mode "cut off") and
-        full depth: system, mode, matched_to ("the plain model", or "itself" where a system cannot get
-        there), the columns of the curve's test table; and with intervals low to high the speedups
-        time_layers and time_total against the plain model, and against_exits of the layers.
+        One row per system and mode, which is "chosen" (its adaptive policy), "cut off" (the static one
+        within the same ε) or "full depth": system, mode, matched_to ("the plain model", or "itself" if
+        no policy is within ε of it), the columns of the curve's test table; and, with intervals _low to
+        _high, the speedups time_layers and time_total against the plain model, and against_exits, of
+        the layers against exits alone.
     """
     limit = curves[REFERENCE.name].fit["perplexity"].iloc[0]
     chosen, runs = {}, {}
@@ -319,13 +321,13 @@ def at_matched_quality(
 
 
 def claimed_products(matched: pd.DataFrame) -> pd.DataFrame:
-    """The original's factors and products beside the measured ones, of one seed.
+    """Compare the original's factors and products with the measured ones, for one seed.
 
     Args:
-        matched: as :func:`at_matched_quality` returns.
+        matched: the table that :func:`at_matched_quality` returns.
 
     Returns:
-        Columns claim, claimed (NaN: nothing is), and a speedup per key of ``MEASURES``; those of time
+        Columns claim, claimed (NaN: no claim), and a speedup per key of ``MEASURES``; those of time
         with _low and _high.
     """
     timed = ("layer time", "total time")
@@ -350,10 +352,10 @@ def claimed_products(matched: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict_table(matched: pd.DataFrame) -> pd.DataFrame:
-    """Each system's chosen policy against exits alone.
+    """Compare each system's chosen policy with exits alone.
 
     Args:
-        matched: stacked over the seeds.
+        matched: tables of :func:`at_matched_quality`, stacked over the seeds.
 
     Returns:
         Columns seed, system, matched_to, quality_loss, quality_loss_full_depth, speedup_flops,
@@ -372,10 +374,11 @@ def verdict_table(matched: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(table: pd.DataFrame, epsilon: float) -> str:
-    """A Markdown list: which systems are faster than exits alone, and why not.
+    """Write a Markdown list that says which systems are faster than exits alone, with reasons.
 
     Args:
-        table: as :func:`verdict_table` returns; epsilon: the matched quality loss.
+        table: the table that :func:`verdict_table` returns.
+        epsilon: the matched quality loss.
     """
     mean = table.groupby("system", sort=False).mean(numeric_only=True)
     alone = mean.loc[EXITS.name, "quality_loss"]

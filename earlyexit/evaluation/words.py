@@ -1,4 +1,4 @@
-"""Which kinds of words leave early, and where in a window."""
+"""Measure which classes of words leave early, and at which positions of a window."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ SENTENCE_ENDS = (".", "?", "!", "<eos>")
 
 
 def word_classes(corpus: Corpus, targets: np.ndarray, document: np.ndarray) -> np.ndarray:
-    """The class of each predicted word ``(T,)``, one of seven names.
+    """Return the class of each predicted word ``(T,)``, one of seven names.
 
     Args:
-        targets: ids of consecutive words ``(T,)``; document: of each word ``(T,)``.
+        targets: ids of consecutive words ``(T,)``.
+        document: index of the document of each word ``(T,)``.
     """
     words = np.array(corpus.decode(np.arange(corpus.vocab_size)), dtype=object)
     rank = np.empty(corpus.vocab_size, dtype=int)
@@ -39,7 +40,7 @@ def word_classes(corpus: Corpus, targets: np.ndarray, document: np.ndarray) -> n
 
 
 def depth_by_class(corpus: Corpus, trace: ExitTrace, layers: np.ndarray) -> pd.DataFrame:
-    """Mean layers executed and NLL by class of the predicted word.
+    """Average the layers executed and the NLL by class of the predicted word.
 
     Args:
         layers: layers executed for each token ``(T,)``.
@@ -55,7 +56,7 @@ def depth_by_class(corpus: Corpus, trace: ExitTrace, layers: np.ndarray) -> pd.D
 
 
 def depth_by_position(trace: ExitTrace, layers: np.ndarray, n_bins: int = 16) -> pd.DataFrame:
-    """Mean layers executed and NLL by position in the window: columns position, layers, nll."""
+    """Average layers executed and NLL by position in the window: columns position, layers, nll."""
     edges = np.linspace(0, trace.n_seq, min(n_bins, trace.n_seq) + 1)
     index = np.digitize(trace.position, edges) - 1
     table = pd.DataFrame({"position": edges[index], "layers": layers, "nll": trace.nll[:, -1]})
