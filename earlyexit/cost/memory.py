@@ -113,8 +113,7 @@ def resident_memory(
     """Measure :func:`peak_resident` of executions: columns output, execution, resident_mib.
 
     Args:
-        windows: number of windows in the batch.
-        keys: pairs (output, execution) of :func:`executions`.
+        windows: windows of the batch; keys: pairs (output, execution) of :func:`executions`.
     """
     rows = [(*key, peak_resident(config, windows, policy, threshold, key)) for key in keys]
     return pd.DataFrame(rows, columns=["output", "execution", "resident_mib"])

@@ -24,9 +24,8 @@ def interleaved_times(
 ) -> dict[str, np.ndarray]:
     """Measure the seconds of each function ``(repeats,)``, interleaved so that drift affects all alike.
 
-    Each is called once untimed right before it is timed, so that caches are warm, as when one batch
-    follows another. Every round has a new random order, so that no function always follows the same
-    other.
+    Each is called untimed right before it is timed, so that caches are warm, as between batches. Every
+    round has a new random order, so that no function always follows the same one.
     """
     _keep_freed_memory()
     names, order = list(functions), random.Random(0)

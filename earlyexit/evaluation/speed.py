@@ -75,10 +75,7 @@ def end_to_end(
 def policies_of_quantiles(
     trace: ExitTrace, criterion: str, quantiles: Sequence[float]
 ) -> list[ExitPolicy]:
-    """Return one policy per quantile, the share of the scores that do not pass its threshold.
-
-    The threshold is the same for all exits but the last, where nothing passes.
-    """
+    """Return, per quantile, a policy whose one threshold (not at the last exit) that share fails."""
     rule, early = CRITERIA[criterion], trace.n_layers - 1
     scores = trace.score(criterion)[:, :early]
     cuts = [rule_threshold(rule, scores, 1 - q) for q in quantiles]
@@ -103,8 +100,7 @@ def execution_speedups(
 
     Returns:
         Columns execution, layers (mean executed), speedup_layers, speedup_flops (compacted only),
-        speedup_time with its 90 % interval low to high, milliseconds, efficiency (speedup in time over
-        that in layers).
+        speedup_time with its 90 % interval low to high, milliseconds, efficiency (time / layers).
     """
     (x, y), original_full_depth = batch, f"{FULL_DEPTH}, {ORIGINAL}"
     runs = {FULL_DEPTH: lambda: model.nll(x, y), original_full_depth: lambda: original.nll(x, y)}

@@ -290,11 +290,10 @@ def at_matched_quality(
         batch: token ids and targets ``(B, N)`` on which runs are timed, interleaved.
 
     Returns:
-        One row per system and mode, which is "chosen" (its adaptive policy), "cut off" (the static one
-        within the same ε) or "full depth": system, mode, matched_to ("the plain model", or "itself" if
-        no policy is within ε of it), the columns of the curve's test table; and, with intervals _low to
-        _high, the speedups time_layers and time_total against the plain model, and against_exits, of
-        the layers against exits alone.
+        One row per system and mode ("chosen": adaptive, "cut off": static, or "full depth"): system,
+        mode, matched_to ("the plain model", or "itself" if no policy is within ε of it), the columns of
+        the curve's test table; and, with _low and _high, the speedups time_layers and time_total
+        against the plain model, and against_exits of the layers against exits alone.
     """
     limit = curves[REFERENCE.name].fit["perplexity"].iloc[0]
     chosen, runs = {}, {}
