@@ -1,4 +1,4 @@
-"""The figure of notebook 05 shows peak memory; :func:`.style.lines` draws the others."""
+"""The figure of notebook 05 shows peak memory; :func:`earlyexit.figures.style.lines` draws the rest."""
 
 from __future__ import annotations
 

@@ -28,11 +28,7 @@ COLUMN, PAGE = 3.4, 7.0  # inches
 Panels = Sequence[Axes] | np.ndarray | None  # axes of a composed picture; None: a new figure
 SMALL = 7  # font size in points of a number beside a bar or line
 REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
-BACKGROUND = {
-    "facecolor": "white",
-    "edgecolor": "none",
-    "pad": 0.8,
-}  # box behind a number on a line
+BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # box behind a number
 MARKERS = "osD^vP*X"
 SETTINGS = ("threshold", "epsilon", "exit_layer", "depth", "price")
 
