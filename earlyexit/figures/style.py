@@ -248,7 +248,7 @@ def lines(
     *,
     ax: Axes,
 ) -> None:
-    """Draw a :func:`mean_line` per value of ``hue``, or one if it is None, log–log by default."""
+    """Draw a :func:`mean_line` per value of ``hue`` (one if it is None), log–log by default."""
     if hue is None:
         mean_line(ax, table, x, y, marker="o")
     else:

@@ -179,7 +179,7 @@ def exit_trace(
 
 
 def with_short_fit(corpus: Corpus, tokens: int) -> Corpus:
-    """Return the corpus with at most ``tokens`` in its fit part, for a short training; 0: all."""
+    """Return the corpus with about ``tokens`` in its fit part, for a short training; 0: all."""
     fit = corpus.splits["fit"].limit(tokens)
     return replace(corpus, splits=corpus.splits | {"fit": fit})
 

@@ -33,7 +33,7 @@ class Profile(Checked):
     Attributes:
         model: configuration with the largest vocabulary of the corpus; a study sets the actual size.
         max_train_tokens: tokens of the training split; 0: all.
-        max_eval_tokens: tokens of each other split, about, in whole documents; 0: all.
+        max_eval_tokens: about as many tokens of each other split, in whole documents; 0: all.
         certify_tokens: tokens of each certification document; 0: all.
         notebooks: notebook → parameters that differ from their defaults in
             :mod:`earlyexit.runs.parameters`.
