@@ -1,6 +1,6 @@
-"""Command line: ``python -m earlyexit run | status | readme | bench | predict``.
+"""The command line is ``python -m earlyexit run | status | readme | bench | predict``.
 
-Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted.
+Its exit code is 0 if all is done, 1 if something failed, 2 for wrong usage, 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger("earlyexit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return the exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from earlyexit.runs import runner  # papermill takes its time
+    from earlyexit.runs import runner  # papermill is slow to import
 
     _device(options.device)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
@@ -115,10 +115,10 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> Load:
-    """The run that the options of ``predict`` describe.
+    """Return the run that the options of ``predict`` describe.
 
     Raises:
-        UsageError: sizes that make no model, an unknown criterion, a depth or shares that do not fit.
+        UsageError: the sizes, the criterion, the mean depth or the exit shares are invalid.
     """
     known = [name for name in CRITERIA if name != "depth"]
     if options.criterion not in known:
@@ -139,10 +139,10 @@ def _load(options: argparse.Namespace) -> Load:
 
 
 def _device(name: str, threads: int = 0) -> torch.device:
-    """The device, with torch set to ``threads`` where that is not 0.
+    """Return the device, and set the threads of torch unless ``threads`` is 0.
 
     Raises:
-        UsageError: no such device, or a negative number of threads.
+        UsageError: the device does not exist, or the number of threads is negative.
     """
     if threads < 0:
         raise UsageError(f"--threads {threads} must be ≥ 0")
@@ -157,7 +157,7 @@ def _device(name: str, threads: int = 0) -> torch.device:
 
 
 def _show(plan) -> None:
-    """Print a ``runner.Plan``: a line per notebook, and the time of what is to be done."""
+    """Print a ``runner.Plan``: a line per notebook, and the time of the stale ones."""
     print(f"{plan.label}: {plan.command}")
     stale = [step for step in plan.steps if step.reasons]
     for step in plan.steps:
@@ -186,7 +186,7 @@ def _complain(message: str, code: int) -> int:
 
 
 class _Tuple(argparse.Action):
-    """An option of several values, which may be given more than once."""
+    """An option that takes several values and may be given more than once."""
 
     def __call__(self, parser, namespace, values, option=None):
         setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses whose fields are validated when an instance is made."""
+"""The fields of a frozen dataclass are validated when an instance is made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 
-# What a value must be, by the kind of pydantic's error; braces name what its bounds are called.
+# Kind of pydantic's error → what the value must be; braces name the bounds in the error's context.
 _RULES = {
     "greater_than_equal": "must be ≥ {ge}",
     "greater_than": "must be > {gt}",
@@ -38,13 +38,13 @@ _RULES = {
 
 
 class Checked:
-    """Base of frozen dataclasses: an annotation such as ``Annotated[int, Field(ge=1)]`` is enforced.
+    """A base of frozen dataclasses enforces annotations such as ``Annotated[int, Field(ge=1)]``.
 
-    Types are taken strictly: no number is read from text, and no whole number from ``True`` or 2.0. A
-    whole number becomes a float where a float is meant, and a list becomes a tuple where one is meant.
+    Types are strict: text is no number, and ``True`` or 2.0 is no whole number. But a whole number
+    becomes a float for a float field, and a list a tuple where the annotation allows it.
 
     Raises:
-        ValueError: naming each wrong field, its value and what it must be, in one line.
+        ValueError: fields are wrong; the message names each, its value and its rule, in one line.
     """
 
     def __post_init__(self) -> None:
@@ -59,12 +59,12 @@ class Checked:
 
 @cache
 def _schema(kind: type) -> type[BaseModel]:
-    """The pydantic model with the fields of a dataclass."""
+    """Return the pydantic model with the fields of a dataclass."""
     hints = get_type_hints(kind, include_extras=True)
     config = ConfigDict(
         strict=True, allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=()
     )
-    # Values are given for every field: defaults are the dataclass's affair.
+    # Every field is given a value, so the schema needs no defaults.
     types = {field.name: hints[field.name] for field in fields(kind)}
     return create_model(kind.__name__, __config__=config, **types)
 

@@ -1,4 +1,4 @@
-"""Study: what a notebook needs of its profile: text, models, traces, and a place for its results."""
+"""A study gives a notebook the text, models and traces of its profile, and writes its results."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ LARGEST_PUBLISHED = 8_000_000  # bytes of one model's weights among the results
 
 
 class Study:
-    """One notebook's view of a profile.
+    """The text, models, traces and results of one notebook under a profile.
 
     Args:
         notebook: its name, such as ``"02_calibration"``.
-        parameters: its variables, ``globals()``, of which those that are parameters are taken (see
-            :mod:`earlyexit.runs.parameters`), validated, and recorded with every result; what is not
-            there has its default.
+        parameters: its variables, ``globals()``; those that are parameters (see
+            :mod:`earlyexit.runs.parameters`) are validated and recorded with every result, and
+            missing ones have their defaults.
 
     Attributes:
-        profile: with the overrides in it.
-        seeds: those asked for, or else the profile's.
+        profile: profile with its overrides applied.
+        seeds: seeds asked for, or else the profile's.
         label: folder of the results.
 
     Raises:
-        ValueError: a parameter that has another type or lies outside its bounds, or an unknown profile.
+        ValueError: a parameter has another type or lies outside its bounds, or the profile is unknown.
     """
 
     def __init__(self, notebook: str, parameters: Mapping[str, Any]):
@@ -74,25 +74,25 @@ class Study:
         return load_corpus(self.profile.corpus, self.cache / "corpus")
 
     def split(self, name: str) -> Split:
-        """A split, limited to the profile's ``max_eval_tokens``."""
+        """Return a split, limited to the profile's ``max_eval_tokens``."""
         return self.corpus.splits[name].limit(self.profile.max_eval_tokens)
 
     def loader(self, split: str, batch_size: int | None = None, max_tokens: int = 0) -> DataLoader:
-        """Batches of :meth:`split`, or of about ``max_tokens`` of it, in order."""
+        """Return the batches of :meth:`split`, or of about ``max_tokens`` of it, in order."""
         size = batch_size or self.profile.training.batch_size
         part = self.split(split).limit(max_tokens)
         return loader(part, self.profile.model.n_seq, size, self.corpus.eos_id)
 
     def batch(self, split: str, size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets ``(size, N)`` of windows that lie evenly spread over :meth:`split`."""
+        """Return inputs and targets ``(size, N)`` of windows evenly spread over :meth:`split`."""
         inputs, targets = self.loader(split).dataset.tensors
         rows = torch.linspace(0, len(inputs) - 1, min(size, len(inputs))).long()
         return inputs[rows].to(self.device), targets[rows].to(self.device)
 
     def run_tokens(self, criterion: str, logits_tokens: int) -> int:
-        """Tokens of the test split that real runs by a criterion are scored on; 0: all.
+        """Return how many tokens of the test split real runs by a criterion score; 0: all.
 
-        Checks that need all logits take several times as long as everything else: they get
+        A criterion whose checks need all logits takes several times as long, and scores only
         ``logits_tokens``.
         """
         part = CRITERIA[criterion].read_by_check(operations(self.model_config()))
@@ -103,10 +103,10 @@ class Study:
     def model_config(
         self, kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel, **changes
     ) -> ModelConfig:
-        """The profile's model, with changes, as a configuration of ``kind``.
+        """Return the configuration of the profile's model, with changes, for ``kind``.
 
         Raises:
-            ValueError: an adaptive head that would be trained in bfloat16 on a CPU.
+            ValueError: an adaptive head would be trained in bfloat16 on a CPU.
         """
         config = replace(self.profile.model, vocab_size=self.corpus.vocab_size)
         bf16 = self.profile.training.bf16
@@ -118,7 +118,7 @@ class Study:
         return kind.config_type(**config.base() | changes)
 
     def training_config(self, seed: int, **changes) -> TrainingConfig:
-        """The profile's training, with changes."""
+        """Return the configuration of the profile's training, with changes."""
         return replace(self.profile.training, seed=seed, **changes)
 
     def train(
@@ -133,12 +133,12 @@ class Study:
         may_train: bool = True,
         kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel,
     ) -> Trained:
-        """The profile's model with changes, trained now unless it is in the cache.
+        """Return the profile's model with changes, trained now unless it is in the cache.
 
         Args:
-            max_tokens: of the training split, where the profile takes more; 0: as many as it takes.
-            fit_tokens: of the fit part, read for the history; 0: all, or in proportion to
-                ``max_tokens``.
+            max_tokens: largest number of training tokens, beside the profile's; 0: only the profile's.
+            fit_tokens: tokens of the fit part that are scored for the history; 0: all, or in
+                proportion to ``max_tokens``.
         """
         limits = [n for n in (max_tokens, self.profile.max_train_tokens) if n]
         fit_tokens = fit_tokens or (max_tokens and max(1000, max_tokens // 50))
@@ -155,10 +155,10 @@ class Study:
         )
 
     def recipe(self, seed: int, name: str, max_tokens: int) -> Trained:
-        """A model with gates whose exits were trained in one of the ``RECIPES``.
+        """Return a model with gates whose exits were trained by one of the ``RECIPES``.
 
         Raises:
-            ValueError: no such recipe.
+            ValueError: the recipe is unknown.
         """
         if name not in RECIPES:
             raise ValueError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
@@ -168,21 +168,21 @@ class Study:
         return self.with_gates(seed, trained)
 
     def twin(self, seed: int, n_layers: int | None = None, max_tokens: int = 0) -> Trained:
-        """The model trained without exits, same data, seed and steps, at any depth."""
+        """Return the model trained without exits on the same data, seed and steps, at any depth."""
         depth = {"n_layers": n_layers or self.profile.model.n_layers}
         return self.train(
             seed, depth, {"exit_loss_weight": 0.0, "exit_sampling": "one"}, max_tokens
         )
 
     def build(self, seed: int) -> Trained:
-        """The profile's model with gates, trained now unless it is in the cache."""
+        """Return the profile's model with gates, trained now unless it is in the cache."""
         return self.with_gates(seed, self.train(seed))
 
     def model(self, seed: int) -> Trained:
-        """The profile's model with gates, as ``01_build`` made it here, or else published it.
+        """Return the profile's model with gates from the cache, or else the published one.
 
         Raises:
-            NotTrained: it has not been run for this profile and seed, and nothing is published.
+            NotTrained: ``01_build`` has not trained it for this profile and seed, and none is published.
         """
         try:
             return self.with_gates(seed, self.train(seed, may_train=False), may_train=False)
@@ -195,10 +195,10 @@ class Study:
             ) from None
 
     def publish(self, seed: int, trained: Trained) -> Path | None:
-        """Write weights among the results, for the other notebooks to read where nothing was trained.
+        """Write weights among the results, so that other notebooks need not train them.
 
         Returns:
-            The file; None where the weights are too large to be committed.
+            The path; None if the weights are too large to be committed.
         """
         size = sum(p.numel() * p.element_size() for p in trained.model.parameters())
         if size > LARGEST_PUBLISHED:
@@ -214,7 +214,7 @@ class Study:
         )
 
     def _published(self, seed: int) -> Trained | None:
-        """The published model, if it was trained by this profile's recipe on this text."""
+        """Return the published model, if this profile's training on this text made it, or None."""
         path = model_path(self.label, seed)
         if not path.is_file():
             return None
@@ -229,7 +229,7 @@ class Study:
         return {"training": asdict(self.training_config(seed)), "text": self.corpus.data_hash}
 
     def with_gates(self, seed: int, trained: Trained, may_train: bool = True) -> Trained:
-        """A model of this profile with gates trained on its frozen weights."""
+        """Return a model of this profile with gates trained on its frozen weights."""
         return cache.gated_model(
             trained,
             self.corpus,
@@ -248,7 +248,7 @@ class Study:
         trained: Trained | None = None,
         max_tokens: int = 0,
     ) -> ExitTrace:
-        """The trace of a model, by default :meth:`model`, over a split or part of it."""
+        """Return the trace of a model, by default :meth:`model`, over a split or part of it."""
         trained, part = trained or self.model(seed), self.split(split).limit(max_tokens)
         return cache.exit_trace(trained, part, self.corpus, self.cache, temperatures)
 
@@ -259,7 +259,7 @@ class Study:
         return self.outputs.table(df, name, caption, self.corpus.data_hash)
 
     def figure(self, drawn: Any, name: str, caption: str) -> Any:
-        """Write a figure, given as such or by its axes; see ``artifacts.Outputs.figure``."""
+        """Write a figure, given itself or its axes; see ``artifacts.Outputs.figure``."""
         return self.outputs.figure(drawn, name, caption, self.corpus.data_hash)
 
     def document(self, text: str, name: str, caption: str, suffix: str = "json") -> Path:
@@ -277,5 +277,5 @@ class Study:
         return self.document(text, "model_card", "What the published weights are.", suffix="md")
 
     def read_table(self, name: str) -> pd.DataFrame:
-        """A table that another notebook of this profile wrote."""
+        """Read a table that another notebook of this profile wrote."""
         return read_table(self.label, name)

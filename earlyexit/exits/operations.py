@@ -1,11 +1,11 @@
-"""Every kind of model states, part by part, what running it costs.
+"""Each kind of model states the operations of its parts, from which the cost of a run follows.
 
-The amounts of a part are a dictionary, kind of work → amount. Kinds that end in ``flops`` are
+The amounts of a part are a dictionary from kind of work to amount. Kinds that end in ``flops`` are
 floating-point operations, one multiply-add counting two: ``expert_flops`` (wide products),
 ``thin_flops`` (products with few columns), ``flops`` (other products) and ``elementwise_flops``.
 Kinds that end in ``bytes`` count every tensor that an operation reads or writes once, in float32,
-whatever a cache may save: ``bytes``, and ``hidden_bytes`` where other work of the same part takes the
-time. ``steps`` are those of a recursion, ``logits`` the numbers that a projection gives.
+without caches: ``bytes``, and ``hidden_bytes`` if other work of the same part takes longer. ``steps``
+are the steps of a recursion, ``logits`` the numbers that a projection returns.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Parts = Mapping[str, Amounts]  # part → its amounts
 
 FLOAT = 4  # bytes
 
-# FLOPs per element of what is not a matrix product.
+# FLOPs per element of operations that are not matrix products.
 LAYER_NORM = 8  # two moments, scale, shift
 SOFTMAX = 5  # maximum, subtraction, exponential, sum, comparison or division
 
 
 def flops(amounts: Amounts) -> float:
-    """Sum all floating-point operations among the amounts."""
+    """Return the sum of all floating-point operations among the amounts."""
     return sum(n for kind, n in amounts.items() if kind.endswith("flops"))
 
 
@@ -70,21 +70,22 @@ def gate_flops(width: int, hidden: int | None) -> float:
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations of a model are its cost per token, in the parts that a run with exits pays for.
+    """The operations of a model are its amounts per token, by the parts of a run with exits.
 
     Attributes:
         width: width D of the state that exits read.
-        layers: what each layer does at a position that it transforms, L entries.
-        propagation: what each layer still does at a position whose tokens have left.
+        layers: parts of each layer at a position that it transforms, L entries.
+        propagation: parts of each layer at a position whose tokens have left, L entries.
         projection: ``"word"`` (to score one given word), ``"top"`` (to find the most probable word) and
             ``"all"`` (for the probabilities of all words) → see :func:`projection`.
         translator: amounts of an exit's head before its norm; the last layer's head has none.
         gate: FLOPs of one learned gate.
-        levels: how often each layer's positions were halved: it has one for 2^level tokens.
-        skippable: parts that a layer does only at the share of positions that ``kept`` says.
-        reading: FLOPs that a check at each exit needs beside its criterion and the layers.
-        leaving: amounts of a token that leaves early, beside its head and what is propagated.
-        launches: number of operations that one layer starts, whatever the number of positions.
+        levels: how often each layer's positions were halved: it has one position for 2^level tokens.
+        skippable: parts that a layer executes only at its share ``kept`` of the positions.
+        kept: share of positions of each layer's skippable parts, L entries.
+        reading: FLOPs of a check at each exit, beside its criterion and the layers.
+        leaving: amounts of a token that leaves early, beside its head and its propagation.
+        launches: number of operations that one layer starts, for any number of positions.
         parameters: part → number of parameters, in a layer and in an exit's head.
 
     Raises:
@@ -125,7 +126,7 @@ class Operations:
         translator: float = 0.0,
         gate_hidden: int = 0,
     ) -> Operations:
-        """Make the operations of a model of equal layers and one linear unembedding, by FLOPs alone.
+        """Make the operations, in FLOPs alone, of a model of equal layers and a linear unembedding.
 
         Args:
             block: part of a layer → FLOPs at a running token.
@@ -143,7 +144,7 @@ class Operations:
         )
 
     def operations(self) -> Operations:
-        """Return itself, so that an account takes a model or its operations alike."""
+        """Return itself, so that a caller can pass a model or its operations."""
         return self
 
     @property
@@ -157,19 +158,19 @@ class Operations:
 
     @property
     def cheap_top(self) -> bool:
-        """Tell whether the most probable word is found without all logits."""
+        """Tell whether finding the most probable word needs fewer logits than all."""
         return self.logits("top") < self.logits("all")
 
     def logits(self, wanted: str) -> float:
-        """Return the logits per token for what is ``wanted``, a key of ``projection``."""
+        """Return the logits per token for ``wanted``, a key of ``projection``."""
         return self.projection[wanted]["unembedding"]["logits"]
 
     def layer(self, layer: int) -> dict[str, float]:
-        """Return all that a layer does at a position that it transforms."""
+        """Return the amounts of a layer at a position that it transforms."""
         return self._done(self.layers[layer], layer)
 
     def passed(self, layer: int) -> dict[str, float]:
-        """Return all that a layer still does at a position whose tokens have left."""
+        """Return the amounts of a layer at a position whose tokens have left."""
         return self._done(self.propagation[layer], layer)
 
     def _done(self, parts: Parts, layer: int) -> dict[str, float]:
@@ -179,18 +180,18 @@ class Operations:
         )
 
     def head(self, wanted: str) -> dict[str, float]:
-        """Return the amounts of norm, unembedding and softmax for what is ``wanted``."""
+        """Return the amounts of norm, unembedding and softmax for ``wanted``."""
         parts = (norm(self.width), *self.projection[wanted].values())
         return weighted_sum((1.0, amounts) for amounts in parts)
 
     def run_positions(self, exit_layers: Tensor) -> np.ndarray:
         """Return the positions per token that each layer transforms ``(L,)``, given all exits.
 
-        A position runs while one of its tokens does. The sum is what "layers executed" means: a layer
-        at a quarter of the positions counts a quarter.
+        A position runs while one of its tokens runs. The sum is the "layers executed": a layer at a
+        quarter of the positions counts a quarter.
 
         Args:
-            exit_layers: ``(B, N)``, n_layers where a token did not exit.
+            exit_layers: exit layer of each token ``(B, N)``, n_layers if it did not exit.
         """
         runs = []
         for layer, level in enumerate(self.levels):

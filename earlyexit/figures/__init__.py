@@ -1,12 +1,12 @@
-"""Figures: each function takes tidy tables and draws them, on given axes or in a new figure.
+"""Each function takes tidy tables and draws them, on given axes or in a new figure.
 
-``figures.pareto(curves, "speedup_layers", "speedup")`` makes a figure of its own;
+``figures.pareto(curves, "speedup_layers", "speedup")`` makes a new figure;
 ``figures.pareto(…, ax=ax)`` draws on the axes of a larger one. A picture of several panels takes
-as many axes, row by row; its panels have functions as well, plain ones :func:`lines`. Returned are the
-axes drawn on, ``ax.figure`` is the figure.
+as many axes, row by row; each panel has a function as well, plain ones :func:`lines`. A function
+returns the axes that it drew on; ``ax.figure`` is the figure.
 """
 
-# ruff: noqa: F401, I001 – the names are handed on, several in a line.
+# ruff: noqa: F401, I001 – the names are imported for others, several in a line.
 # fmt: off
 
 from earlyexit.figures.build import cost_shares, leak, trained_exits, training_curves, training_nll

@@ -1,4 +1,4 @@
-"""Figures of notebook 01: training, the leak of the two-sided form, and what each part costs."""
+"""Figures of notebook 01 show training, the leak of the two-sided form, and the cost of each part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from earlyexit.figures.style import COLUMN, PAGE, SMALL, Panels
 
 
 def training_curves(history: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Training NLL against tokens, and the perplexity of every exit after training: two panels.
+    """Draw training NLL against tokens, and each exit's perplexity after training, in two panels.
 
     Columns: seed, tokens, train_nll, perplexity_0 … (NaN between evaluations).
     """
@@ -23,7 +23,7 @@ def training_curves(history: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
 
 @style.panel(COLUMN, 2.4, loc=None)
 def training_nll(history: pd.DataFrame, *, ax: Axes) -> None:
-    """The first panel of :func:`training_curves`: one curve per seed."""
+    """Draw the first panel of :func:`training_curves`, one curve per seed."""
     for seed, rows in history.groupby("seed"):
         ax.plot(rows["tokens"] / 1e6, rows["train_nll"], label=f"seed {seed}")
     ax.set(xlabel="training tokens (millions)", ylabel="training NLL (nats per token)")
@@ -31,7 +31,7 @@ def training_nll(history: pd.DataFrame, *, ax: Axes) -> None:
 
 @style.panel(COLUMN, 2.4)
 def trained_exits(history: pd.DataFrame, *, ax: Axes) -> None:
-    """The second panel of :func:`training_curves`: one curve per seed; the numbers are means."""
+    """Draw the second panel of :func:`training_curves`, one curve per seed, with the means."""
     columns = [c for c in history if c.startswith("perplexity_")]
     final = history.dropna(subset=columns).groupby("seed")[columns].last()
     for _, values in final.iterrows():
@@ -46,7 +46,7 @@ def trained_exits(history: pd.DataFrame, *, ax: Axes) -> None:
 
 @style.panel(COLUMN, 2.2, title="tokens after them")
 def leak(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Perplexity on the true text and with the future of each scored token replaced.
+    """Draw perplexity on the true text and with the future of each scored token replaced.
 
     Columns: model, future ("true" or "replaced"), perplexity.
     """
@@ -58,9 +58,9 @@ def leak(table: pd.DataFrame, *, ax: Axes) -> None:
 
 @style.panel(COLUMN, 2.6, loc="upper right", ncols=2)
 def cost_shares(costs: pd.DataFrame, *, ax: Axes) -> None:
-    """FLOPs per token of every part, as a multiple of one whole block.
+    """Draw the FLOPs per token of every part, as a multiple of one whole block.
 
-    The table is as :func:`earlyexit.cost.parts.cost_table` returns.
+    The table is that of :func:`earlyexit.cost.parts.cost_table`.
     """
     style.part_bars(ax, costs, "{:.2g}×".format)
     ax.set(xlabel="FLOPs per token / FLOPs of one block")

@@ -1,4 +1,4 @@
-"""Figures of notebook 02: how confidence and accuracy agree, before and after scaling."""
+"""Figures of notebook 02 compare confidence with accuracy, before and after scaling."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ENOUGH = 5e-4  # share of the tokens below which a bin's accuracy is noise
 
 
 def reliability(table: pd.DataFrame, errors: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Confidence against accuracy above, and the tokens of each bin below, a column per exit.
+    """Draw accuracy over confidence, and below it the tokens of each bin, a column per exit.
 
     Args:
         table: columns seed, exit, bin, calibration ("before"/"after"), confidence, accuracy, share.
         errors: columns seed, exit, calibration, ece.
-        ax: of the upper row, exit by exit, then of the lower row.
+        ax: axes of the upper row, exit by exit, then of the lower row.
     """
     exits = sorted(table["exit"].unique())
     panels = [partial(reliability_diagram, table, errors, layer) for layer in exits]
@@ -31,7 +31,7 @@ def reliability(table: pd.DataFrame, errors: pd.DataFrame, *, ax: Panels = None)
 
 @style.panel(COLUMN * 0.75, 2.5, loc=None)
 def reliability_diagram(table: pd.DataFrame, errors: pd.DataFrame, layer: int, *, ax: Axes) -> None:
-    """Accuracy over confidence at one exit, first seed; expected calibration error, mean of seeds."""
+    """Draw accuracy over confidence at one exit, first seed, with the mean ECE over the seeds."""
     ax.plot([0, 1], [0, 1], **REFERENCE)
     notes = []
     shown = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
@@ -48,7 +48,7 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.DataFrame, layer: int, *
 
 @style.panel(COLUMN * 0.75, 1.5)
 def confidence_shares(table: pd.DataFrame, layer: int, *, ax: Axes) -> None:
-    """Share of the tokens in each bin of confidence at one exit, first seed, on a log scale."""
+    """Draw the share of tokens per bin of confidence at one exit, first seed, on a log scale."""
     shown = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
     for k, when in enumerate(("before", "after")):
         rows = shown[shown["calibration"] == when]

@@ -1,4 +1,4 @@
-"""Figures of notebook 06: what certificates promise, keep and cost."""
+"""Figures of notebook 06 show what certificates guarantee, achieve and cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL, Panels
 
 @style.panel(COLUMN * 1.35, 2.8)
 def target_achieved(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Tolerated against achieved quality loss on the test split, with the diagonal.
+    """Draw achieved over tolerated quality loss on the test split, with the diagonal.
 
     Columns: policy ("fitted", "certified …"), epsilon, test_quality_loss.
     """
@@ -28,7 +28,7 @@ def target_achieved(table: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def violation_rates(table: pd.DataFrame, delta: float, *, ax: Panels = None) -> np.ndarray:
-    """Violation rate over n with exact binomial intervals, one panel per kind of unit; δ marked.
+    """Draw violation rates over n with exact binomial intervals and δ, a panel per kind of unit.
 
     Columns: units, procedure, n, rate, low, high.
     """
@@ -40,7 +40,7 @@ def violation_rates(table: pd.DataFrame, delta: float, *, ax: Panels = None) -> 
 
 @style.panel(COLUMN * 1.5, 2.5)
 def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes) -> None:
-    """One panel of :func:`violation_rates`: the table is of one kind of unit."""
+    """Draw a panel of :func:`violation_rates` from a table of one kind of unit."""
     for k, (name, rows) in enumerate(table.groupby("procedure", sort=False)):
         style.interval_line(ax, rows, "n", "rate", label=name, **style.look(k))
     ax.axhline(delta, **REFERENCE)
@@ -52,12 +52,12 @@ def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes) -> None:
 
 @style.panel(COLUMN * 1.6, 2.7)
 def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: Axes) -> None:
-    """Upper bound of each method over n, with the loss itself and what ε allows.
+    """Draw the upper bound of each method over n, with the mean loss and the level that ε allows.
 
     Args:
         table: columns method, n, mean, bound.
         level: log(1 + ε), in nats.
-        least: columns n, level; no valid test can do better.
+        least: columns n, level: the lowest bound of any valid test if no loss is negative.
     """
     style.mean_lines(ax, table, "n", "bound", "method")
     label = "least any valid test\ncould certify if no\nloss were negative"
@@ -73,7 +73,7 @@ def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: 
 
 @style.panel(PAGE * 0.75, 2.4)
 def price_of_certainty(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Speedup in layers of fitted and certified policies, per ε.
+    """Draw the speedup in layers of fitted and certified policies, per ε.
 
     Columns: policy, epsilon, test_speedup_layers (NaN: refused).
     """

@@ -1,4 +1,4 @@
-"""Figure of notebook 05: memory at its peak; :func:`earlyexit.figures.style.lines` draws the rest."""
+"""The figure of notebook 05 shows peak memory; :func:`earlyexit.figures.style.lines` draws the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from earlyexit.figures.style import COLUMN
 
 @style.panel(COLUMN * 1.3, 2.4, loc="upper right", ncols=2)
 def memory(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Peak tensor memory of each way of running, logits and the rest apart.
+    """Draw the peak tensor memory of each execution, separately for logits and the rest.
 
     Columns: execution, logits_mib, rest_mib.
     """

@@ -1,4 +1,4 @@
-"""Figures of notebook 04: where the time goes, what is left of the layers saved, where exits pay."""
+"""Figures of notebook 04 show the time of each part, wall-clock speedups, and when exits pay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.colors import TwoSlopeNorm
 from earlyexit.figures import style
 from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL, Panels
 
-SCALE = {"norm": TwoSlopeNorm(0, -1, 1), "cmap": "RdBu"}  # of log2: white is break-even
+SCALE = {"norm": TwoSlopeNorm(0, -1, 1), "cmap": "RdBu"}  # of log2(speedup): white is break-even
 OVER_BATCH = {
     "tokens_per_second": "thousand tokens per second",
     "layers_run": "layers until the slowest has left",
@@ -23,7 +23,7 @@ OVER_BATCH = {
 
 @style.panel(COLUMN * 1.25, 3.0, loc="upper right", ncols=3)
 def part_times(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Time of every part, and of a check by each criterion, as a share of one block.
+    """Draw the time of every part, and of a check by each criterion, as a share of one block.
 
     Columns: part, group ("block", "check", "head", or "whole", not drawn), share_of_block.
     """
@@ -35,7 +35,7 @@ def part_times(table: pd.DataFrame, *, ax: Axes) -> None:
 
 @style.panel(PAGE * 0.75, 2.8)
 def speedups(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Wall-clock against layers with intervals, identity as the ideal, one colour per execution.
+    """Draw wall-clock over layer speedup with intervals and the identity, a colour per execution.
 
     Columns: execution, speedup_layers, speedup_time, low, high.
     """
@@ -52,7 +52,7 @@ def speedups(table: pd.DataFrame, *, ax: Axes) -> None:
 
 @style.panel(COLUMN, 2.4, title="exit layer")
 def layer_equivalents(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Where the layers go: share of tokens × layers executed, stacked per threshold.
+    """Draw share of tokens × layers executed per exit layer, stacked for each threshold.
 
     Columns: threshold, exit_layer, layer_equivalents; n_layers is "no early exit".
     """
@@ -65,13 +65,13 @@ def layer_equivalents(table: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def run_parts(table: pd.DataFrame, apart: str, *, ax: Panels = None) -> np.ndarray:
-    """Where the time of whole runs goes, a panel for most and one below for the run ``apart``.
+    """Draw the time of each part of whole runs, and in a second panel that of the run ``apart``.
 
-    A line marks the total measured with no clock running.
+    A line marks the total that was measured without timing the parts.
 
     Args:
         table: columns run, part, milliseconds, total_ms.
-        apart: the run that is drawn below, on a scale of its own.
+        apart: the run that is drawn below, on its own scale.
     """
     below = table["run"] == apart
     panels = [partial(time_by_part, table[~below]), partial(time_by_part, table[below])]
@@ -83,7 +83,7 @@ def run_parts(table: pd.DataFrame, apart: str, *, ax: Panels = None) -> np.ndarr
 
 @style.panel(PAGE * 0.8, 2.2, markerscale=0.5)
 def time_by_part(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Where the time of whole runs goes, stacked; the table is that of :func:`run_parts`."""
+    """Draw the time of each part of whole runs, stacked; see :func:`run_parts`."""
     runs, parts = (list(dict.fromkeys(table[column])) for column in ("run", "part"))
     grid = table.pivot_table(index="run", columns="part", values="milliseconds").loc[runs, parts]
     totals = table.groupby("run")["total_ms"].mean()[runs]
@@ -93,7 +93,7 @@ def time_by_part(table: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def compaction(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """What layers and FLOPs allow, what the clock shows, and how much of it: two panels.
+    """Draw the speedups in layers, FLOPs and time, and the share achieved, in two panels.
 
     Columns: depth, speedup_layers, speedup_flops, speedup_time, low, high.
     """
@@ -103,7 +103,7 @@ def compaction(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
 
 @style.panel(COLUMN, 2.4, loc=None)
 def compaction_speedups(table: pd.DataFrame, *, ax: Axes) -> None:
-    """The first panel of :func:`compaction`: speedup by layers, by FLOPs and by the clock."""
+    """Draw the first panel of :func:`compaction`: the speedups in layers, FLOPs and time."""
     rows = table.sort_values("depth")
     ax.plot(rows["depth"], rows["speedup_layers"], "--", color="0.35", label="layers")
     ax.plot(rows["depth"], rows["speedup_flops"], label="FLOPs", **style.look(1))
@@ -115,7 +115,7 @@ def compaction_speedups(table: pd.DataFrame, *, ax: Axes) -> None:
 
 @style.panel(COLUMN, 2.4)
 def compaction_efficiency(table: pd.DataFrame, *, ax: Axes) -> None:
-    """The second panel of :func:`compaction`: the share of the FLOPs' speedup that the clock shows."""
+    """Draw the second panel of :func:`compaction`: wall-clock over FLOP speedup."""
     rows = table.sort_values("depth")
     ratio = rows["speedup_time"] / rows["speedup_flops"]
     bars = ax.bar([f"{d:g}" for d in rows["depth"]], ratio, width=0.6)
@@ -129,7 +129,7 @@ def compaction_efficiency(table: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def throughput(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Tokens per second, and layers until the slowest token has left, over the batch size.
+    """Draw tokens per second, and layers until all tokens have left, over the batch size.
 
     Columns: batch, execution, grouping, tokens_per_second, layers_run.
     """
@@ -139,7 +139,7 @@ def throughput(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
 
 @style.panel(COLUMN * 1.5, 2.5)
 def over_batch_sizes(table: pd.DataFrame, y: str, *, ax: Axes) -> None:
-    """One panel of :func:`throughput`: ``y`` is "tokens_per_second", or "layers_run" (dense only)."""
+    """Draw a panel of :func:`throughput`; ``y`` is "tokens_per_second" or "layers_run" (dense)."""
     if y == "layers_run":
         table = table[table["execution"] == "dense"]
     colors = {"compacted": "C0", "dense": "C1", "full depth": "0.35"}
@@ -155,7 +155,7 @@ def over_batch_sizes(table: pd.DataFrame, y: str, *, ax: Axes) -> None:
 
 
 def propagation(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """What states left behind cost in perplexity, by layers executed and by position: two panels.
+    """Draw the propagation error's cost in perplexity by layers executed and position, in two panels.
 
     Columns: by, value, cost; see
     :func:`earlyexit.evaluation.propagation_error.propagation_cost`.
@@ -166,7 +166,7 @@ def propagation(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
 
 @style.panel(COLUMN * 1.3, 2.2)
 def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes) -> None:
-    """One panel of :func:`propagation`: ``by`` is "layers executed" or "position"."""
+    """Draw a panel of :func:`propagation`; ``by`` is "layers executed" or "position"."""
     rows = table[table["by"] == by]
     style.mean_line(ax, rows, "value", "cost", marker="o")
     ax.axhline(0, **REFERENCE)
@@ -179,7 +179,7 @@ def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes) -> None:
 
 
 def output_heads(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Milliseconds per batch of each output head, scoring and predicting: two panels.
+    """Draw milliseconds per batch of each output head, scoring and predicting, in two panels.
 
     Columns: head, scoring_ms, scoring_exits_ms, prediction_ms, prediction_exits_ms.
     """
@@ -189,7 +189,7 @@ def output_heads(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
 
 @style.panel(COLUMN * 1.2, 2.3)
 def output_head_times(table: pd.DataFrame, task: str, *, ax: Axes) -> None:
-    """One panel of :func:`output_heads`: ``task`` is "scoring" or "prediction"."""
+    """Draw a panel of :func:`output_heads`; ``task`` is "scoring" or "prediction"."""
     columns = {f"{task}_ms": "full depth", f"{task}_exits_ms": "with exits"}
     means = table.groupby("head", sort=False)[list(columns)].mean().rename(columns=columns)
     style.grouped_bars(ax, means, "{:.0f}")
@@ -200,7 +200,7 @@ def output_head_times(table: pd.DataFrame, task: str, *, ax: Axes) -> None:
 
 @style.panel(COLUMN * 1.45, 2.7)
 def predicted_measured(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Predicted against measured time of runs, with the identity and ±10 %.
+    """Draw predicted over measured time of runs, with the identity and ±10 %.
 
     Columns: measured_ms, predicted_ms, used ("fitted" or "checked"), criterion.
     """
@@ -218,15 +218,16 @@ def predicted_measured(table: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def break_even(grid: pd.DataFrame, points: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Predicted wall-clock speedup over head/block ratio and exit rate; where it is 1, exits lose.
+    """Draw predicted wall-clock speedups over the head/block ratio and the share of layers executed.
 
-    A row of panels per criterion, a column per number of layers and batch size. The scale of
-    colours is drawn in a figure of its own only; otherwise ``figure.colorbar(ax.collections[0])``.
+    A line marks break-even: speedup 1. There is a row of panels per criterion, and a column per number
+    of layers and batch size. Only a new figure gets a scale of colours; for given axes call
+    ``figure.colorbar(ax.collections[0])``.
 
     Args:
         grid: columns criterion, n_layers, batch, head_ratio, executed (share of layers),
             speedup_time.
-        points: measured: the same columns; circles where exits won, crosses where they lost.
+        points: measured, the same columns: circles where exits are faster, else crosses.
     """
     sizes = sorted(set(zip(grid["n_layers"], grid["batch"], strict=True)))
     names = grid["criterion"].unique()
@@ -248,7 +249,7 @@ def break_even_map(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """One panel of :func:`break_even`: one criterion, number of layers and batch size."""
+    """Draw the panel of :func:`break_even` of a criterion, number of layers and batch size."""
     ax, own = style.new_axes(ax, COLUMN * 1.2, 2.6)
     here = pd.Series({"criterion": criterion, "n_layers": n_layers, "batch": batch})
     grid, points = (t[(t[here.index] == here).all(axis=1)] for t in (grid, points))
@@ -277,7 +278,7 @@ def break_even_map(
 
 
 def _speedup_scale(axes: Axes | np.ndarray) -> None:
-    """The scale of colours of a new figure, beside its axes."""
+    """Draw the scale of colours beside the axes of a new figure."""
     figure = np.ravel(axes)[0].figure
     bar = figure.colorbar(ScalarMappable(**SCALE), ax=axes, ticks=[-1, 0, 1], extend="both")
     bar.ax.set_yticklabels(["½×", "1×", "2×"])

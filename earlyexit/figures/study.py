@@ -1,4 +1,4 @@
-"""Figures of notebook 08: the three speedups against the loss, and which words leave early."""
+"""Figures of notebook 08 show the loss over three speedups, and which words exit early."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEEDUPS = {
     "speedup_time": "speedup (wall-clock)",
 }
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8)
-COMPARED = {  # with the fitted policies: how each is drawn
+COMPARED = {  # criterion beside the fitted ones → how it is drawn
     "static": {"color": "black", "marker": "s", "linestyle": "none"},
     "shallow twin": {"color": "black", "marker": "^", "linestyle": "none"},
     "original's threshold": {"color": "C3", "marker": "X", "linestyle": "none"},
@@ -30,12 +30,12 @@ BY_POSITION = {"layers": "mean layers executed", "nll": "NLL at full depth (nats
 
 
 def front(table: pd.DataFrame, claims: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Quality loss against layers, FLOPs and time, policies run for real: three panels.
+    """Draw quality loss over speedup in layers, FLOPs and time of real runs, in three panels.
 
     Args:
         table: columns seed, criterion, quality_loss, speedup_layers, speedup_flops, speedup_time,
-            and those that tell settings apart; see :func:`~earlyexit.figures.style.setting_of`.
-        claims: columns speedup, quality_loss of the original; it does not say which speedup.
+            and those of :func:`~earlyexit.figures.style.setting_of`.
+        claims: columns speedup, quality_loss of the original, which names no kind of speedup.
     """
     panels = [partial(loss_against, table, claims, x) for x in SPEEDUPS]
     key = {"loc": "lower center", "ncols": 4}
@@ -44,7 +44,7 @@ def front(table: pd.DataFrame, claims: pd.DataFrame, *, ax: Panels = None) -> np
 
 @style.panel(COLUMN * 1.5, 2.9)
 def loss_against(table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes) -> None:
-    """One panel of :func:`front`: ``x`` is a speedup; settings as mean and range over the seeds."""
+    """Draw a panel of :func:`front` over the speedup ``x``: mean and range over the seeds."""
     fitted = [name for name in dict.fromkeys(table["criterion"]) if name not in COMPARED]
     for name, rows in table.groupby("criterion", sort=False):
         options = COMPARED[name] if name in COMPARED else style.look(fitted.index(name))
@@ -61,7 +61,7 @@ def loss_against(table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes)
 
 @style.panel(COLUMN * 1.3, 2.4)
 def depth_by_class(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Mean layers executed by class of the predicted word, with the class's share of the tokens.
+    """Draw mean layers executed per class of the predicted word, and the class's share of tokens.
 
     Columns: seed, word_class, share, layers.
     """
@@ -78,7 +78,7 @@ def depth_by_class(table: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def depth_by_position(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Mean layers executed and NLL over the position in the window: two panels.
+    """Draw mean layers executed and NLL over the position in the window, in two panels.
 
     Columns: seed, position, layers, nll.
     """
@@ -92,10 +92,10 @@ def depth_by_position(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
 def coloured_text(
     words: list[str], layers: np.ndarray, n_layers: int, width: int = 122, *, ax: Axes | None = None
 ) -> Axes:
-    """Words on the colour of the layers their prediction took, as running text.
+    """Draw running text, each word on the colour of the layers that its prediction executed.
 
     Args:
-        words: in order.
+        words: words in order.
         layers: layers executed ``(T,)``, 1 … n_layers.
         width: characters per line: 122 fill a page, 59 a column.
     """
@@ -117,7 +117,7 @@ def coloured_text(
 
 
 def _running_text(words: list[str], width: int) -> Iterator[tuple[int, int]]:
-    """Line and column at which each word begins, in lines of ``width`` characters."""
+    """Yield line and column at which each word begins, in lines of ``width`` characters."""
     line = column = 0
     for word in words:
         if column + len(word) > width:
@@ -127,10 +127,10 @@ def _running_text(words: list[str], width: int) -> Iterator[tuple[int, int]]:
 
 
 def coloured_html(words: list[str], layers: np.ndarray, n_layers: int, title: str) -> str:
-    """A page with each word on the colour of the layers its prediction took.
+    """Return a page with each word on the colour of the layers that its prediction executed.
 
     Args:
-        words: in order; ``<eos>`` ends a line.
+        words: words in order; ``<eos>`` ends a line.
         layers: layers executed ``(T,)``, 1 … n_layers.
     """
     colours = style.layer_colours(n_layers)

@@ -1,8 +1,8 @@
-"""What every figure shares: sizes, colours, new axes, legends, and the kinds of bars and lines.
+"""All figures share sizes, colours, new axes, legends, and the kinds of bars and lines.
 
-Sizes are inches of a paper's column (3.4) or page (7.0); colours and fonts come from the project's
-style. Seeds, where there are several, are drawn as a mean with its range. A function that draws one
-panel is decorated with :func:`panel`; :func:`compose` makes a picture of several.
+Sizes are in inches, for a paper's column (3.4) or page (7.0); colours and fonts come from the
+project's style. Several seeds are drawn as their mean and range. A function that draws one
+panel is decorated with :func:`panel`; :func:`compose` draws a picture of several.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from earlyexit.exits.criteria import CRITERIA
 
 COLUMN, PAGE = 3.4, 7.0  # inches
 Panels = Sequence[Axes] | np.ndarray | None  # axes of a composed picture; None: a new figure
-SMALL = 7  # points, of a number beside what it counts
+SMALL = 7  # font size in points of a number beside a bar or line
 REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
-BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # of a number on a line
+BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # box behind a number
 MARKERS = "osD^vP*X"
 SETTINGS = ("threshold", "epsilon", "exit_layer", "depth", "price")
 
@@ -39,7 +39,7 @@ def use_style() -> None:
 
 
 def label_of(criterion: str) -> str:
-    """How a criterion is called in a legend."""
+    """Return the name of a criterion in a legend."""
     return CRITERIA[criterion].label if criterion in CRITERIA else criterion
 
 
@@ -48,33 +48,33 @@ def layers_text(n: int) -> str:
 
 
 def setting_of(table: pd.DataFrame) -> pd.Series:
-    """What tells the policies of one criterion apart, per row.
+    """Return per row the number that distinguishes the policies of one criterion.
 
-    It is the first number among the columns threshold, epsilon, exit_layer, depth and price; a
-    table need not have all of them. NaN where a row has none.
+    It is the first number among the columns threshold, epsilon, exit_layer, depth and price, of
+    which a table may lack some, or NaN if a row has none.
     """
     return table.reindex(columns=SETTINGS).astype(float).bfill(axis=1).iloc[:, 0]
 
 
 def layer_colours(n_layers: int) -> list[str]:
-    """One light colour per number of layers, dark text readable on each."""
+    """Return a colour per number of layers, light enough for dark text."""
     return [to_hex(colour) for colour in colormaps["YlGnBu"](np.linspace(0.05, 0.55, n_layers))]
 
 
 def look(k: int) -> dict:
-    """Colour and marker of the k-th curve of a figure."""
+    """Return colour and marker of the k-th curve of a figure."""
     return {"color": f"C{k}", "marker": MARKERS[k % len(MARKERS)]}
 
 
 def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Axes, bool]:
-    """The axes to draw on, and whether they stand alone in a new figure of that size."""
+    """Return the axes to draw on, and whether they are those of a new figure of that size."""
     if ax is not None:
         return ax, False
     return plt.subplots(figsize=(width, height), layout="constrained")[1], True
 
 
 def panel(width: float, height: float, **key) -> Callable:
-    """Decorate a function that draws on ``ax``: it may then be called without.
+    """Decorate a function that draws on ``ax``, so that ``ax`` becomes optional.
 
     The decorated function draws on the axes it is given, or in a new figure of that size; it adds
     the :func:`legend`, with the arguments ``key``, and returns the axes.
@@ -115,13 +115,13 @@ def compose(
 
     Args:
         axes: one per panel, row by row, in any shape.
-        draw: functions that draw one panel each, row by row, on the ``ax`` they are called with.
+        draw: functions that each draw one panel on their argument ``ax``, row by row.
         key: arguments of :func:`legend` for one legend in place of those of the panels.
-        one_label: of the axes "x", "y" or "xy", whose label stands once for the whole figure.
-        options: of ``plt.subplots``.
+        one_label: the axes, "x", "y" or "xy", that get one label for the whole figure.
+        options: arguments of ``plt.subplots``.
 
     Returns:
-        Axes ``(columns,)``, or ``(rows, columns)`` where there are several rows.
+        Axes ``(columns,)``, or ``(rows, columns)`` if there are several rows.
 
     Raises:
         ValueError: there are more or fewer axes than panels.
@@ -159,12 +159,12 @@ def _label_once(panels: np.ndarray, one_label: str) -> None:
 def legend(
     axes: Axes | np.ndarray, own: bool, loc: str | None = "right upper", ncols: int = 1, **options
 ) -> None:
-    """One legend of what the first of ``axes`` labels, in place of those of the single panels.
+    """Draw one legend with the labels of the first of ``axes``, in place of those of the panels.
 
     Args:
-        own: the figure is new, and the legend goes outside all axes, at ``loc``, in ``ncols``
+        own: whether the figure is new: then the legend goes outside all axes, at ``loc``, in ``ncols``
             columns; otherwise, or without a ``loc``, it goes into the first of the axes.
-        options: of ``Axes.legend``.
+        options: arguments of ``Axes.legend``.
     """
     axes = np.ravel(axes)
     for old in filter(None, [ax.get_legend() for ax in axes]):
@@ -180,7 +180,7 @@ def legend(
 
 
 def percent(axis: Axis, decimals: int | None = None) -> None:
-    """Write an axis of shares in per cent."""
+    """Label an axis of shares in per cent."""
     axis.set_major_formatter(PercentFormatter(1, decimals=decimals))
 
 
@@ -190,7 +190,7 @@ def integers(axis: Axis) -> None:
 
 
 def plain_ticks(axis: Axis, values: Sequence[float], text: str = "{:g}") -> None:
-    """Put the ticks of a logarithmic axis at those of ``values`` that it shows, as plain numbers."""
+    """Put ticks with plain numbers at those ``values`` that a logarithmic axis shows."""
     low, high = sorted(axis.get_view_interval())
     shown = [v for v in values if low <= v <= high]
     axis.set_ticks(shown, [text.format(v) for v in shown], minor=False)
@@ -198,21 +198,21 @@ def plain_ticks(axis: Axis, values: Sequence[float], text: str = "{:g}") -> None
 
 
 def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
-    """Lengths ``(2, n)`` of error bars that reach from ``low`` to ``high``, none below zero."""
+    """Return the lengths ``(2, n)``, at least 0, of error bars from ``low`` to ``high``."""
     return np.clip([value - low, high - value], 0, None)
 
 
 def interval_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> None:
-    """A curve of ``y`` over ``x`` with error bars from column low to column high."""
+    """Draw a curve of ``y`` over ``x`` with error bars from column low to column high."""
     table = table.sort_values(x)
     error = whiskers(table[y], table["low"], table["high"])
     ax.errorbar(table[x], table[y], yerr=error, capsize=2, **style)
 
 
 def setting_points(ax: Axes, rows: pd.DataFrame, x: str, largest: float, **style) -> None:
-    """One point per setting of a policy: means over the seeds of ``x`` and quality_loss, and ranges.
+    """Draw a point per setting of a policy: mean and range of ``x`` and quality_loss over the seeds.
 
-    Points of a greater loss than ``largest`` are left out.
+    Points whose mean loss exceeds ``largest`` are left out.
     """
     settings = rows.groupby(setting_of(rows))[[x, "quality_loss"]]
     mean, low, high = settings.mean(), settings.min(), settings.max()
@@ -224,14 +224,14 @@ def setting_points(ax: Axes, rows: pd.DataFrame, x: str, largest: float, **style
 
 
 def mean_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> None:
-    """Mean of ``y`` over rows with the same ``x``, and the range of these rows as a shade."""
+    """Draw the mean of ``y`` over rows with the same ``x``, and their range as a shade."""
     band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.2, "linewidth": 0}}
     style = {"markersize": 4.5, "markeredgewidth": 0} | style
     sns.lineplot(table, x=x, y=y, ax=ax, legend=False, **band, **style)
 
 
 def mean_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
-    """A :func:`mean_line` for each value of ``hue``, in the order in which they come."""
+    """Draw a :func:`mean_line` for each value of ``hue``, in the order of the table."""
     for k, (name, rows) in enumerate(table.groupby(hue, sort=False)):
         mean_line(ax, rows, x, y, label=name, **look(k))
 
@@ -248,10 +248,7 @@ def lines(
     *,
     ax: Axes,
 ) -> None:
-    """One line per value of ``hue``, mean and range over repeated rows, log–log by default.
-
-    Where ``hue`` is None there is one line.
-    """
+    """Draw a :func:`mean_line` per value of ``hue`` (one if it is None), log–log by default."""
     if hue is None:
         mean_line(ax, table, x, y, marker="o")
     else:
@@ -276,10 +273,10 @@ def grouped_bars(
     colors: Sequence[str] | None = None,
     **text_style,
 ) -> None:
-    """Upright bars: a group for each row of ``values``, a colour for each column.
+    """Draw upright bars: a group for each row of ``values``, a colour for each column.
 
-    ``text`` formats the number at a bar, ``missing`` stands in place of a bar without a value (NaN),
-    bars begin at ``bottom``; ``text_style`` goes to ``Axes.bar_label``.
+    ``text`` formats the number at a bar, ``missing`` replaces a bar without a value (NaN), bars begin
+    at ``bottom``; ``text_style`` are arguments of ``Axes.bar_label``.
     """
     at, width = np.arange(len(values)), 0.8 / values.shape[1]
     for k, (name, column) in enumerate(values.items()):
@@ -302,9 +299,9 @@ def stacked_bars(
     totals: pd.Series | None = None,
     height: float = 0.8,
 ) -> None:
-    """Lying bars: one for each row of ``values``, from the top, with a piece for each column.
+    """Draw horizontal bars: one for each row of ``values``, from the top, with a piece per column.
 
-    ``text`` formats the total behind a bar; ``totals`` where they are not the sums of the pieces.
+    ``text`` formats the total behind a bar; ``totals`` are given if they are not sums of the pieces.
     """
     at, ends = np.arange(len(values)), np.zeros(len(values))
     for k, (name, column) in enumerate(values.fillna(0).items()):
@@ -320,9 +317,9 @@ def stacked_bars(
 
 
 def part_bars(ax: Axes, table: pd.DataFrame, text: Callable[[float], str]) -> None:
-    """Lying bars on a logarithmic scale: what each part takes when a block takes 1.
+    """Draw horizontal bars on a logarithmic scale: the cost of each part in units of one block.
 
-    Columns: part, group ("block", "check" or "head"), share_of_block. ``text`` writes the number
+    Columns: part, group ("block", "check" or "head"), share_of_block. ``text`` formats the number
     behind a bar.
     """
     kinds = {"block": ("C0", "block"), "check": ("C2", "exit check"), "head": ("C1", "head")}

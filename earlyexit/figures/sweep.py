@@ -1,4 +1,4 @@
-"""Figures of notebook 03: quality against depth over thresholds, exits, and ways of training."""
+"""Figures of notebook 03 show quality over speedup, thresholds, exits and training recipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from earlyexit.figures import style
 from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, Panels
 
 EXIT = "exit (layer index)"
-FEW = 12  # settings, up to which a curve is drawn as points
+FEW = 12  # largest number of settings that are drawn as points
 
 QUALITY = {
     "perplexity": "perplexity",
@@ -34,14 +34,14 @@ def pareto(
     *,
     ax: Axes,
 ) -> None:
-    """Quality loss against a speedup, one curve per criterion, static exits and oracles beside.
+    """Draw quality loss over a speedup, one curve per criterion, with static exits and oracles.
 
-    Static exits, and criteria of few settings, are drawn as points, oracles dashed; several seeds
-    as their mean and range.
+    Static exits and criteria with few settings are drawn as points, oracles as dashed curves, and
+    several seeds as their mean and range.
 
     Args:
-        curves: columns seed, criterion, quality_loss, ``x``, and those that tell settings apart;
-            see :func:`~earlyexit.figures.style.setting_of`.
+        curves: columns seed, criterion, quality_loss, ``x``, and those of
+            :func:`~earlyexit.figures.style.setting_of`.
         largest_loss: largest quality loss shown.
         points: the original's claims: columns quality_loss, ``x``.
     """
@@ -49,7 +49,7 @@ def pareto(
         options = {"color": f"C{k}", "label": style.label_of(criterion)}
         if criterion.startswith("oracle"):
             options |= {"color": "0.35" if "nll" in criterion else "0.6", "linestyle": "--"}
-        if criterion.endswith(", before"):  # what comes after lies on it
+        if criterion.endswith(", before"):  # the curve after it covers it
             options |= {"linewidth": 3, "alpha": 0.4}
         if criterion == "static":
             options |= {"color": "black", "marker": "s"}
@@ -63,14 +63,14 @@ def pareto(
         ax.plot(points[x], points["quality_loss"], "X", **claimed)
     ax.axhline(0, **REFERENCE)
     top = min(largest_loss, curves["quality_loss"].max()) * 1.05
-    lowest = max(-0.6 * top, ax.get_ylim()[0])  # hindsight about the target falls far below
+    lowest = max(-0.6 * top, ax.get_ylim()[0])  # an oracle that knows the target falls far below
     ax.set(ylim=(lowest, top), xlabel=x_label)
     ax.set_ylabel("quality loss\n(perplexity / full depth − 1)")
     style.percent(ax.yaxis)
 
 
 def _pareto_curve(ax: Axes, rows: pd.DataFrame, x: str, largest_loss: float, **options) -> None:
-    """The mean over the seeds, on a grid of ``x`` that all of them reach, and their range."""
+    """Draw mean and range over the seeds, on a grid of ``x`` that all of them reach."""
     grid, losses = np.linspace(rows[x].min(), rows[x].max(), 400), []
     for _, one in rows.groupby("seed"):
         one = one.sort_values(x)
@@ -84,7 +84,7 @@ def _pareto_curve(ax: Axes, rows: pd.DataFrame, x: str, largest_loss: float, **o
 
 
 def exit_distributions(table: pd.DataFrame, criterion: str, *, ax: Panels = None) -> np.ndarray:
-    """Bars: share of tokens per exit layer, one panel per threshold, the average marked.
+    """Draw the share of tokens per exit layer, a panel per threshold, with the average marked.
 
     Columns: threshold, exit_layer, share (n_layers: no early exit), average.
     """
@@ -95,7 +95,7 @@ def exit_distributions(table: pd.DataFrame, criterion: str, *, ax: Panels = None
 
 @style.panel(COLUMN * 0.75, 2.1)
 def exit_distribution(table: pd.DataFrame, criterion: str, threshold: float, *, ax: Axes) -> None:
-    """One panel of :func:`exit_distributions`: the tokens at one threshold."""
+    """Draw the panel of :func:`exit_distributions` of one threshold."""
     rows = table[table["threshold"] == threshold].groupby("exit_layer").mean(numeric_only=True)
     none, average = int(table["exit_layer"].max()), rows["average"].iloc[0]
     ax.bar(rows.index, rows["share"], color=["C0"] * none + ["0.6"])
@@ -108,7 +108,7 @@ def exit_distribution(table: pd.DataFrame, criterion: str, threshold: float, *, 
 
 
 def threshold_sweep(sweeps: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Mean layers executed above, quality loss below, against the threshold; a column per criterion.
+    """Draw mean layers executed, and below it quality loss, over thresholds, a column per criterion.
 
     Columns: seed, criterion, threshold, quality_loss, layers.
     """
@@ -119,7 +119,7 @@ def threshold_sweep(sweeps: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
 
 @style.panel(COLUMN * 0.75, 2.2)
 def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes) -> None:
-    """One panel of :func:`threshold_sweep`: ``y`` is "layers" or "quality_loss"."""
+    """Draw a panel of :func:`threshold_sweep`; ``y`` is "layers" or "quality_loss"."""
     rows = sweeps[(sweeps["criterion"] == criterion) & np.isfinite(sweeps["threshold"])]
     for _, one in rows.sort_values("threshold").groupby("seed"):
         ax.plot(one["threshold"], one[y], color=f"C{list(OVER_THRESHOLD).index(y)}")
@@ -132,7 +132,7 @@ def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes) ->
 
 
 def exit_quality(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Perplexity, agreement and KL with the last layer, per exit: three panels.
+    """Draw perplexity, and agreement and KL with the last layer, per exit, in three panels.
 
     Columns: seed, exit, perplexity, agreement, kl.
     """
@@ -146,7 +146,7 @@ def exit_quality(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
 
 
 def recipes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Perplexity per exit of models trained in different ways, mean and range over the seeds.
+    """Draw perplexity per exit of models trained by each recipe, mean and range over the seeds.
 
     Columns: recipe, exit, perplexity.
     """
@@ -156,7 +156,7 @@ def recipes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @style.panel(COLUMN * 1.2, 2.2)
 def equal_cost(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Perplexity of an adaptive against a shallow model of the same cost, with paired intervals.
+    """Draw adaptive over shallow perplexity at the same cost, with paired intervals.
 
     Columns: seed, depth, difference, low, high.
     """

@@ -1,4 +1,4 @@
-"""Figures of notebook 07: ACT, several scales and a sparse BK-Core, alone and with exits."""
+"""Figures of notebook 07 show ACT, several scales and a sparse BK-Core, alone and with exits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SAVED = {
     "speedup_flops": "FLOPs of its layers / FLOPs of the layers",
 }
 TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-UNUSABLE = 0.5  # quality loss beyond which nobody wants the model
+UNUSABLE = 0.5  # quality loss beyond which a model is of no use
 
 
 @style.panel(PAGE * 0.75, 2.6)
 def sparse_limits(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Speedup of a layer by a sparse BK-Core: at most, and measured, per size.
+    """Draw the largest possible and the measured speedup of a layer by a sparse BK-Core, per size.
 
-    The table is as :func:`earlyexit.cost.system_times.sparse_times` returns.
+    The table is that of :func:`earlyexit.cost.system_times.sparse_times`.
     """
     sizes = table[["heads", "batch", "positions", "d_model"]].itertuples(index=False)
     names = [f"{r.heads} heads\n{r.batch} × N = {r.positions}\nd = {r.d_model}" for r in sizes]
@@ -39,12 +39,12 @@ def sparse_limits(table: pd.DataFrame, *, ax: Axes) -> None:
 def combinations(
     curves: pd.DataFrame, alone: pd.DataFrame, epsilon: float, *, ax: Panels = None
 ) -> np.ndarray:
-    """Perplexity against the reference's over what the layers save: positions, FLOPs; two panels.
+    """Draw quality loss against the reference over speedup in positions and FLOPs, in two panels.
 
     Args:
         curves: columns system, quality_loss, speedup_layers, speedup_flops (over thresholds).
         alone: the same, one row per system at full depth.
-        epsilon: quality loss called matched; a dashed line.
+        epsilon: tolerated quality loss, drawn as a dashed line.
     """
     panels = [partial(combination_curves, curves, alone, epsilon, x) for x in SAVED]
     key = {"loc": "lower center", "ncols": 5}
@@ -55,7 +55,7 @@ def combinations(
 def combination_curves(
     curves: pd.DataFrame, alone: pd.DataFrame, epsilon: float, x: str, *, ax: Axes
 ) -> None:
-    """One panel of :func:`combinations`: ``x`` is "speedup_layers" or "speedup_flops"."""
+    """Draw a panel of :func:`combinations`; ``x`` is "speedup_layers" or "speedup_flops"."""
     colors = [f"C{k}" for k in range(7)] + ["0.5", "0.2"]
     names = dict.fromkeys([*curves["system"], *alone["system"]])
     for k, name in enumerate(names):
@@ -74,7 +74,7 @@ def combination_curves(
 
 @style.panel(PAGE, 2.7, loc="upper center", ncols=4)
 def claimed_measured(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Claimed factors and products beside measured ones, log scale.
+    """Draw claimed factors and products beside measured ones, on a log scale.
 
     Columns: claim, claimed, then one column per measure (NaN: not reached).
     """
@@ -92,7 +92,7 @@ def claimed_measured(table: pd.DataFrame, *, ax: Axes) -> None:
 
 @style.panel(COLUMN * 1.4, 2.5)
 def act_conversion(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Perplexity over mean layers of a converted ACT model, exits calibrated or not.
+    """Draw perplexity over mean layers of a converted ACT model, with exits calibrated or not.
 
     Columns: exits ("as converted", "calibrated", "ACT itself"), layers, perplexity.
     """

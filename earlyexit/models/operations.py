@@ -1,7 +1,7 @@
-"""A ResNet-BK language model's cost follows from its configuration; it need not have been built.
+"""The operations of a ResNet-BK language model follow from its configuration alone.
 
-Profilers count matrix products only (recurrences, softmax and normalisations count as zero there), hence
-these formulas; their matrix products are checked against ``torch.utils.flop_counter`` in the tests.
+Profilers count matrix products only, and no recurrences, softmax or normalisations; hence these
+formulas. Their matrix products are checked against ``torch.utils.flop_counter`` in the tests.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ BK_STEP = 18  # FLOPs: one complex reciprocal and multiply-add, in real arithmet
 
 COMPLEX = 16  # bytes; BK-Core computes in double precision
 
-# Shares of tokens for which the middle and the rare cluster of an adaptive softmax are opened, as they
-# are in English text with words numbered by frequency: to score the word that comes, to find the most
-# probable word, and for the probabilities of all words. 01_build measures the first two.
+# Shares of tokens for which the middle and the rare cluster of an adaptive softmax are computed, in
+# English text with words numbered by frequency: to score the next word, to find the most probable
+# word, and for the probabilities of all words. 01_build measures the first two.
 OPENED = {"word": (0.14, 0.06), "top": (1 / 3, 1 / 5), "all": (1.0, 1.0)}
 
 
@@ -40,7 +40,7 @@ def operations(
     """Return the operations of a model of this configuration.
 
     Args:
-        kept: the share of positions that each layer's sparse BK-Core visits; empty for dense layers.
+        kept: share of positions that each layer's sparse BK-Core computes; empty for dense layers.
         levels: how often each layer's positions were halved; empty for one scale.
         halting: whether halting units are the gates.
     """
@@ -56,7 +56,7 @@ def operations(
             "BK-Core": run["BK-Core"],
         }
         both: dict = {"importance": {"thin_flops": 2 * d}} if kept else {}
-        if layer and levels[layer] > levels[layer - 1]:  # all positions, whoever is left
+        if layer and levels[layer] > levels[layer - 1]:  # at all positions, running or not
             both["pooling"] = {"flops": 4 * d * d}
         elif layer and levels[layer] < levels[layer - 1]:  # one product for two positions
             run["raising"] = {"flops": d * d}
@@ -75,7 +75,7 @@ def operations(
         levels=levels,
         skippable=("potentials", "BK-Core", "projection") if kept else (),
         kept=tuple(kept),
-        # Of several scales, a check reads what the levels add up to at a block's first token.
+        # With several scales, a check reads the sum of the levels at a block's first token.
         reading=tuple(LAYER_NORM * d + level * 2 * d * d for level in levels)
         if scales and not halting
         else (),
@@ -90,7 +90,7 @@ def _block(config: ModelConfig) -> Parts:
     d, h, e, k = config.d_model, config.bk_heads, config.num_experts, config.top_k
     hidden = config.expert_hidden or 2 * d
     expert = 2 * 2 * d * hidden + hidden + 2 * d  # with weights and sum
-    expert_moves = 2 * d + 4 * hidden  # in, hidden, activation in and out, hidden, out
+    expert_moves = 2 * d + 4 * hidden  # input, hidden, activation in and out, hidden, output
     dispatch = 8 * d  # gather, join, and put back in order, twice each; weigh
     return {
         "layer norm": norm(d),

@@ -1,8 +1,8 @@
-"""Tables and figures, and the record of the run that wrote them.
+"""A notebook writes tables and figures, and a record of the run that wrote them.
 
-A notebook writes into a folder that git ignores, and after each file its record anew. ``run`` gives
-it the folder and publishes what lies there when the notebook has succeeded; opened by hand, it has
-``build/by-hand/<label>/``. What does not match a record was never finished and is not read.
+The files go into a folder that git ignores; after each result the record is written again. ``run``
+names that folder and publishes its files when the notebook has succeeded; a notebook opened by hand
+writes into ``build/by-hand/<label>/``. A file that does not match its record is never read.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 PNG_DPI = 200
 
-# What the runner tells the notebooks it executes.
+# Environment variables that the runner sets for the notebooks it executes.
 RUN_ID = "EARLYEXIT_RUN_ID"
 LABEL = "EARLYEXIT_LABEL"
 COMMAND = "EARLYEXIT_COMMAND"
 FOLDER = "EARLYEXIT_FOLDER"
 
-_BY_HAND = f"by-hand-{uuid.uuid4().hex[:12]}"  # one run: a kernel's life
+_BY_HAND = f"by-hand-{uuid.uuid4().hex[:12]}"  # one id for the life of a kernel
 
 _TEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
@@ -46,20 +46,20 @@ _TEX = str.maketrans(
 
 
 class MissingResult(FileNotFoundError):
-    """A result that has not been made, was not finished, or was changed since."""
+    """A result does not exist, was not finished, or was changed since."""
 
 
 def run_label(
     profile: str, overrides: dict[str, Any] | None = None, seeds: Sequence[int] = ()
 ) -> str:
-    """The label a notebook writes under: the runner's, or under JupyterLab the profile's."""
+    """Return the label that a notebook writes under: the runner's, or by hand the profile's."""
     return os.environ.get(LABEL) or profiles.label(profile, overrides, seeds)
 
 
 class Outputs:
-    """Writes the tables and figures of one notebook.
+    """The writer of one notebook's tables and figures.
 
-    Every method that writes raises ValueError where another notebook writes a result of that name.
+    Every method that writes raises ValueError if another notebook writes a result of that name.
 
     Args:
         label: folder of the results; see ``run_label``.
@@ -68,8 +68,8 @@ class Outputs:
         root: top of the project, by default this one.
 
     Attributes:
-        folder: where it writes, below ``results/`` and ``figures/``.
-        record: of what was written so far.
+        folder: folder whose ``results/`` and ``figures/`` are written.
+        record: record of what was written so far.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class Outputs:
     def table(
         self, df: pd.DataFrame, name: str, caption: str, text_hash: str | None = None
     ) -> pd.DataFrame:
-        """Write a tidy table as CSV and LaTeX, and return it, to be shown.
+        """Write a tidy table as CSV and LaTeX, and return it, so that a notebook shows it.
 
         Raises:
-            ValueError: no row, no ``seed`` column, columns that are not plain names, or an infinite
-                number. NaN is allowed: it says that something could not be measured.
+            ValueError: the table has no rows, no ``seed`` column, columns that are not plain names, or
+                an infinite number. NaN is allowed: it marks what could not be measured.
         """
         self._check_table(df, name)
         latex = _latex(df, name, caption)
@@ -110,10 +110,10 @@ class Outputs:
         return df
 
     def figure(self, drawn: Any, name: str, caption: str, text_hash: str | None = None) -> Figure:
-        """Write a figure as PDF (TrueType fonts) and PNG, and return it, to be shown.
+        """Write a figure as PDF (TrueType fonts) and PNG, and return it, so that a notebook shows it.
 
         Args:
-            drawn: a figure, or the axes or an array of axes that lie in one.
+            drawn: a figure, or its axes, or an array of them.
         """
         import matplotlib as mpl
 
@@ -136,7 +136,7 @@ class Outputs:
         """Write a JSON or Markdown file among the tables, or a page (``"html"``) among the figures.
 
         Returns:
-            Its path.
+            The path of the file.
         """
         file = f"{'figures' if suffix == 'html' else 'results'}/{name}.{suffix}"
         writers = {file: _text(text.rstrip("\n") + "\n")}
@@ -158,7 +158,7 @@ class Outputs:
         text_hash: str | None,
         writers: dict[str, Callable[[Path], Any]],
     ) -> Path:
-        """Write the files of one result, each through its function, then the record; the first path."""
+        """Write each file through its function, then the record; return the first path."""
         self._check_owner(next(iter(writers)).split("/")[0], name)
         written = {}
         for file, write in writers.items():
@@ -169,14 +169,14 @@ class Outputs:
         self.record = replace(
             self.record,
             files=self._files_so_far() | written,
-            hardware=provenance.hardware(),  # by now a GPU is known, if one is used
+            hardware=provenance.hardware(),  # torch is loaded by now and names a GPU in use
             time=provenance.now(),
         )
         self.record.write(self.folder)
         return self.folder / next(iter(writers))
 
     def _files_so_far(self) -> dict[str, File]:
-        """What this run has written; what an earlier run by hand left is removed."""
+        """Return the files of this run; remove those of an earlier run by hand."""
         before = provenance.read_record(self.folder, self.record.notebook)
         if before is None:
             return {}
@@ -187,7 +187,7 @@ class Outputs:
         return {}
 
     def _check_owner(self, top: str, name: str) -> None:
-        """Two notebooks that overwrite each other's results would never both be fresh."""
+        """Raise ValueError if another notebook owns the name: the two would never both be fresh."""
         folders = {self.folder, self.project.published(self.record.label)}
         for other in (record for folder in folders for record in provenance.read_records(folder)):
             owns = any(f.name == name and p.split("/")[0] == top for p, f in other.files.items())
@@ -216,7 +216,7 @@ def _text(content: str) -> Callable[[Path], Any]:
 
 
 def read_table(label: str, name: str, root: str | Path | None = None) -> pd.DataFrame:
-    """A table that a notebook wrote; by hand rather one that was written by hand, if there is one.
+    """Read a table that a notebook wrote.
 
     Raises:
         MissingResult: see :func:`result_path`.
@@ -225,13 +225,14 @@ def read_table(label: str, name: str, root: str | Path | None = None) -> pd.Data
 
 
 def result_path(label: str, file: str, root: str | Path | None = None) -> Path:
-    """Where a file of ``results/`` is whose bytes are those that its notebook wrote.
+    """Return the path of a file of ``results/`` that is as its notebook wrote it.
 
-    A notebook that ``run`` executes finds what is published; everybody else first what was written
-    by hand.
+    A notebook that ``run`` executes reads published files only; otherwise a file that was written by
+    hand comes first.
 
     Raises:
-        MissingResult: not made yet, half-written or changed by hand; names the notebook to run.
+        MissingResult: the file does not exist, is half-written or was changed by hand; the message
+            names the notebook to run.
     """
     place = project(root)
     by_hand, published = place.by_hand(label), place.published(label)
@@ -250,12 +251,12 @@ def result_path(label: str, file: str, root: str | Path | None = None) -> Path:
 
 
 def owner_of(file: str, folder: Path) -> Record | None:
-    """The record in a folder that lists a file."""
+    """Return the record in a folder that lists a file, or None."""
     return next((r for r in provenance.read_records(folder) if file in r.files), None)
 
 
 def _latex(df: pd.DataFrame, name: str, caption: str) -> str:
-    """A booktabs table; numbers with four significant digits, the CSV has them all."""
+    """Format a booktabs table, with numbers of four significant digits (the CSV has them all)."""
     floats = list(df.select_dtypes("floating"))
     style = df.reset_index(drop=True).style.format(escape="latex", na_rep="--")
     style = style.format("{:.4g}", subset=floats, na_rep="--") if floats else style
@@ -269,10 +270,10 @@ def _latex(df: pd.DataFrame, name: str, caption: str) -> str:
 
 
 def remedy(label: str, notebook: str | None) -> str:
-    """The command that makes what is missing under a label, as part of a sentence."""
+    """Return the command that makes what is missing under a label, as part of a sentence."""
     profile, *changed = label.split("~")
     options = ["--profile", profile]
-    if any("=" not in pair for pair in changed):  # a digest: the label is too long to say it all
+    if any("=" not in pair for pair in changed):  # the label was too long and ends in a digest
         return f"run it with the settings in the records of results/{label}"
     for pair in changed:
         key, _, value = pair.partition("=")
@@ -282,7 +283,7 @@ def remedy(label: str, notebook: str | None) -> str:
 
 
 def _producer(place: Project, name: str) -> str | None:
-    """The first notebook that names a table: those that read it come later."""
-    quoted = json.dumps(f'"{name}"')[1:-1]  # as a notebook's JSON has it
+    """Return the first notebook that names a table: its writer comes before its readers."""
+    quoted = json.dumps(f'"{name}"')[1:-1]  # as it is escaped in a notebook's JSON
     paths = sorted(place.notebooks.glob("*.ipynb"))
     return next((p.stem for p in paths if quoted in p.read_text("utf-8")), None)

@@ -1,7 +1,7 @@
-"""Costly steps, computed once: trained models, exit traces and this machine's prices of work.
+"""Trained models, exit traces and the prices of work on this machine are computed once and cached.
 
 Each is kept under a digest of its configuration, its text and the definitions that it uses, so that
-neither a comment nor a new figure costs an hour. Deleting the cache costs time only.
+a new comment or figure retrains nothing. Deleting the cache costs time only.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Kind = type[EarlyExitLanguageModel]
 
 
 class NotTrained(FileNotFoundError):
-    """A model that has not been trained yet."""
+    """A model has not been trained yet."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model and how it came about.
+    """A trained model with the history of its training.
 
     Attributes:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         history: one row per report of the training.
-        model_hash: names the checkpoint.
-        gates: one row per gate, what it explains of its target; empty without gates.
+        model_hash: hash that names the checkpoint.
+        gates: one row per gate: how much of its target it explains; empty without gates.
     """
 
     model: EarlyExitLanguageModel
@@ -75,17 +75,18 @@ def trained_model(
     may_train: bool = True,
     kind: Kind = EarlyExitLanguageModel,
 ) -> Trained:
-    """The model of this configuration: from the cache, or trained now and kept.
+    """Return the model of this configuration, from the cache, or trained now and kept.
 
     Args:
         max_tokens: see :func:`earlyexit.training.train.train`.
         kind: class of the model.
         backbone: the model whose exits are trained when ``training.freeze_backbone``.
-        convert: makes of the backbone the model whose exits are trained, with the same configuration.
-        may_train: otherwise a model that is not in the cache raises.
+        convert: function from the backbone to the model whose exits are trained, of the same
+            configuration.
+        may_train: whether a model that is not in the cache is trained.
 
     Raises:
-        NotTrained: not in the cache, and ``may_train`` is False.
+        NotTrained: the model is not in the cache, and ``may_train`` is False.
     """
     if convert:
         kind = type(convert(backbone.model))
@@ -130,7 +131,7 @@ def gated_model(
     seed: int,
     may_train: bool = True,
 ) -> Trained:
-    """``trained`` with learned gates: from the cache, or trained now on frozen weights and kept.
+    """Return ``trained`` with gates, from the cache, or trained now on frozen weights and kept.
 
     Raises:
         NotTrained: see :func:`trained_model`.
@@ -162,7 +163,7 @@ def exit_trace(
     cache: Path,
     temperatures: Sequence[float] | None = None,
 ) -> ExitTrace:
-    """The trace of a trained model over a split: from the cache, or collected now and kept."""
+    """Return a model's trace over a split, from the cache, or collected now and kept."""
     key = {
         "model": trained.model_hash,
         "text": corpus.data_hash,
@@ -178,13 +179,13 @@ def exit_trace(
 
 
 def with_short_fit(corpus: Corpus, tokens: int) -> Corpus:
-    """The text for a short training: its fit part takes no longer to read than the training."""
+    """Return the corpus with about ``tokens`` in its fit part, for a short training; 0: all."""
     fit = corpus.splits["fit"].limit(tokens)
     return replace(corpus, splits=corpus.splits | {"fit": fit})
 
 
 def time_model(cache: Path, device: torch.device, refit: bool = False) -> TimeModel:
-    """This machine's prices: from the cache, or measured now and kept."""
+    """Return this machine's prices, from the cache, or measured now and kept."""
     path = time_model_path(cache, device)
     if path.exists() and not refit:
         return TimeModel.load(path)
@@ -196,7 +197,7 @@ def time_model(cache: Path, device: torch.device, refit: bool = False) -> TimeMo
 
 
 def time_model_path(cache: Path, device: torch.device) -> Path:
-    """Where this machine's prices are kept; another machine or other code has another place."""
+    """Return the path of the prices; it depends on the machine, the device and the code."""
     code = digests.of_code(f"{times.__name__}.calibrate", TimeModel)
     key = {"machine": _machine(), "device": str(device), "code": code}
     return _path(cache / "time_model", ".json", key)
@@ -205,7 +206,7 @@ def time_model_path(cache: Path, device: torch.device) -> Path:
 def load_trained(
     path: Path, config: ModelConfig, device: torch.device, kind: Kind = EarlyExitLanguageModel
 ) -> Trained:
-    """A stored model with its history.
+    """Read a stored model with its history.
 
     Raises:
         CheckpointError: see :func:`earlyexit.models.checkpoints.load_model`.
@@ -223,10 +224,10 @@ def _cached_model(
     kind: Kind,
     make: Callable[[], tuple[EarlyExitLanguageModel, dict]] | None,
 ) -> Trained:
-    """The model at ``path``; where it is missing or damaged, what ``make`` returns is kept there.
+    """Return the model at ``path``; if it is missing or damaged, store what ``make`` returns.
 
     Raises:
-        NotTrained, CheckpointError: it is missing, or damaged, and ``make`` is None.
+        NotTrained, CheckpointError: the model is missing, or damaged, and ``make`` is None.
     """
     try:
         return load_trained(path, config, device, kind)
@@ -241,16 +242,16 @@ def _cached_model(
 
 
 def _path(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
-    """Where the result of a step is kept."""
+    """Return the path of a step's result."""
     return folder / f"{digests.of_object(key)[:16]}{suffix}"
 
 
 @remember
 def _code(*roots: Callable) -> dict[str, str]:
-    """Digests of the code that this process has loaded: read once, it cannot change."""
+    """Return digests of the loaded code; they are computed once, since it cannot change."""
     return digests.of_code(*roots, contract=ExitModel)
 
 
 def _machine() -> dict:
-    """What prices depend on besides the configuration."""
+    """Return what prices depend on besides the configuration."""
     return {"torch": torch.__version__, "hardware": provenance.hardware()}

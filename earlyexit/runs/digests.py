@@ -1,14 +1,14 @@
-"""Digests that change when a result could change, and only then.
+"""A digest changes when a result could change, and only then.
 
 Code is compared definition by definition. From the names that a notebook or a training uses, the
-*closure* follows every name to the top-level function, class or assignment that it stands for, and
+*closure* follows every name to the top-level function, class or assignment that defines it, and
 from there on, inside the package. Each definition counts by its syntax tree, without what changes no
-result: comments, layout, docstrings, and the message of an error or warning. So editing one figure
+result: comments, layout, docstrings, and the messages of errors and warnings. So editing one figure
 makes stale what draws it, and a better message in the reader of texts retrains nothing.
 
-What the closure cannot see: a method is looked for in the class that an annotation names, so a
-function must annotate the objects whose methods it calls; and a file of the package counts where a
-string names it (``"style.mplstyle"``).
+The closure has two limits: a method is found through the class that an annotation names, so a
+function must annotate the objects whose methods it calls; and a data file of the package counts only
+where a string names it (``"style.mplstyle"``).
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def of_bytes(data: bytes) -> str:
-    """SHA-256 as hexadecimal digits."""
+    """Return the SHA-256 of bytes as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def of_file(path: Path) -> str:
-    """Digest of a file's bytes."""
+    """Return the digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def of_files(folder: Path) -> str:
-    """Digest of the names and bytes of all files below ``folder``, hidden ones left out."""
+    """Return the digest of the names and bytes of all files below ``folder`` but hidden ones."""
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     return of_object({n: of_file(p) for n, p in files.items() if not n.startswith(".")})
 
 
 def of_object(value: Any) -> str:
-    """Digest of a configuration: dataclasses, dicts, lists, tuples, strings, numbers, None.
+    """Return the digest of dataclasses, dicts, lists, tuples, strings, numbers and None.
 
     Raises:
-        TypeError: anything else inside; a digest of its ``repr`` would change from run to run.
+        TypeError: the value holds anything else, whose ``repr`` could change from run to run.
     """
 
     def plain(item: Any) -> Any:
@@ -67,14 +67,14 @@ def of_object(value: Any) -> str:
 def of_code(
     *roots: str | Callable, contract: str | type = "", package: Path = PACKAGE
 ) -> dict[str, str]:
-    """Digests of definitions and of all that they use, by ``earlyexit/<file>.py:<name>``.
+    """Return the digests of definitions and all they use, by ``earlyexit/<file>.py:<name>``.
 
     Args:
         roots: functions or classes, or their dotted names, such as
             ``"earlyexit.training.train.train"``.
         contract: the class through which the roots know the objects that they are given. A base class
-            that stands directly on it and overrides nothing of it only adds what the roots do not
-            use, and does not count: a model is trained without what runs it with exits.
+            that derives directly from it and overrides nothing of it only adds what the roots do not
+            use, and is left out: training does not depend on the code that runs a model with exits.
 
     Raises:
         LookupError: the package has no definition of that name.
@@ -93,9 +93,9 @@ def of_code(
 
 
 def of_notebook(path: Path, package: Path = PACKAGE) -> dict[str, str]:
-    """Digests of a notebook's code cells and of every definition of the package they use.
+    """Return the digests of a notebook's code cells and of every definition they use.
 
-    The tagged cell of parameters is left out: its values count (see ``notebook_parameters``).
+    The tagged cell of parameters is left out: its values are compared instead.
 
     Raises:
         SyntaxError: a cell does not parse.
@@ -109,10 +109,10 @@ def of_notebook(path: Path, package: Path = PACKAGE) -> dict[str, str]:
 
 
 def notebook_parameters(path: Path) -> dict[str, tuple[str, Any]]:
-    """Name → (type, default) of the annotated literals in a notebook's ``parameters`` cell.
+    """Return name → (type, default) of the annotated literals in the ``parameters`` cell.
 
     Raises:
-        ValueError: no such cell, or something in it is not an annotated literal.
+        ValueError: there is no such cell, or a line of it is not an annotated literal.
     """
     found = {}
     tagged = [source for source, tags in _code_cells(path) if PARAMETERS in tags]
@@ -129,7 +129,7 @@ def notebook_parameters(path: Path) -> dict[str, tuple[str, Any]]:
 
 
 def read_notebook(path: Path) -> dict[str, Any]:
-    """A notebook as its JSON says.
+    """Return the parsed JSON of a notebook.
 
     Raises:
         ValueError: the file is not JSON.
@@ -141,7 +141,7 @@ def read_notebook(path: Path) -> dict[str, Any]:
 
 
 def _code_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(source, tags) of each code cell."""
+    """Yield the source and the tags of each code cell."""
     for cell in read_notebook(path)["cells"]:
         if cell["cell_type"] == "code":
             yield "".join(cell["source"]), cell["metadata"].get("tags", [])
@@ -157,7 +157,7 @@ def _parse(source: str) -> ast.Module:
 
 
 class _Meaning(ast.NodeTransformer):
-    """Takes out of a syntax tree what changes no result."""
+    """A transformer that removes from a syntax tree what changes no result."""
 
     def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
         if ast.get_docstring(node, clean=False) is not None:
@@ -186,10 +186,10 @@ def _meaning(tree: ast.Module) -> ast.Module:
 
 
 class _Module(NamedTuple):
-    """One file of the package.
+    """One module of the package.
 
     Attributes:
-        name: dotted.
+        name: dotted name.
         bindings: imported name → (module, name in it), with an empty name for the module itself.
         definitions: name → the code that defines it; ``""``: the code that runs on every import.
     """
@@ -201,7 +201,7 @@ class _Module(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _read_module(name: str, package: str, text: str) -> _Module:
-    """A file's module; its relative imports start from ``package``."""
+    """Parse a file's text; its relative imports start from ``package``."""
     tree, code = _meaning(ast.parse(text)), {"": []}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -222,7 +222,7 @@ def _read_module(name: str, package: str, text: str) -> _Module:
 
 
 def _defined(node: ast.stmt) -> Iterator[str]:
-    """The names that a top-level statement defines, in the blocks of a compound one too."""
+    """Yield the names that a top-level statement defines, also inside its blocks."""
     if isinstance(node, Definition):
         yield node.name
     elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -236,7 +236,7 @@ def _defined(node: ast.stmt) -> Iterator[str]:
 
 
 def _bindings(tree: ast.AST) -> dict[str, tuple[str, str]]:
-    """What each imported name stands for: (module, name in it)."""
+    """Return imported name → (module, name in it)."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -250,11 +250,11 @@ def _bindings(tree: ast.AST) -> dict[str, tuple[str, str]]:
 
 @lru_cache(maxsize=4096)
 def _uses(code: str) -> tuple[list[list[str]], dict[str, tuple[str, str]], set[str]]:
-    """What a piece of code names.
+    """Return the names that a piece of code uses.
 
     Returns:
-        Names that are not its own, with the attributes taken of them (``a.b.c`` is [a, b, c]); the
-        bindings of the imports inside of it; and the last parts of its strings, read as paths.
+        Names that it does not define, with their attributes (``a.b.c`` is [a, b, c]); the bindings of
+        the imports inside it; and the last part of each of its strings, read as a path.
     """
     tree = ast.parse(code)
     bindings = _bindings(tree)
@@ -266,7 +266,7 @@ def _uses(code: str) -> tuple[list[list[str]], dict[str, tuple[str, str]], set[s
 
 
 def _outside_names(table: symtable.SymbolTable) -> Iterator[str]:
-    """The names that code looks up outside of its functions, or imports inside of them."""
+    """Yield the names that code looks up outside its functions, or imports inside them."""
     for symbol in table.get_symbols():
         inside = table.get_type() == "function"
         if symbol.is_global() or symbol.is_imported() if inside else symbol.is_referenced():
@@ -287,21 +287,21 @@ def _chains(node: ast.AST) -> Iterator[list[str]]:
 
 
 class _Source:
-    """The package's definitions, and what each of them uses.
+    """The definitions of a package, and what each of them uses.
 
-    A *target* is (module, name) of a definition. Instead of a name, ``""`` stands for the code that
+    A *target* is the pair (module, name) of a definition. The name ``""`` stands for the code that
     runs whenever the module is imported, and ``"*"`` for all that the module holds.
     """
 
     def __init__(self, package: Path) -> None:
         self.package = package
-        self.contract: tuple[str, str] | None = None  # see of_code
+        self.contract: tuple[str, str] | None = None  # (module, name); see of_code
         files = (p for p in package.rglob("*") if p.suffix not in (".py", ".pyc") and p.is_file())
         self.data = {p.name: p for p in files}
         self.path, self.module = cache(self._path), cache(self._module)
 
     def closure(self, targets: Iterable[tuple[str, str]]) -> dict[str, str]:
-        """Digests of the targets and of all that they use, by ``<file>:<name>``."""
+        """Return the digests of the targets and of all that they use, by ``<file>:<name>``."""
         found: dict[str, str] = {}
         seen, waiting = set(), list(targets)
         while waiting:
@@ -322,7 +322,7 @@ class _Source:
         return dict(sorted(found.items()))
 
     def used_by(self, code: str, module: _Module) -> Iterator[tuple[str, str]]:
-        """The targets that code of a module names."""
+        """Yield the targets that code of a module names."""
         for target in self._named_in(code, module):
             yield from self._bases(target) if self._only_adds(target) else [target]
 
@@ -336,9 +336,9 @@ class _Source:
                 yield from self.named(*bindings[root], *attributes)
 
     def named(self, module: str, *names: str) -> Iterator[tuple[str, str]]:
-        """The target that ``module.name.name…`` leads to, if it lies in the package.
+        """Yield the target that ``module.name.name…`` leads to, if it lies in the package.
 
-        What a module merely imported is followed to where it is defined.
+        A name that a module only imports is followed to where it is defined.
         """
         if (found := self.module(module)) is None:
             return
@@ -352,7 +352,7 @@ class _Source:
             yield from self.named(f"{module}.{name}", *rest)
 
     def _only_adds(self, target: tuple[str, str]) -> bool:
-        """Whether this class stands directly on the contract and overrides nothing of it."""
+        """Tell whether this class derives directly from the contract and overrides nothing of it."""
         if self.contract is None or list(self._bases(target)) != [self.contract]:
             return False
         bodies = (self._node(t).body for t in (target, self.contract))
@@ -360,7 +360,7 @@ class _Source:
         return not own & contract
 
     def _bases(self, target: tuple[str, str]) -> Iterator[tuple[str, str]]:
-        """The base classes of a definition that lie in the package."""
+        """Yield the base classes of a definition that lie in the package."""
         bases = "\n".join(map(ast.unparse, getattr(self._node(target), "bases", [])))
         yield from self._named_in(bases, self.module(target[0]))
 
@@ -369,14 +369,14 @@ class _Source:
         return next(iter(ast.parse(code).body), None)
 
     def _module(self, name: str) -> _Module | None:
-        """The parsed file of a dotted name; None outside the package."""
+        """Return the module of a dotted name; None outside the package."""
         if (path := self.path(name)) is None:
             return None
         inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
         return _read_module(name, inside, path.read_text("utf-8"))
 
     def _path(self, name: str) -> Path | None:
-        """The file of a dotted module name inside the package, if there is one."""
+        """Return the file of a dotted module name; None outside the package."""
         if name.split(".")[0] != self.package.name:
             return None
         path = self.package.parent.joinpath(*name.split("."))

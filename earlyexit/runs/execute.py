@@ -1,4 +1,4 @@
-"""Making the results of one notebook: execute it, then publish what it wrote."""
+"""A notebook is executed, and then what it wrote is published."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, Project
 from earlyexit.runs.provenance import Fingerprint, Record
 from earlyexit.runs.settings import Resolved
 
-# Each update of a bar is kept in the executed copy: one every few seconds is enough.
+# The executed copy keeps every update of a progress bar: one in five seconds is enough.
 QUIET_BARS = {"TQDM_MININTERVAL": "5"}
 
 
 class OwnKernel(AsyncKernelManager):
-    """Starts ``python3`` as ``sys.executable``, whatever else is registered under that name."""
+    """A kernel manager that starts ``sys.executable``, whatever ``python3`` is registered."""
 
     @default("kernel_spec_manager")
     def _only_native_kernel(self) -> KernelSpecManager:
@@ -53,9 +53,9 @@ def execute(
     """Run a notebook and publish what it wrote.
 
     Args:
-        command: what is recorded as having asked for it.
-        fingerprint: taken before the run: an edit during the run makes the result stale.
-        title: stands before the progress bar.
+        command: command line that the record names.
+        fingerprint: taken before the run, so that an edit during the run makes the result stale.
+        title: text before the progress bar.
 
     Raises:
         RunError: a cell raised, the kernel died, or nothing was written. The executed copy is kept
@@ -66,7 +66,7 @@ def execute(
     failed = copy.with_name(f"{name}.failed.ipynb")
     temporary = copy.with_name(f".{name}.tmp.ipynb")
     folder = copy.with_name(f"{name}.out")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
     variables = {
         HOME_VARIABLE: str(project.root),
         artifacts.RUN_ID: uuid.uuid4().hex[:16],
@@ -108,8 +108,8 @@ def execute(
 def publish(project: Project, record: Record, folder: Path) -> None:
     """Put the files of a run among the results and figures of its label, and the record last.
 
-    What an earlier run of the notebook wrote and this one did not is removed. Killed before the record
-    is there, the earlier record no longer matches, and the notebook runs again.
+    Files that only an earlier run of the notebook wrote are removed. If the process is killed before
+    the record is written, the earlier record no longer matches, and the notebook runs again.
     """
     before = freshness.published(project, record.label, record.notebook)
     files = {}
@@ -126,7 +126,7 @@ def publish(project: Project, record: Record, folder: Path) -> None:
 def _execute(path: Path, copy: Path, parameters: dict[str, Any], title: str) -> None:
     """Run a notebook from its own folder, as JupyterLab does, into an executed ``copy``.
 
-    When this process dies, so does the kernel within a second (ipykernel watches its parent).
+    If this process is killed, the kernel ends within a second (ipykernel watches its parent).
     """
     try:
         papermill.execute_notebook(
@@ -150,7 +150,7 @@ def _execute(path: Path, copy: Path, parameters: dict[str, Any], title: str) -> 
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """The variables that the kernel inherits; it imports the package that is running now."""
+    """Set the variables that the kernel inherits; it imports the package that runs now."""
     search = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     before = os.environ.copy()
     os.environ.update(QUIET_BARS | variables)

@@ -1,7 +1,7 @@
-"""Which notebooks must run again, and how long that will take.
+"""A fingerprint tells which notebooks must run again, and earlier records how long that takes.
 
-A notebook is fresh when its record still matches: same parameters, same code, same inputs, and every
-file still there, byte by byte. It does not matter where it ran: what is published is fresh in a clone.
+A notebook is fresh while its record matches: the parameters, the code, the inputs and the bytes of
+every file are the same. It does not matter where it ran: published results are fresh in a clone.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from earlyexit.runs.settings import Resolved, UsageError
 
 TEXT = "text in data_dir"
 
-# What these make are the parameters, which count by their values: a new profile changes no result of
-# the others.
+# The definitions of these modules only set parameters, which count by their values: a new profile
+# changes no result of the others.
 BY_VALUE = ("earlyexit/runs/profiles.py:", "earlyexit/runs/parameters.py:")
 
-# Tokens of the training splits, roughly; a folder's text is counted when it is read, not before.
+# Rough numbers of training tokens; those of a folder are unknown until its text is read.
 TRAIN_TOKENS = {"sotu": 1_800_000, "wikitext-2": 2_088_628, "wikitext-103": 103_227_021}
 
 
 class RunError(RuntimeError):
-    """A run that could not be completed; what was finished before stays valid."""
+    """A run could not be completed; what was finished before stays valid."""
 
 
 def discover(project: Project) -> list[Path]:
-    """The notebooks of a project, ``NN_*.ipynb``, by number.
+    """Return the notebooks of a project, ``NN_*.ipynb``, by number.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are no notebooks.
     """
     found = sorted(project.notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not found:
@@ -44,10 +44,10 @@ def discover(project: Project) -> list[Path]:
 
 
 def needs(path: Path, notebooks: list[Path]) -> list[str]:
-    """The notebooks whose tables this one reads, as its metadata declares.
+    """Return the notebooks whose tables this one reads, as its metadata declares.
 
     Raises:
-        UsageError: one of them does not exist or does not come earlier, or this is no notebook.
+        UsageError: one of them does not exist or does not come earlier, or the file is no notebook.
     """
     try:
         metadata = digests.read_notebook(path)["metadata"]
@@ -62,19 +62,19 @@ def needs(path: Path, notebooks: list[Path]) -> list[str]:
 
 
 def published(project: Project, label: str, notebook: str) -> Record | None:
-    """The record of a notebook's published run; None if it never finished under this label."""
+    """Return the record of a notebook's published run; None if none finished under this label."""
     return read_record(project.published(label), notebook)
 
 
 def all_published(project: Project) -> list[Record]:
-    """Every published record of every label."""
+    """Return every published record of every label."""
     return [r for folder in sorted(project.results.glob("*/")) for r in read_records(folder)]
 
 
 def fingerprint(
     project: Project, path: Path, resolved: Resolved, upstream: list[str]
 ) -> Fingerprint:
-    """All that the results of a notebook depend on now.
+    """Return all that the results of a notebook depend on now.
 
     ``data_dir`` counts by the text it holds, not by its name.
 
@@ -87,7 +87,7 @@ def fingerprint(
         inputs[TEXT] = digests.of_files(Path(values["data_dir"]))
     own = {k: v for k, v in values.items() if k not in ("overrides", "data_dir")}
     sizes = profiles.values(resolved.profile) | {"seeds": list(resolved.seeds)}
-    parameters = json.loads(json.dumps(own | sizes))  # as a record will give them back
+    parameters = json.loads(json.dumps(own | sizes))  # as they are read from a record
     try:
         code = digests.of_notebook(path)
     except SyntaxError as error:
@@ -97,10 +97,9 @@ def fingerprint(
 
 
 def reasons(project: Project, record: Record | None, current: Fingerprint) -> list[str]:
-    """Why a notebook must run, in words; empty if its results are fresh.
+    """Return why a notebook must run, in words; empty if its results are fresh.
 
-    Of a record that an earlier version made only the files are looked at: its code is not here to be
-    compared.
+    Of a record that an earlier version made only the files are compared: that version's code is gone.
     """
     if record is None:
         return ["never run"]
@@ -110,9 +109,9 @@ def reasons(project: Project, record: Record | None, current: Fingerprint) -> li
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What differs between two fingerprints, part by part.
+    """Return what differs between two fingerprints, part by part.
 
-    Local text is compared when it is given again; without it there is nothing to compare.
+    Local text is compared only where the new fingerprint has it.
     """
 
     def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -126,7 +125,7 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
 
 
 def _tables(record: Record | None) -> str | None:
-    """Digest of the tables a notebook wrote: what another one can read of it."""
+    """Return the digest of a notebook's tables, which is all that another notebook reads of it."""
     if record is None:
         return None
     files = record.files.items()
@@ -134,10 +133,11 @@ def _tables(record: Record | None) -> str | None:
 
 
 def training_work(profile: Profile, seeds: int) -> float | None:
-    """FLOPs of training: 6 × tokens × epochs × seeds × active parameters; None if not known.
+    """Return the FLOPs of training, 6 × tokens × epochs × seeds × active parameters, or None.
 
     Per token, a layer of width D with top-k experts of hidden width 2 D multiplies by 4 k D²
-    weights; the vocabulary head counts twice, once for the random exit trained in each step.
+    weights; the vocabulary head counts twice, once for the random exit trained in each step. None
+    stands for an unknown number of tokens.
     """
     tokens = TRAIN_TOKENS.get(profile.corpus.name)
     if limit := profile.max_train_tokens:
@@ -153,15 +153,15 @@ def training_work(profile: Profile, seeds: int) -> float | None:
 def minutes(
     notebook: str, label: str, work: float | None, records: Iterable[Record]
 ) -> tuple[float | None, str]:
-    """Expected minutes of a notebook and what they rest on.
+    """Estimate the minutes of a notebook, and say from what.
 
     Args:
-        label, work: of the run that is asked for; see :func:`training_work`.
-        records: of earlier runs, under any label.
+        label, work: label and :func:`training_work` of the run that is asked for.
+        records: records of earlier runs, under any label.
 
     Returns:
-        The last time under the same label if the work was the same, else the time of another run
-        scaled by training work (``"rough"``), else ``(None, "unknown")``.
+        The last time under the same label (``"last run"``) if the work was the same, else the time of
+        another run scaled by training work (``"rough"``), else ``(None, "unknown")``.
     """
     known = [r for r in records if r.notebook == notebook and r.seconds is not None]
     for record in known:
@@ -170,6 +170,6 @@ def minutes(
     scaled = [r for r in known if r.work and work]
     if not scaled:
         return None, "unknown"
-    # The largest run is the one that start-up times distort least.
+    # Start-up times distort the largest run least.
     nearest = max(scaled, key=lambda r: r.work)
     return nearest.seconds / 60 * work / nearest.work, "rough"

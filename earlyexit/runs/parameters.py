@@ -1,7 +1,7 @@
-"""The parameters of every notebook: their names, types, bounds and defaults.
+"""Each notebook has a dataclass of parameters, with their names, types, bounds and defaults.
 
 Defaults are those of the profile ``cpu``. A parameters cell shows them, but ``run`` takes them from
-here: a cell that somebody saved with other values changes nothing that is published.
+this module: a cell that is saved with other values changes nothing that is published.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Recipe = Annotated[str, _one_of(RECIPES)]
 
 @dataclass(frozen=True)
 class Common(Checked):
-    """What every notebook takes; each has an option of its own instead of ``--set``.
+    """The parameters that every notebook takes; each has its own option instead of ``--set``.
 
     Attributes:
         profile: a name in :data:`earlyexit.runs.profiles.PROFILES`.
-        seeds: empty takes the profile's.
-        data_dir: folder with local text; empty takes the embedded text, or the hub.
+        seeds: seeds to run; empty: the profile's.
+        data_dir: folder with local text; empty: the embedded text, or that of the hub.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         overrides: fields of the profile to replace, by key.
     """
@@ -67,7 +67,7 @@ class Common(Checked):
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-# Their annotations in a parameters cell.
+# Name → annotation of the common parameters in a parameters cell.
 COMMON = {
     field.name: {"seeds": "list", "overrides": "dict"}.get(field.name, "str")
     for field in fields(Common)
@@ -183,15 +183,15 @@ KINDS = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "di
 
 
 def names(kind: type[Common]) -> list[str]:
-    """The names of a notebook's parameters beside the common ones."""
+    """Return the names of a notebook's parameters without the common ones."""
     return [field.name for field in fields(kind) if field.name not in COMMON]
 
 
 def declared(path: Path) -> type[Common]:
-    """The parameters of a notebook: those above, or those of its cell where it has others.
+    """Return the parameters of a notebook: those in ``NOTEBOOKS``, or its cell's if they differ.
 
     Raises:
-        ValueError: a parameters cell that is missing, or not made of annotated literals.
+        ValueError: the parameters cell is missing, or holds more than annotated literals.
     """
     cell = digests.notebook_parameters(path)
     kind = NOTEBOOKS.get(path.stem)
@@ -206,10 +206,10 @@ def declared(path: Path) -> type[Common]:
 
 
 def read_parameters(path: Path, namespace: Mapping[str, Any]) -> Common:
-    """The parameters of a notebook as its variables have them; what is not there has its default.
+    """Return the parameters of a notebook from its variables, or else their defaults.
 
     Raises:
-        ValueError: a value that has another type than its parameter, or lies outside its bounds.
+        ValueError: a value has another type than its parameter, or lies outside its bounds.
     """
     kind = declared(path) if path.is_file() else NOTEBOOKS.get(path.stem, Common)
     known = (field.name for field in fields(kind))
@@ -217,17 +217,17 @@ def read_parameters(path: Path, namespace: Mapping[str, Any]) -> Common:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON and a parameters cell have it: lists instead of tuples."""
+    """Return a value with lists instead of tuples, as JSON and a parameters cell have it."""
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def as_dict(parameters: Common) -> dict[str, Any]:
-    """Name → value, as JSON has it."""
+    """Return name → value, as JSON has it."""
     return {field.name: plain(getattr(parameters, field.name)) for field in fields(parameters)}
 
 
 def saved_otherwise(path: Path) -> dict[str, Any]:
-    """Name → value of the parameters whose value in the notebook's cell is not their default."""
+    """Return name → value of the parameters whose value in the cell is not their default."""
     kind = declared(path)
     defaults, cell = as_dict(kind()), digests.notebook_parameters(path)
     return {name: cell[name][1] for name in names(kind) if cell[name][1] != defaults[name]}

@@ -1,6 +1,6 @@
-"""Where things lie. Nothing else in the project builds a path from the working directory.
+"""Every path of a project is built here, from its root and never from the working directory.
 
-``notebooks/`` is the source; ``results/`` and ``figures/`` are what ``run`` has published, and
+``notebooks/`` holds the sources; ``results/`` and ``figures/`` hold what ``run`` publishes and are
 committed; ``.cache/`` (trained models, traces) and ``build/`` (executed notebooks, and what notebooks
 opened by hand write) are ignored by git and may be deleted at any time.
 """
@@ -17,7 +17,7 @@ HOME_VARIABLE = "EARLYEXIT_HOME"
 
 @dataclass(frozen=True)
 class Project:
-    """The folders and files of a project whose top level is ``root``."""
+    """The folders of a project and the names of the files in them; ``root`` is its top level."""
 
     root: Path
     notebooks = property(lambda self: self.root / "notebooks")
@@ -28,31 +28,31 @@ class Project:
     readme = property(lambda self: self.root / "README.md")
 
     def notebook(self, name: str) -> Path:
-        """A notebook's source."""
+        """Return the source of a notebook."""
         return self.notebooks / f"{name}.ipynb"
 
     def executed(self, label: str, notebook: str) -> Path:
-        """The executed copy of a notebook."""
+        """Return the executed copy of a notebook."""
         return self.build / label / f"{notebook}.ipynb"
 
     def published(self, label: str) -> Path:
-        """Where the records and tables of a label are."""
+        """Return the folder of a label's records and tables."""
         return self.results / label
 
     def by_hand(self, label: str) -> Path:
-        """What notebooks write that are opened by hand, with ``results`` and ``figures`` in it."""
+        """Return the folder into which notebooks opened by hand write ``results`` and ``figures``."""
         return self.build / "by-hand" / label
 
     def relative(self, path: Path) -> str:
-        """``path`` as it is written in records: from the root, with forward slashes."""
+        """Return ``path`` as records have it: from the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()
 
 
 def project(root: str | Path | None = None) -> Project:
-    """The project at ``root``; by default at ``$EARLYEXIT_HOME``, else around the package.
+    """Return the project at ``root``; by default at ``$EARLYEXIT_HOME``, else around the package.
 
     Raises:
-        FileNotFoundError: the package lies outside its project and nothing says where that is.
+        FileNotFoundError: the package lies outside a project, and the variable is not set.
     """
     if root or (root := os.environ.get(HOME_VARIABLE)):
         return Project(Path(root).resolve())

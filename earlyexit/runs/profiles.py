@@ -1,8 +1,8 @@
-"""Profiles: what decides the results of a study, and how long it takes.
+"""A profile decides the results of a study, and how long it takes.
 
-A profile's results live in ``results/<label>/`` and ``figures/<label>/``; the label is the profile's
-name, plus ``~key=value`` for every value changed with ``--set`` and for other seeds, so that no run
-overwrites another's.
+The results of a profile are in ``results/<label>/`` and ``figures/<label>/``; the label is its name,
+plus ``~key=value`` for every value changed with ``--set`` and for other seeds, so that runs do not
+overwrite each other's results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.runs.parameters import NOTEBOOKS, Common, Seeds, names
 from earlyexit.training.config import RECIPES, GatesConfig, TrainingConfig
 
-# What small profiles share: the embedded text, the original's model, how it and its gates are trained.
+# Small profiles share the embedded text, the original's model, and the training of it and its gates.
 TEXT = CorpusConfig()
 GATES = GatesConfig()
 MODEL = ModelConfig(10_000, output_head="adaptive")
@@ -28,18 +28,18 @@ TRAINING = TrainingConfig(learning_rate=1e-2, exit_sampling="tokens")
 
 @dataclass(frozen=True)
 class Profile(Checked):
-    """One study: its text, model, training and measurements.
+    """A profile is one study: its text, model, training and measurements.
 
     Attributes:
-        model: with as many words as the corpus may have; a study takes as many as it has.
-        max_train_tokens: of the training split; 0: all.
-        max_eval_tokens: whole documents of the other splits up to about so many tokens; 0: all.
-        certify_tokens: of each certification document; 0: all.
+        model: configuration with the largest vocabulary of the corpus; a study sets the actual size.
+        max_train_tokens: tokens of the training split; 0: all.
+        max_eval_tokens: about as many tokens of each other split, in whole documents; 0: all.
+        certify_tokens: tokens of each certification document; 0: all.
         notebooks: notebook → parameters that differ from their defaults in
             :mod:`earlyexit.runs.parameters`.
 
     Raises:
-        ValueError: a part that makes no sense, alone or with the others.
+        ValueError: a value is invalid, alone or with the others.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Profile(Checked):
             self.parameters(notebook)
 
     def parameters(self, notebook: str) -> Common:
-        """The parameters of a notebook under this profile."""
+        """Return the parameters of a notebook under this profile."""
         return NOTEBOOKS[notebook](**self.notebooks.get(notebook, {}))
 
 
@@ -191,7 +191,7 @@ PROFILES = {
     )
 }  # fmt: skip
 
-# Fields of a profile's parts that are decided elsewhere, and where.
+# Fields of a profile's parts that are set in another way → the option that sets them.
 ELSEWHERE = {
     "corpus.data_dir": "--data-dir",
     "model.vocab_size": "--set corpus.vocab_size",
@@ -201,13 +201,13 @@ ELSEWHERE = {
 
 
 def _keys() -> dict[str, str]:
-    """Dotted key of every field that ``--set`` may change → the shortest key that means it alone."""
+    """Return dotted key → shortest unambiguous key, for every field that ``--set`` may change."""
     cpu, parts = PROFILES["cpu"], ("corpus", "model", "training", "gates")
     every = [(part, f.name) for part in parts for f in fields(getattr(cpu, part))]
     every = [(part, name) for part, name in every if f"{part}.{name}" not in ELSEWHERE]
     taken = Counter(name for _, name in every)
     taken.update(name for kind in NOTEBOOKS.values() for name in names(kind))
-    taken.update(name for part, name in every if part == "gates")  # `steps` of what?
+    taken.update(name for part, name in every if part == "gates")  # `steps` would be unclear
     keys = {f"{p}.{n}": n if taken[n] == 1 else f"{p}.{n}" for p, n in every}
     top = ("max_train_tokens", "max_eval_tokens", "certify_tokens", "timing_repeats")
     return keys | {"corpus.name": "corpus"} | {name: name for name in top}
@@ -218,17 +218,17 @@ _DOTTED = {short: key for key, short in KEYS.items()} | {key: key for key in KEY
 
 
 def short_key(key: str) -> str | None:
-    """The shortest key of a profile's field, or None where ``key`` names none."""
+    """Return the shortest key of a profile's field, or None if ``key`` names no field."""
     return KEYS[_DOTTED[key]] if key in _DOTTED else None
 
 
 def values(profile: Profile) -> dict[str, Any]:
-    """Shortest key → value of all that ``--set`` may change in a profile."""
+    """Return shortest key → value of all that ``--set`` may change in a profile."""
     return {short: value_of(profile, key) for key, short in KEYS.items()}
 
 
 def value_of(profile: Profile, key: str) -> Any:
-    """The value of a field, by dotted or shortest key."""
+    """Return the value of a field, by dotted or shortest key."""
     part, _, name = _DOTTED[key].rpartition(".")
     return getattr(getattr(profile, part) if part else profile, name)
 
@@ -236,14 +236,14 @@ def value_of(profile: Profile, key: str) -> Any:
 def get_profile(
     name: str, overrides: dict[str, Any] | None = None, data_dir: str | None = None
 ) -> Profile:
-    """The profile called ``name``, with the fields in ``overrides`` replaced.
+    """Return the profile called ``name``, with the fields in ``overrides`` replaced.
 
     Args:
         overrides: dotted or shortest key → value, such as ``{"epochs": 2.0, "gates.hidden": 16}``.
         data_dir: folder with local text.
 
     Raises:
-        ValueError: unknown profile, unknown field, or a value that the field cannot have.
+        ValueError: the profile or a field is unknown, or a field cannot have its value.
     """
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
@@ -255,7 +255,7 @@ def get_profile(
             raise ValueError(f"profile has no field {key!r}; it has {', '.join(KEYS.values())}")
         part, _, field_name = _DOTTED[key].rpartition(".")
         changes.setdefault(part, {})[field_name] = value
-    if "model" in changes:  # whether the embedding can be tied follows the head that is asked for
+    if "model" in changes:  # the output head decides anew whether the embedding is tied
         changes["model"] = {"tie_embeddings": None} | changes["model"]
     profile, top = PROFILES[name], changes.pop("", {})
     for part, new in changes.items():
@@ -266,14 +266,14 @@ def get_profile(
     return replace(profile, **top)
 
 
-LONGEST_LABEL = 100  # bytes; file systems allow 255, and names are joined to it
+LONGEST_LABEL = 100  # bytes; file systems allow 255, and file names are built from it
 
 
 def label(name: str, changed: dict[str, Any] | None = None, seeds: Sequence[int] = ()) -> str:
-    """Folder name of a profile's results: ``cpu``, or ``cpu~epochs=2.0~seeds=1,2`` when changed.
+    """Return the folder name of a profile's results: ``cpu``, or ``cpu~epochs=2.0~seeds=1,2``.
 
-    Where that would be too long, a digest of all changes stands for the last of them, as in
-    ``cpu~epochs=2.0~and-1f0e2d3c``; the records of the results hold them.
+    If that is too long, a digest of all changes replaces the last of them, as in
+    ``cpu~epochs=2.0~and-1f0e2d3c``; the records of the results hold all changes.
     """
     changes = {short_key(key) or key: value for key, value in (changed or {}).items()}
     if seeds and name in PROFILES and tuple(seeds) != PROFILES[name].seeds:

@@ -1,7 +1,7 @@
-"""Records: what a run of a notebook wrote, and where its numbers come from.
+"""A record says what a run of a notebook wrote, and where its numbers come from.
 
-A run has one record, ``<notebook>.run.json``, written after all that it lists. No user, host or folder
-name is in it: records are committed and published.
+A run has one record, ``<notebook>.run.json``, written after all files that it lists. It holds no name
+of a user, host or folder, because records are committed and published.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from earlyexit.runs import digests
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the records that are written now; 1: made by an earlier version, and converted
+FORMAT = 2  # of new records; 1: converted from an earlier version
 SUFFIX = ".run.json"
 
 LIBRARIES = (
     "torch", "numpy", "numba", "pandas", "matplotlib", "datasets", "tokenizers", "papermill",
 )  # fmt: skip
-MADE = (":!results", ":!figures", ":!README.md")  # a run writes these: they do not make it dirty
+MADE = (":!results", ":!figures", ":!README.md")  # written by runs, so not a sign of dirty sources
 
 
 @dataclass(frozen=True)
 class File:
-    """What a record says of one file: its bytes, and the hash of the text behind its numbers."""
+    """A file of a record, with its bytes' hash and the hash of the text behind its numbers."""
 
     kind: Literal["table", "figure", "document", "weights"]
     name: str
@@ -48,7 +48,7 @@ class File:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """All that the results of a notebook depend on, part by part."""
+    """A fingerprint holds all that the results of a notebook depend on, part by part."""
 
     parameters: dict[str, Any]
     code: dict[str, str]
@@ -57,17 +57,18 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Record:
-    """One run of a notebook.
+    """A record of one run of a notebook.
 
     Attributes:
-        files: path → what it is. Published, a path starts at the top of the project
-            (``results/cpu/front.csv``), before that at the run's own folder (``results/front.csv``).
-        parameters: all that the notebook was given.
+        files: path → file. A published path starts at the top of the project
+            (``results/cpu/front.csv``), an unpublished one at the run's folder (``results/front.csv``).
+        parameters: all parameters of the notebook.
         dirty: whether the sources differed from ``commit``.
-        settings: profile, seeds and sets as ``run`` was asked for them; empty when run by hand.
-        fingerprint: None when run by hand.
-        seconds: of the run; ``work``: FLOPs of its training, where they are known.
-        note: what else a reader should know.
+        settings: profile, seeds and sets as ``run`` was asked for them; empty for a run by hand.
+        fingerprint: what the results depend on; None for a run by hand.
+        seconds: duration of the run.
+        work: FLOPs of its training; None if unknown.
+        note: remark for the reader.
     """
 
     notebook: str
@@ -90,16 +91,16 @@ class Record:
 
     @property
     def is_old(self) -> bool:
-        """Whether an earlier version made it: only its files can be compared."""
+        """Tell whether an earlier version made it, so that only its files can be compared."""
         return self.format < FORMAT
 
     @property
     def made_by(self) -> str:
-        """Which version made it, in words."""
+        """Return in words which version made it."""
         return "an earlier version" if self.is_old else "this version"
 
     def unmatched(self, base: Path) -> list[str]:
-        """The files below ``base`` that are not as the record says, each with what is wrong."""
+        """Return which files below ``base`` differ from the record, each with what is wrong."""
         found = []
         for name, file in self.files.items():
             if not (base / name).is_file():
@@ -116,7 +117,7 @@ class Record:
 
 
 def read_record(folder: Path, notebook: str) -> Record | None:
-    """A notebook's record in a folder; None if there is none, or one that cannot be read."""
+    """Return a notebook's record in a folder; None if it does not exist or cannot be read."""
     path = folder / f"{notebook}{SUFFIX}"
     if not path.is_file():
         return None
@@ -128,19 +129,19 @@ def read_record(folder: Path, notebook: str) -> Record | None:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records in a folder that can be read."""
+    """Return all records in a folder that can be read."""
     names = [path.name.removesuffix(SUFFIX) for path in sorted(folder.glob(f"*{SUFFIX}"))]
     return [record for name in names if (record := read_record(folder, name))]
 
 
 @cache
 def _warn(path: Path, why: str) -> None:
-    """Said once of each file."""
+    """Warn once about each file."""
     log.warning("%s/%s is no record (%s): as if never run", path.parent.name, path.name, why)
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """``commit``, and whether the sources are ``dirty``; both None outside a repository."""
+    """Return ``commit``, and whether the sources are ``dirty``; both None outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -154,13 +155,13 @@ def git_state(root: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Python's version and those of the libraries that numbers depend on."""
+    """Return the versions of Python and of the libraries that numbers depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, physical and usable logical cores, threads of torch, memory in GiB, GPU if in use."""
-    torch = sys.modules.get("torch")  # not worth importing for its own sake
+    """Return processor, cores, usable logical cores, threads of torch, GiB of memory, GPU in use."""
+    torch = sys.modules.get("torch")  # importing it only for this takes too long
     gpu = torch is not None and torch.cuda.is_available()
     affinity = getattr(psutil.Process(), "cpu_affinity", None)  # macOS has none
     return {
@@ -175,12 +176,12 @@ def hardware() -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time as ISO 8601 in UTC, to the second."""
+    """Return the time as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def without_paths(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as published: of ``data_dir`` only the last name (its content has a hash)."""
+    """Return the parameters with only the last name of ``data_dir`` (its content has a hash)."""
     data_dir = parameters.get("data_dir")
     return parameters | ({"data_dir": Path(data_dir).name} if data_dir else {})
 

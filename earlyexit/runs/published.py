@@ -1,4 +1,4 @@
-"""Published models, with their text and the policy that is certified for them."""
+"""A published model is loaded with its text and the policy that is certified for it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Published:
-    """A published model and what belongs to it.
+    """A published model with its text and its certificate.
 
     Attributes:
-        model: in evaluation mode, with its gates.
-        corpus: the text it was trained on.
-        certificate, policy: what is certified of this very model on this text; None if nothing is.
+        model: the model with its gates, in evaluation mode.
+        corpus: text that it was trained on.
+        certificate: certificate of this model on this text; None if there is none.
+        policy: policy that it certifies, or None.
     """
 
     model: EarlyExitLanguageModel
@@ -39,26 +40,25 @@ class Published:
 
 
 def model_path(label: str, seed: int) -> Path:
-    """Where the weights of a profile's model are published."""
+    """Return the path of the published weights of a profile's model."""
     return project().results / label / f"model_seed{seed}.safetensors"
 
 
 def load(
     profile: str = "cpu", seed: int = 0, data_dir: str | None = None, device: str = "auto"
 ) -> Published:
-    """A published model with its text and its certified policy, all compared by their hashes.
+    """Load a published model with its text and its certified policy, and check all their hashes.
 
-    A certificate is made for one seed; with the model of another seed there is none.
+    A certificate is made for the model of one seed; the models of other seeds have none.
 
     Args:
-        profile: one that published its weights, such as ``"cpu"`` or ``"wikitext2"``.
-        data_dir: folder with the text, where it is not to come from the hub.
+        profile: profile with published weights, such as ``"cpu"`` or ``"wikitext2"``.
+        data_dir: folder with the text; None: the text comes from the hub, or is embedded.
 
     Raises:
-        CheckpointError: nothing is published of this profile and seed, or the file is not the one
-            that was published.
+        CheckpointError: no model of this profile and seed is published, or its file was changed.
         ValueError: the text is not the one that the model was trained on.
-        ConnectionError: the text is neither here nor within reach.
+        ConnectionError: the text is not stored here and cannot be downloaded.
     """
     path = model_path(profile, seed)
     if not path.is_file():
@@ -88,7 +88,7 @@ def load(
 
 
 def _known() -> str:
-    """The published models, as part of a sentence."""
+    """List the published models, as part of a sentence."""
     seeds: dict[str, list[str]] = {}
     for path in sorted(project().results.glob("*/model_seed*.safetensors")):
         seeds.setdefault(path.parent.name, []).append(re.sub(r"\D", "", path.stem))
@@ -99,7 +99,7 @@ def _check_bytes(path: Path) -> None:
     """Compare a file with the record of the run that wrote it.
 
     Raises:
-        CheckpointError: it was changed, or never finished.
+        CheckpointError: the file was changed, or never finished.
     """
     name = project().relative(path)
     record = owner_of(name, path.parent)

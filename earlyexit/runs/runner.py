@@ -1,4 +1,4 @@
-"""Runs the notebooks in order, each only if something it depends on has changed."""
+"""The runner executes notebooks in order, each only if something it depends on has changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """One notebook of a plan: what it depends on, why it must run (if so), how long it may take."""
+    """One notebook of a plan, with what it needs, why it must run (empty: fresh), and its time."""
 
     notebook: str
     needs: list[str]
@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do under one label."""
+    """A plan lists what a run would do under one label."""
 
     label: str
     command: str
@@ -42,11 +42,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Request:
-    """Which notebooks are asked for.
+    """A request names the notebooks to run.
 
     Attributes:
         chosen: their paths, in order.
-        needs: notebook → those whose tables it reads.
+        needs: notebook → notebooks whose tables it reads.
     """
 
     place: Project
@@ -55,26 +55,26 @@ class _Request:
     needs: dict[str, list[str]]
 
     def check(self, notebook: str) -> tuple[list[str], Fingerprint, Record | None]:
-        """Why a notebook must run, its fingerprint now, and its record."""
+        """Return why a notebook must run, its fingerprint now, and its record."""
         path, needs = self.place.notebook(notebook), self.needs[notebook]
         current = freshness.fingerprint(self.place, path, self.resolved, needs)
         record = freshness.published(self.place, self.resolved.label, notebook)
         return freshness.reasons(self.place, record, current), current, record
 
     def inputs_left_out(self) -> set[str]:
-        """The notebooks that are not chosen, but whose tables are read."""
+        """Return the notebooks that are not chosen but whose tables are read."""
         names = {path.stem for path in self.chosen}
         return {other for name in names for other in self.needs[name]} - names
 
 
 def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None = None) -> Plan:
-    """What ``run`` would do, and why; writes nothing.
+    """Return what ``run`` would do, and why, without writing anything.
 
     Args:
         only: notebooks by number or name, such as ``"3"``, ``"03"``, ``"03_threshold_sweep"``.
 
     Raises:
-        UsageError: a wrong setting, an unknown notebook, or one that reads missing results.
+        UsageError: a setting is wrong, a notebook is unknown, or one reads results that are missing.
     """
     request = _request(project(root), settings, only)
     label, needs = request.resolved.label, request.needs
@@ -97,10 +97,10 @@ def run(
     force: bool = False,
     root: str | Path | None = None,
 ) -> list[str]:
-    """Execute the notebooks that are not fresh, or all with ``force``; returns their names.
+    """Execute the notebooks that are not fresh, or all with ``force``; return their names.
 
     Raises:
-        UsageError: as in ``plan``; nothing has been run then.
+        UsageError: see :func:`plan`; nothing has been run then.
         RunError: a notebook failed or wrote nothing, or another run is writing the same label.
     """
     request = _request(project(root), settings, only)
@@ -127,12 +127,12 @@ def run(
 
 
 def status(profile: str | None = None, root: str | Path | None = None) -> list[Plan]:
-    """The plan of every label that has results, of one profile or of all.
+    """Return the plan of every label that has results, of one profile or of all.
 
     Raises:
-        UsageError: unknown profile.
+        UsageError: the profile is unknown.
     """
-    # Under its own name a profile is compared with its defaults, as `run` would.
+    # A label that is a profile's name is compared with the profile's defaults, as `run` does.
     wanted = {profile: Settings(profile)} if profile else {}
     for record in freshness.all_published(project(root)):
         asked, label = record.settings, record.label
@@ -147,16 +147,16 @@ def status(profile: str | None = None, root: str | Path | None = None) -> list[P
         except UsageError as error:
             if label == profile:
                 raise
-            log.warning("%s cannot be run any more: %s", label, error)  # a field has gone, say
+            log.warning("%s cannot be run any more: %s", label, error)  # e.g. a field was removed
     return plans
 
 
 def _request(place: Project, settings: Settings, only: tuple[str, ...]) -> _Request:
-    """The chosen notebooks with their typed parameters; raises as ``plan`` does."""
+    """Return the chosen notebooks with their typed parameters; raise as :func:`plan` does."""
     notebooks = freshness.discover(place)
     chosen = sorted({_find(name, notebooks) for name in only}) or notebooks
     needs = {path.stem: freshness.needs(path, notebooks) for path in notebooks}
-    # A key that only an upstream notebook knows names the label whose tables are read.
+    # A key of an upstream notebook is part of the label whose tables are read.
     relevant = {path.stem for path in chosen}
     for path in reversed(notebooks):
         relevant |= set(needs[path.stem]) if path.stem in relevant else set()
@@ -182,7 +182,7 @@ def _find(name: str, notebooks: list[Path]) -> Path:
 
 @contextmanager
 def _only_writer(place: Project, label: str) -> Iterator[None]:
-    """Hold the label's lock, which the system releases when its holder dies, and tidy up."""
+    """Hold the label's lock, which is released when the process ends, and remove leftovers."""
     folder = place.build / label
     folder.mkdir(parents=True, exist_ok=True)
     try:

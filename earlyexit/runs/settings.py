@@ -1,7 +1,7 @@
-"""What a run is asked for, checked before anything starts.
+"""The settings of a run are checked before anything starts.
 
-Papermill passes on whatever it is given: a misspelt parameter, a number that is a string. Here a
-value must fit the field of the profile or the parameter of the notebooks that it is meant for.
+Papermill accepts any parameter, even a misspelt one or a string for a number. Here every value must
+fit the field of the profile or the parameter of the notebooks that it is meant for.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 
 class UsageError(ValueError):
-    """The request itself is wrong; nothing has been run or written."""
+    """The request is wrong; nothing has been run or written."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of ``python -m earlyexit run`` that decide what is computed.
+    """Settings are the options of ``python -m earlyexit run`` that decide what is computed.
 
     Attributes:
         profile, seeds, device: see :class:`earlyexit.runs.parameters.Common`.
         sets: ``key=value`` for profile fields and notebook parameters; they change the label, as
             other seeds do.
-        data_dir: folder with local text, if the corpus needs one; None: there is one, but it is not
-            known, as where results of another day are looked at.
+        data_dir: folder with local text, or empty; None: unknown, as when ``status`` compares
+            earlier results.
     """
 
     profile: str = "cpu"
@@ -52,7 +52,7 @@ class Settings:
     device: str = "auto"
 
     def command(self, *only: str) -> str:
-        """The command line that asks for this, without the name of any local folder."""
+        """Return the command line of these settings, without the name of a local folder."""
         options = ["--profile", self.profile, *(f"--only={name}" for name in only)]
         options += ["--seeds", *map(str, self.seeds)] if self.seeds else []
         options += [f"--set={pair}" for pair in self.sets]
@@ -63,14 +63,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings with every value typed and in its place.
+    """Settings whose values are typed and assigned to the profile or to notebooks.
 
     Attributes:
         label: folder of the results.
-        profile: with its overrides applied.
-        seeds: those that are really used.
+        profile: profile with its overrides applied.
+        seeds: seeds that are used.
         asked: profile, seeds and sets as they were asked for.
-        parameters: per notebook (by name), all its parameters.
+        parameters: name of a notebook → all its parameters.
     """
 
     label: str
@@ -84,8 +84,8 @@ def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
     """Sort the settings into the profile's overrides and the parameters of each notebook.
 
     Raises:
-        UsageError: unknown profile, key or data folder, a value that its field or parameter cannot
-            have, or a notebook whose parameters cell is not as it should be.
+        UsageError: a profile, key or data folder is unknown, a field or parameter cannot have its
+            value, or the parameters cell of a notebook is invalid.
     """
     if settings.data_dir and not Path(settings.data_dir).is_dir():
         raise UsageError(f"--data-dir: no folder {settings.data_dir}")
@@ -118,9 +118,9 @@ def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
 
 
 def _declared(path: Path) -> type[Common]:
-    """The parameters of a notebook, whose cell must have the common ones.
+    """Return the parameters of a notebook, whose cell must have the common ones.
 
-    A cell that was saved with other values looks as if ``run`` read it: the log says that it does not.
+    ``run`` does not read the values in the cell; the log warns if they are not the defaults.
     """
     cell = digests.notebook_parameters(path)
     for name, kind in COMMON.items():
@@ -136,12 +136,12 @@ def _declared(path: Path) -> type[Common]:
 def _sorted(
     sets: Sequence[str], kinds: dict[str, type[Common]]
 ) -> tuple[dict[str, Any], dict[str, tuple[list[str], str, Any]]]:
-    """Overrides of the profile and changes of notebook parameters, by what a label calls them.
+    """Return overrides of the profile and changes of notebook parameters, by their keys in a label.
 
-    A change says which notebooks it is for, the parameter and its value.
+    A change is the notebooks that it is for, the parameter and its value.
 
     Raises:
-        ValueError: no ``key=value``, or a key that is unknown, ambiguous, or an option's.
+        ValueError: a pair is no ``key=value``, or its key is unknown, ambiguous, or has an option.
     """
     overrides, changes = {}, {}
     for pair in sets:
@@ -179,10 +179,10 @@ def _sorted(
 
 
 def read_value(text: str, hint: Any = None) -> Any:
-    """``text`` as JSON, with True, False and None also as Python writes them; else the text itself.
+    """Parse ``text`` as JSON, or as Python's True, False or None; else return the text itself.
 
     Args:
-        hint: the type of what it is meant for; ``str`` takes every text as it is.
+        hint: type of the parameter; with ``str`` the text is returned as it is.
     """
     if hint is str:
         return text

@@ -1,4 +1,4 @@
-"""Training of the systems that are compared, each once: then they come from the cache."""
+"""The systems that are compared are trained once, and then come from the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from earlyexit.training.systems import CALIBRATION_RATE, REFERENCE, Budget, Syst
 
 
 class Source(Protocol):
-    """What a system is trained with; a :class:`earlyexit.study.Study` is one."""
+    """The part of a :class:`earlyexit.study.Study` that trains a system."""
 
     profile: Profile
     corpus: Corpus
@@ -33,18 +33,18 @@ class Source(Protocol):
 
 
 def train_system(study: Source, system: System, seed: int, budget: Budget) -> Trained:
-    """The system's weights, trained now unless they are in the cache; with ACT the ACT model."""
+    """Return the trained system, from the cache if it is there; with ACT it is the ACT model."""
     options = {
         "sparse": {"keep": budget.keep},
         "multi-scale": {"n_layers": budget.scales},
         "ACT": {"ponder_weight": budget.ponder_weight},
     }
     changes = {key: value for part in system.parts for key, value in options[part].items()}
-    # One way for all: single tokens cannot leave where blocks do, nor where halting decides.
+    # The same for all: tokens cannot exit singly where blocks exit, nor where halting decides.
     training = {
         "epochs": budget.epochs, "batch_size": budget.batch_size, "exit_sampling": "one"
     }  # fmt: skip
-    if system is REFERENCE or "ACT" in system.parts:  # ACT's one head reads averages: exits later
+    if system is REFERENCE or "ACT" in system.parts:  # ACT's head reads averages: exits come later
         training["exit_loss_weight"] = 0.0
     return study.train(
         seed, changes, training, budget.tokens,
@@ -55,9 +55,9 @@ def train_system(study: Source, system: System, seed: int, budget: Budget) -> Tr
 def with_exits(
     study: Source, system: System, seed: int, trained: Trained, budget: Budget
 ) -> Trained:
-    """The system ready to exit: with learned gates, or converted from ACT and calibrated.
+    """Return the system with exits: with learned gates, or converted from ACT and calibrated.
 
-    The reference is returned as it is.
+    The reference is returned unchanged.
     """
     if system is REFERENCE:
         return trained
