@@ -17,7 +17,7 @@ test: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/nbstripout --verify --keep-id $(NOTEBOOKS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks

@@ -81,12 +81,12 @@ def readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", readme_commands())
 def test_the_readme_s_commands_run(series, tmp_path, monkeypatch, line):
-    """On the smallest profile; where a command names no notebook, the first one."""
+    """On the smallest profile and little text; where a command names no notebook, the first one."""
     for folder in ("notebooks", ".cache"):
         shutil.copytree(series.root / folder, tmp_path / folder)
     monkeypatch.setenv("EARLYEXIT_HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = [*shlex.split(line), "--profile", "smoke"]
+    arguments = [*shlex.split(line), "--profile", "smoke", "--set", "max_train_tokens=12000"]
     if "--only" not in arguments:
         arguments += ["--only", "01"]
     if "DIR" in arguments:  # the reader's own folder

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numba
 import numpy as np
-from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy import stats
 
 PRIOR = 2.0  # units that the first bets pretend to have seen
@@ -73,6 +72,9 @@ def _most_log_capital(x, levels, ceiling):
 
 def hoeffding_bentkus_p_value(x: np.ndarray, level: float, ceiling: float) -> float:
     """Return the Hoeffding–Bentkus p-value (Bates et al. 2021, Prop. 8), losses clipped to [−B, B]."""
+    # Loads scikit-learn, which nothing else here needs.
+    from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
+
     scaled = (np.clip(x, -ceiling, ceiling) + ceiling) / (2 * ceiling)
     alpha = np.array([(level + ceiling) / (2 * ceiling)])
     p = compute_hoeffding_bentkus_p_value(np.array([scaled.mean()]), len(scaled), alpha)

@@ -86,7 +86,7 @@ PROFILES = {
             certify_tokens=128,
             timing_repeats=3,
             notebooks={
-                "01_build": {"leak_tokens": 60_000, "leak_epochs": 1.0},
+                "01_build": {"leak_tokens": 20_000, "leak_epochs": 1.0},
                 "03_threshold_sweep": {
                     "recipes": ("joint", "frozen"), "recipe_tokens": 4_000, "shallow_depths": (1,)
                 },
@@ -95,8 +95,9 @@ PROFILES = {
                     "prices": "few", "panels": ((4, 1),), "batch_sizes": (1, 4, 16),
                 },
                 "05_memory_profiling": {
-                    "batch_sizes": (1, 4), "lengths": (128, 512), "resident_runs": 1
+                    "batch_sizes": (1, 4), "lengths": (64, 256), "resident_runs": 1
                 },
+                "06_guarantees": {"n_candidates": 8, "trials": 200, "real_trials": 50},
                 "07_combinations": {"combination_tokens": 2_000, "combination_eval": 500},
                 "08_study": {"repeats": 3},
             },

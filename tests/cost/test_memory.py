@@ -37,6 +37,7 @@ def test_a_child_process_grows_by_the_logits_it_returns(make_model):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch_and_the_length(make_model, make_tokens):
     model, x, y = make_model(), make_tokens(4, 12), make_tokens(4, 12, 1)
     policy = ExitPolicy.static(1, 3)

@@ -48,6 +48,7 @@ def test_ratio_of_medians_lies_in_its_interval():
     assert noisy[2] - noisy[1] > high - low
 
 
+@pytest.mark.slow
 def test_peak_counts_what_is_alive_at_once():
     kept = torch.ones(4 * MIB)
 

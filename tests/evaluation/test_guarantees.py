@@ -66,6 +66,7 @@ def test_certified_policies_are_run_for_real(subject, certified):
     assert row["test_speedup_layers"] == pytest.approx(real["speedup_estimate"])
 
 
+@pytest.mark.slow
 def test_bounds_lie_above_the_mean_and_fall_with_n():
     losses = np.random.default_rng(0).gamma(2, 0.01, (40, 3))
     table = guarantees.bound_widths(losses, 0.05, 0.05)

@@ -99,6 +99,7 @@ def test_a_notebook_run_by_hand_publishes_nothing(finished, tmp_path, monkeypatc
     assert len(artifacts.read_table("smoke", "numbers", tmp_path)) == 5  # by hand, that one is read
 
 
+@pytest.mark.slow
 def test_a_clone_takes_what_is_published_and_runs_nothing(finished, tmp_path):
     for folder in ("notebooks", "results", "figures"):
         shutil.copytree(finished / folder, tmp_path / folder)
@@ -106,6 +107,7 @@ def test_a_clone_takes_what_is_published_and_runs_nothing(finished, tmp_path):
     assert runner.run(SMOKE, root=tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "no JSON"])
 def test_a_damaged_record_stops_nobody_else(finished, tmp_path, caplog, damage):
     for folder in ("notebooks", "results", "figures"):
@@ -119,6 +121,7 @@ def test_a_damaged_record_stops_nobody_else(finished, tmp_path, caplog, damage):
     assert len(said) == 1 and said[0].startswith("smoke/02_plot.run.json is no record (")
 
 
+@pytest.mark.slow
 def test_what_an_earlier_version_made_is_kept_while_its_files_are_whole(
     finished, tmp_path, caplog, monkeypatch
 ):
@@ -187,6 +190,7 @@ def test_a_run_makes_only_what_changed_and_removes_what_is_no_longer_made(tmp_pa
     assert names == {"second.csv", "second.tex", "01_build.run.json"}
 
 
+@pytest.mark.slow
 def test_a_failed_notebook_is_kept_aside_and_the_cell_named(tmp_path, monkeypatch, capsys):
     root = write_project(tmp_path)
     write_notebook(root, "01_build", ["x = 1", "raise ValueError('no\\nluck')"])
@@ -282,6 +286,7 @@ def test_only_one_run_writes_a_label(tmp_path):
         runner.run(SMOKE, root=root)
 
 
+@pytest.mark.slow
 def test_killed_while_publishing_the_notebook_runs_again(finished, tmp_path, monkeypatch):
     """After each file that was put in its place, and before the record."""
     for folder in ("notebooks", "results", "figures"):
