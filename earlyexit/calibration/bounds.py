@@ -14,7 +14,6 @@ import numpy as np
 from scipy import stats
 
 PRIOR = 2.0  # units that the first bets pretend to have seen
-
 SAFE = 0.9  # largest bet as a share of what could lose everything on one unit
 
 

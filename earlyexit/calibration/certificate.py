@@ -32,7 +32,6 @@ from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 
 log = logging.getLogger(__name__)
-
 CEILING = 4.0  # B in multiples of log(1 + ε): a unit that loses more counts as losing that
 
 # Losses that candidates are fitted to, in multiples of ε.

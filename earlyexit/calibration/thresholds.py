@@ -14,9 +14,7 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import layers_executed
 
 Thresholds = Literal["global", "per_layer", "decaying"]
-
 SWEEPS = 4  # coordinate descent over the layers' thresholds settles within a few
-
 DECAYS = (0.0, 1.0, 2.0, 4.0, 8.0)  # temperatures tried for decaying thresholds
 
 

@@ -27,14 +27,11 @@ import numpy as np
 from earlyexit.checked import Checked, Count
 
 log = logging.getLogger(__name__)
-
 UNK, EOS = "<unk>", "<eos>"
-
 ROLES = ("train", "fit", "certify", "test")
 
 # 11 train, 2 fit, 4 certify, 3 test of every 20 groups, each spread over the cycle.
 CYCLE = [dict(zip("tfce", ROLES, strict=True))[letter] for letter in "tctetftctetctftctett"]
-
 MIN_SECTIONS = 40  # two cycles: so many documents are made of fewer than len(CYCLE) files
 
 # What was not said: reactions, circumstances, editors' notes. Other brackets are text.

@@ -25,7 +25,6 @@ from earlyexit.corpus.splits import Split
 from earlyexit.corpus.tokenizers import encode, train_bpe, train_words
 
 log = logging.getLogger(__name__)
-
 FORMAT = 2  # part of every data hash: raise it when the same text is to give other ids
 
 

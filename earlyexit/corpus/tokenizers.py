@@ -13,7 +13,6 @@ from tokenizers import processors as post
 from earlyexit.corpus.documents import EOS, UNK, CorpusConfig, Document
 
 UNK_ID, EOS_ID = 0, 1  # the first two entries of every vocabulary
-
 CHUNK = 2000  # lines per encoding batch: bounds the memory of wikitext-103
 
 # Words of raw text: do|n't, America|'s, U.S., 3,000,000, 4.5, runs of dashes; any other character.

@@ -33,9 +33,7 @@ EXIT_HEAD = ("translator", *FINAL_HEAD)
 
 # Kinds of work that have a price in time; the time of the other kinds is contained in these.
 PRICED = ("launches", "expert_flops", "thin_flops", "flops", "bytes", "steps", "logits", "run")
-
 NOBODY = 1e-9  # a share of tokens below this is a rounding error
-
 Account = dict[str, dict[str, float]]  # part of a run → kind of work → amount
 
 

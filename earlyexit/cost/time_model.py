@@ -69,9 +69,7 @@ MAPPED = (
 )
 
 UNDISTURBED = 0.25  # quantile of the repeats: other processes can only add time
-
 OUTLIER, REWEIGHTINGS = 0.03, 10  # of a run's time: larger errors are taken to be disturbances
-
 FITTED_CRITERIA = ("gate", "max_probability")
 
 

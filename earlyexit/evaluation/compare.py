@@ -37,7 +37,6 @@ SPEEDUPS = (
 )
 QUALITY = ("perplexity", "quality_loss", "tokens")
 COLUMNS = ("criterion", *SETTINGS, *QUALITY, *SPEEDUPS, "exited_early")
-
 ORACLE_POINTS = 400  # number of prices that the oracle's front is searched over
 
 

@@ -15,7 +15,6 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import layers_executed
 
 LONG = 100  # points of a curve; of a longer one, every second point is kept
-
 Kind = tuple[str, float, Thresholds]
 
 

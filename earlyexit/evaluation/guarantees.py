@@ -21,13 +21,9 @@ from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 
 UNITS: tuple[Unit, ...] = ("document", "window")
-
 SIZES = (10, 30, 100, 300, 1000)  # numbers of units for which the widths of bounds are shown
-
 SYNTHETIC_UNITS, SYNTHETIC_SIZES = 20_000, (30, 100, 500, 2000)  # in all, and in each audit
-
 FACTS = ("n", "bound", "mean_gap", "token_gap", "clipped_share", "smallest_level")
-
 Certificates = dict[tuple[float, Unit], Certificate | Refused]
 
 

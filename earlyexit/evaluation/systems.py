@@ -36,7 +36,6 @@ from earlyexit.training.systems import EXITS, REFERENCE, SYSTEMS, System
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Models = Mapping[str, EarlyExitModel]
-
 FULL, ADAPTIVE, STATIC = "full depth", "adaptive", "static"  # kinds of policies
 CHOSEN, CUT_OFF = "chosen", "cut off"  # modes at matched quality, beside full depth
 

@@ -9,8 +9,6 @@ from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.corpus import Corpus
 
 BANDS = (100, 1000)  # ranks that divide words into frequent, common and rare
-
-
 SENTENCE_ENDS = (".", "?", "!", "<eos>")
 
 

@@ -16,7 +16,6 @@ import torch
 from earlyexit.devices import synchronize
 
 PARTS = ("blocks", "check", "propagation", "gather/scatter", "head", "rest")
-
 _running: ContextVar[PartClock | None] = ContextVar("running clock", default=None)
 
 

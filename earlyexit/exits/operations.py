@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 Amounts = Mapping[str, float]  # kind of work → amount
 Parts = Mapping[str, Amounts]  # part → its amounts
-
 FLOAT = 4  # bytes
 
 # FLOPs per element of operations that are not matrix products.

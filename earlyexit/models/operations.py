@@ -21,7 +21,6 @@ from earlyexit.exits.operations import (
 from earlyexit.nn.config import ModelConfig
 
 BK_STEP = 18  # FLOPs: one complex reciprocal and multiply-add, in real arithmetic
-
 COMPLEX = 16  # bytes; BK-Core computes in double precision
 
 # Shares of tokens for which the middle and the rare cluster of an adaptive softmax are computed, in

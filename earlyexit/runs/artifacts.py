@@ -36,7 +36,6 @@ RUN_ID = "EARLYEXIT_RUN_ID"
 LABEL = "EARLYEXIT_LABEL"
 COMMAND = "EARLYEXIT_COMMAND"
 FOLDER = "EARLYEXIT_FOLDER"
-
 _BY_HAND = f"by-hand-{uuid.uuid4().hex[:12]}"  # one id for the life of a kernel
 
 _TEX = str.maketrans(

@@ -33,7 +33,6 @@ from earlyexit.training.resume import TrainingState
 from earlyexit.training.train import train
 
 log = logging.getLogger(__name__)
-
 Kind = type[EarlyExitLanguageModel]
 
 

@@ -27,7 +27,6 @@ from earlyexit.runs.paths import PACKAGE
 
 PARAMETERS = "parameters"  # tag of the cell with a notebook's defaults
 DIGITS = 16  # hexadecimal digits kept of a definition's digest
-
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 

@@ -39,7 +39,6 @@ _some = Field(strict=False, min_length=1)
 Pair = Annotated[tuple[Count, Count], _list]
 Sizes = Annotated[tuple[Count, Count, Count, Count], _list]
 Depths = Annotated[tuple[Annotated[float, Field(ge=1, le=8)], ...], _some]
-
 Seeds = Annotated[tuple[Limit, ...], _list, AfterValidator(_distinct)]
 Counts = Annotated[tuple[Count, ...], _some]
 Positives = Annotated[tuple[Positive, ...], _some]

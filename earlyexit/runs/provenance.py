@@ -25,7 +25,6 @@ from earlyexit.atomic import atomic_path
 from earlyexit.runs import digests
 
 log = logging.getLogger(__name__)
-
 FORMAT = 2  # of new records; 1: converted from an earlier version
 SUFFIX = ".run.json"
 

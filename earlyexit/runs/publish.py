@@ -26,7 +26,6 @@ from earlyexit.runs.provenance import Record
 
 # The profiles whose results the README may quote; the first has the original's text.
 QUOTED = ("wikitext2", "wikitext2-d256", "cpu", "recipes", "combinations")
-
 EPSILON = 0.05  # the tolerated quality loss that the blocks quote
 
 TEXTS = {

@@ -35,10 +35,7 @@ class System:
 
 
 REFERENCE = System("plain")
-
-
 EXITS = System("exits")
-
 
 SYSTEMS = (
     REFERENCE,
@@ -63,7 +60,6 @@ SYSTEMS = (
         ACTMultiScaleLanguageModel, convert_act_multi_scale,
     ),
 )  # fmt: skip
-
 
 CALIBRATION_RATE = 3e-3  # of exits that start as copies of a trained head
 

@@ -21,7 +21,6 @@ from earlyexit.training.losses import exit_features, training_loss
 from earlyexit.training.resume import TrainingState
 
 REPORT_EVERY = 50  # steps averaged in one row of the history
-
 VALIDATION_TOKENS = 50_000  # of the fit part, read after every epoch
 
 
