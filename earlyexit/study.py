@@ -278,4 +278,4 @@ class Study:
 
     def read_table(self, name: str) -> pd.DataFrame:
         """Read a table that another notebook of this profile wrote."""
-        return read_table(self.label, name)
+        return read_table(self.label, name, by_hand=True)

@@ -214,28 +214,30 @@ def _text(content: str) -> Callable[[Path], Any]:
     return lambda path: path.write_text(content, encoding="utf-8", newline="\n")
 
 
-def read_table(label: str, name: str, root: str | Path | None = None) -> pd.DataFrame:
-    """Read a table that a notebook wrote.
-
-    Raises:
-        MissingResult: see :func:`result_path`.
-    """
-    return pd.read_csv(result_path(label, f"{name}.csv", root))
+def read_table(
+    label: str, name: str, root: str | Path | None = None, by_hand: bool = False
+) -> pd.DataFrame:
+    """Read a table that a notebook wrote; arguments and errors as of :func:`result_path`."""
+    return pd.read_csv(result_path(label, f"{name}.csv", root, by_hand))
 
 
-def result_path(label: str, file: str, root: str | Path | None = None) -> Path:
+def result_path(
+    label: str, file: str, root: str | Path | None = None, by_hand: bool = False
+) -> Path:
     """Return the path of a file of ``results/`` that is as its notebook wrote it.
 
-    A notebook that ``run`` executes reads published files only; otherwise a file that was written by
-    hand comes first.
+    Args:
+        by_hand: take a file that was written by hand, where there is one, before the published one.
+            A notebook that ``run`` executes never does.
 
     Raises:
         MissingResult: the file does not exist, is half-written or was changed by hand; the message
             names the notebook to run.
     """
     place = project(root)
-    by_hand, published = place.by_hand(label), place.published(label)
-    places = [] if FOLDER in os.environ else [(by_hand, by_hand, f"results/{file}")]
+    hand, published = place.by_hand(label), place.published(label)
+    asked = by_hand and FOLDER not in os.environ
+    places = [(hand, hand, f"results/{file}")] if asked else []
     published_name = f"results/{label}/{file}"
     for folder, base, name in [*places, (published, place.root, published_name)]:
         owner = owner_of(name, folder)

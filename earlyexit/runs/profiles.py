@@ -82,11 +82,11 @@ PROFILES = {
             model=replace(MODEL, d_model=32, n_layers=3, n_seq=32, bk_heads=4),
             gates=GatesConfig(max_tokens=4_000),
             max_train_tokens=60_000,
-            max_eval_tokens=6_000,
+            max_eval_tokens=4_000,
             certify_tokens=128,
             timing_repeats=3,
             notebooks={
-                "01_build": {"leak_tokens": 20_000, "leak_epochs": 1.0},
+                "01_build": {"leak_tokens": 8_000, "leak_epochs": 1.0},
                 "03_threshold_sweep": {
                     "recipes": ("joint", "frozen"), "recipe_tokens": 4_000, "shallow_depths": (1,)
                 },
