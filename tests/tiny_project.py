@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 from earlyexit.runs.artifacts import Outputs, read_table, run_label
 label = run_label(profile, overrides)
 fig, ax = plt.subplots()
-ax.plot(read_table(label, "numbers").x)
+ax.plot(read_table(label, "numbers", by_hand=True).x)
 Outputs(label, "02_plot", {}).figure(fig, "line", "A line");
 """
 

@@ -96,7 +96,8 @@ def test_a_notebook_run_by_hand_publishes_nothing(finished, tmp_path, monkeypatc
     assert why(tmp_path) == {"01_build": [], "02_plot": []}
     record = provenance.read_record(project(tmp_path).by_hand("smoke"), "01_build")
     assert record.parameters["rows"] == 5 and record.command == "by hand"
-    assert len(artifacts.read_table("smoke", "numbers", tmp_path)) == 5  # by hand, that one is read
+    assert len(artifacts.read_table("smoke", "numbers", tmp_path, by_hand=True)) == 5
+    assert len(artifacts.read_table("smoke", "numbers", tmp_path)) == 3  # what is published
 
 
 @pytest.mark.slow
