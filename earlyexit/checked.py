@@ -52,7 +52,8 @@ class Checked:
         try:
             valid = _schema(type(self)).model_validate(values)
         except ValidationError as error:
-            raise ValueError("; ".join(map(_sentence, error.errors(include_url=False)))) from None
+            first = {e["loc"][0]: e for e in reversed(error.errors(include_url=False))}
+            raise ValueError("; ".join(map(_sentence, first.values()))) from None
         for name in values:
             object.__setattr__(self, name, getattr(valid, name))
 
