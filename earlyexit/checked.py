@@ -52,7 +52,9 @@ class Checked:
         try:
             valid = _schema(type(self)).model_validate(values)
         except ValidationError as error:
-            first = {e["loc"][0]: e for e in reversed(error.errors(include_url=False))}
+            first: dict = {}  # of each field: what follows from it says nothing new
+            for wrong in error.errors(include_url=False):
+                first.setdefault(wrong["loc"][0], wrong)
             raise ValueError("; ".join(map(_sentence, first.values()))) from None
         for name in values:
             object.__setattr__(self, name, getattr(valid, name))

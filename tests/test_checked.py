@@ -57,6 +57,8 @@ def test_all_wrong_values_are_named_and_an_element_by_its_place():
         ModelConfig(100, d_model=0, top_k=0)
     with pytest.raises(ValueError, match=r"^factors\[1\]=-1: must be > 0$"):
         Settings([1, -1])
+    with pytest.raises(ValueError, match=r"^factors\[0\]=-1: must be > 0$"):  # said once
+        Settings([-1])
 
 
 def test_a_value_has_the_type_of_its_field():
