@@ -128,7 +128,7 @@ class CompactedWalk(Walk):
         model = self.model
         given = model.contribution(layer, self.u)
         self.mark("blocks")
-        given = self.left_behind.join(layer, self.alive, given).view(*self.shape, -1)
+        given = self.left_behind.join(layer, self.alive, given).unflatten(0, self.shape)
         self.mark("gather/scatter")
         rows = self.alive if len(self.alive) < self.shape.numel() else None
         mixed = model.mix(layer, self.u, given, rows)

@@ -119,9 +119,9 @@ class CompactedPyramidWalk(PyramidWalk):
             base = base.index_copy(0, rows, self._raised(k, k + 1, rows))
             self.levels = [*self.levels[:k], base.view(len(self.embedded), -1, d)]
         u = block.layer_norm(self.levels[k])
-        features = block.bk_layer.bk_core(block.bk_layer.potentials(u)).flatten(0, 1)
-        flat, u = self.levels[k].flatten(0, 1), u.flatten(0, 1)
-        change = block.bk_layer.transform(u[rows], features[rows])
+        given, u = block.bk_layer.contribution(u), u.flatten(0, 1)[rows]
+        flat = self.levels[k].flatten(0, 1)
+        change = block.bk_layer.transform(u, block.bk_layer.mix(u, given, rows))
         self.levels[k] = flat.index_copy(0, rows, flat[rows] + change).view_as(self.levels[k])
         self.carry(layer)
 

@@ -14,7 +14,7 @@ from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.clock import marker
 from earlyexit.exits.operations import Operations
 from earlyexit.models.operations import operations
-from earlyexit.nn.block import EarlyExitResNetBKBlock, MoEResNetBKLayer
+from earlyexit.nn.block import EarlyExitResNetBKBlock
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.gates import ExitGates
 from earlyexit.nn.heads import ExitHead
@@ -98,24 +98,20 @@ class EarlyExitLanguageModel(EarlyExitModel):
 
     def contribution(self, layer: int, u: Tensor) -> Tensor:
         """Return potentials ``(…, H)``."""
-        return self.blocks[layer].bk_layer.potentials(u)
+        return self.blocks[layer].bk_layer.contribution(u)
 
     def mix(self, layer: int, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
         """Return BK features ``(A, 2H)``."""
         mark = marker()
-        features = self.blocks[layer].bk_layer.bk_core(given).flatten(0, 1)
-        mark("blocks", "propagation", len(u) / len(features))  # it passes over all tokens
-        if rows is not None:
-            features = features.index_select(0, rows)
-            mark("gather/scatter")
-        return features
+        mixed = self.blocks[layer].bk_layer.mix(u, given, rows)
+        mark("blocks", "propagation", len(u) / given.shape[:2].numel())  # it passes over all tokens
+        return mixed
 
     def update(self, layer: int, h: Tensor, u: Tensor, mixed: Tensor) -> Tensor:
         return h + self.blocks[layer].bk_layer.transform(u, mixed)
 
     def step(self, layer: int, u: Tensor, given: Tensor, memory) -> tuple[Tensor, Tensor]:
-        memory, features = self.blocks[layer].bk_layer.bk_core.step(memory, given)
-        return features, memory
+        return self.blocks[layer].bk_layer.step(u, given, memory)
 
     def head(self, layer: int) -> ExitHead:
         return self.blocks[layer].exit_classifier
@@ -136,37 +132,37 @@ class EarlyExitLanguageModel(EarlyExitModel):
             block.bk_layer.moe.load_balancing_loss = None
 
     def propagation(self) -> Callable[[Tensor, int], Tensor]:
-        """Return a function that makes the potentials of exited tokens by one product for all layers.
+        """Return a function that makes what exited tokens hand on by one product for all layers.
 
-        Of a frozen state h, layer l reads v_l = W_l LN_l(h) + b_l. The layers' norms differ by their
-        affine maps alone, LN_l(h) = γ_l ⊙ z + β_l, so h is standardised to z once, and one product with
-        the joined matrices W_l diag(γ_l) gives the potentials of all deeper layers.
+        Of a frozen state h, layer l makes W_l LN_l(h) + b_l. The layers' norms differ by their affine
+        maps alone, LN_l(h) = γ_l ⊙ z + β_l, so h is standardised to z once, and one product with the
+        joined matrices W_l diag(γ_l) gives the potentials and values of all deeper layers.
         """
         norms = [block.layer_norm for block in self.blocks]
-        layers = [block.bk_layer for block in self.blocks]
-        plain = all(type(k).potentials is MoEResNetBKLayer.potentials for k in layers)
+        products = [block.bk_layer.contribution for block in self.blocks]
+        plain = all(isinstance(product, nn.Linear) for product in products)
         if not plain or any(norm.eps != norms[0].eps for norm in norms):
             return super().propagation()
         folded = None
 
-        def potentials(hidden: Tensor, first: int) -> Tensor:
+        def contributions(hidden: Tensor, first: int) -> Tensor:
             nonlocal folded
-            folded = folded or _fold(norms, layers)
+            folded = folded or _fold(norms, products)
             weight, bias = (part[first:] for part in folded)
             z = F.layer_norm(hidden, hidden.shape[-1:], eps=norms[0].eps)
-            v = z @ weight.flatten(0, 1).T + bias.flatten()
-            return v.view(len(hidden), len(bias), -1)
+            given = z @ weight.flatten(0, 1).T + bias.flatten()
+            return given.view(len(hidden), len(bias), -1)
 
-        return potentials
+        return contributions
 
 
 EarlyExitLanguageModel.__signature__ = inspect.signature(ModelConfig)
 
 
-def _fold(norms: list[nn.LayerNorm], layers: list[MoEResNetBKLayer]) -> tuple[Tensor, Tensor]:
-    """Return matrices ``(L, H, D)`` and offsets ``(L, H)`` that act on standardised states."""
-    weight = torch.stack([layer.v_proj.weight for layer in layers])
-    bias = torch.stack([layer.v_proj.bias for layer in layers])
+def _fold(norms: list[nn.LayerNorm], products: list[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Return matrices ``(L, K, D)`` and offsets ``(L, K)`` that act on standardised states."""
+    weight = torch.stack([product.weight for product in products])
+    bias = torch.stack([product.bias for product in products])
     scale = torch.stack([norm.weight for norm in norms])
     shift = torch.stack([norm.bias for norm in norms])
     return weight * scale[:, None], bias + (weight * shift[:, None]).sum(dim=-1)

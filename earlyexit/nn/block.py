@@ -7,17 +7,15 @@ transform it. What an exited token still contributes to deeper layers is only it
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from collections.abc import Callable
 
-from earlyexit.nn.bk_core import BKCore
+from torch import Tensor, nn
+
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.heads import ExitHead
+from earlyexit.nn.mixing import MIXINGS
 from earlyexit.nn.moe import SparseMoELayer
 from earlyexit.nn.unembedding import LinearUnembedding
-
-QUIET = 0.3  # initial scale of the potentials' weights; of 0.1, 0.3, 1 and 2 it trained best
 
 
 class MoEResNetBKLayer(nn.Module):
@@ -44,34 +42,35 @@ class MoEResNetBKLayer(nn.Module):
         super().__init__()
         sizes = {"d_model": d_model, "n_seq": n_seq, "num_experts": num_experts, "top_k": top_k}
         config = ModelConfig(**{"vocab_size": 2} | sizes | {"dropout_p": dropout_p} | options)
-        self.d_model, self.n_seq, heads = d_model, n_seq, config.bk_heads
-        d = d_model
+        self.d_model, self.n_seq = d_model, n_seq
         self.moe = SparseMoELayer(
-            d, num_experts, top_k, dropout_p, expert_hidden=config.expert_hidden
+            d_model, num_experts, top_k, dropout_p, expert_hidden=config.expert_hidden
         )
-        self.v_proj = nn.Linear(d, heads)
-        self.bk_core = BKCore(heads, causal=config.causal)
-        self.output_proj = nn.Linear(2 * heads, d)
-        self.bk_scale = nn.Parameter(torch.ones(()))
-        # The band |α| < 2|t| is where the past matters: spread the heads over it. In one dimension
-        # disorder localises (Anderson 1958): noisy potentials forget, so they start quiet.
-        with torch.no_grad():
-            self.v_proj.weight.mul_(QUIET)
-            self.v_proj.bias.copy_(2 * self.bk_core.t + torch.linspace(-1.5, 1.5, heads))
+        self.mixing = MIXINGS[config.mixing](config)
 
-    def potentials(self, u: Tensor) -> Tensor:
-        """Return v ``(…, H)`` of u ``(…, D)``: all that a token hands to the recursion."""
-        return self.v_proj(u)
+    @property
+    def contribution(self) -> Callable[[Tensor], Tensor]:
+        """Return what makes all that a token hands to those after it, ``(…, D)`` → ``(…, K)``."""
+        return self.mixing.contribution
 
-    def transform(self, u: Tensor, features: Tensor) -> Tensor:
-        """Return the update of the residual stream ``(…, D)`` from u and BK features ``(…, 2H)``."""
-        project, scale = self.output_proj, self.bk_scale  # scaling weights is cheaper than states
-        mixed = F.linear(features, scale * project.weight, scale * project.bias)
-        return mixed + self.moe(u + mixed)
+    def mix(self, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
+        """Return what running tokens take from the contributions of all, ``(A, M)``."""
+        return self.mixing.mix(u, given, rows)
+
+    def step(self, u: Tensor, given: Tensor, memory) -> tuple[Tensor, object]:
+        """Do :meth:`mix` for one position, from a memory of those before."""
+        return self.mixing.step(u, given, memory)
+
+    def transform(self, u: Tensor, mixed: Tensor) -> Tensor:
+        """Return the update of the residual stream ``(…, D)`` from u and what was mixed ``(…, M)``."""
+        m = self.mixing.read(u, mixed)
+        return m + self.moe(u + m)
 
     def forward(self, u: Tensor) -> Tensor:
         """Return the update of the residual stream from u, both ``(B, N, D)``."""
-        return self.transform(u, self.bk_core(self.potentials(u)))
+        flat = u.flatten(0, 1)
+        mixed = self.mix(flat, self.contribution(u), None)
+        return self.transform(flat, mixed).view_as(u)
 
 
 class EarlyExitResNetBKBlock(nn.Module):

@@ -41,7 +41,9 @@ class ModelConfig(Checked):
     dropout_p: Dropout = 0.1
     confidence_threshold: Share = 0.9
     _: KW_ONLY
+    mixing: Literal["resolvent", "attention", "none"] = "resolvent"
     bk_heads: Count = 16
+    bk_values: Limit = 4
     causal: bool = True
     exit_head: Literal["translator", "full"] = "translator"
     tie_embeddings: bool | None = None

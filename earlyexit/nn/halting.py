@@ -67,7 +67,7 @@ class HaltingLayer(nn.Module):
     """A halting layer also moves the running average: it returns the change of a stream.
 
     Args:
-        layer: any layer with ``potentials``, ``bk_core``, ``transform`` and ``moe``.
+        layer: any layer with ``contribution``, ``mix``, ``step``, ``transform`` and ``moe``.
         d_model: width D.
         start: see :class:`HaltingUnit`; None for the last layer, which needs no unit.
     """
@@ -81,18 +81,22 @@ class HaltingLayer(nn.Module):
     def moe(self) -> nn.Module:
         return self.layer.moe
 
-    @property
-    def bk_core(self) -> nn.Module:
-        return self.layer.bk_core
+    def contribution(self, u: Tensor) -> Tensor:
+        """Return the layer's contribution ``(…, K)`` of u, which :class:`StreamNorm` made."""
+        return self.layer.contribution(u[..., : self.d_model])
 
-    def potentials(self, u: Tensor) -> Tensor:
-        """Return the layer's potentials ``(…, H)`` of u, which :class:`StreamNorm` made."""
-        return self.layer.potentials(u[..., : self.d_model])
+    def mix(self, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
+        """Return what running tokens take from the contributions of all, ``(A, M)``."""
+        return self.layer.mix(u[..., : self.d_model], given, rows)
 
-    def transform(self, u: Tensor, features: Tensor) -> Tensor:
+    def step(self, u: Tensor, given: Tensor, memory) -> tuple[Tensor, object]:
+        """Do :meth:`mix` for one position, from a memory of those before."""
+        return self.layer.step(u[..., : self.d_model], given, memory)
+
+    def transform(self, u: Tensor, mixed: Tensor) -> Tensor:
         """Return the change of the stream ``(…, 2D + 1)``, (Δh, p h, p) with h the new state."""
         normal, h, c = u.split((self.d_model, self.d_model, 1), dim=-1)
-        change = self.layer.transform(normal, features)
+        change = self.layer.transform(normal, mixed)
         if self.halting is None:
             return F.pad(change, (0, self.d_model + 1))
         h = h + change
@@ -101,7 +105,8 @@ class HaltingLayer(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Return the change of the stream from u, both ``(B, N, 2D + 1)``."""
-        return self.transform(u, self.bk_core(self.potentials(u)))
+        mixed = self.mix(u.flatten(0, 1), self.contribution(u), None)
+        return self.transform(u, mixed.unflatten(0, u.shape[:2]))
 
 
 class AverageHead(ExitHead):
