@@ -43,7 +43,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 # Rounding may differ, but NaN and infinity stay what they are.
 FAST = {"contract", "arcp", "nsz", "reassoc"}
 
