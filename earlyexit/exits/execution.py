@@ -86,17 +86,23 @@ class DenseWalk(Walk):
 
     def __init__(self, model: ExitModel, x: Tensor):
         self.model, self.h = model, model.embed(x)
+        self.given: Tensor | None = None
         self.alive = torch.arange(x.numel(), device=x.device)
         self.mark = marker()
 
+    def exited(self) -> Tensor:
+        """Return which tokens of the batch have left."""
+        shape = self.h.shape[:-1]
+        exited = torch.ones(shape.numel(), dtype=torch.bool, device=self.h.device)
+        exited[self.alive] = False
+        return exited.view(shape)
+
     def advance(self, layer: int) -> None:
-        h, alive = self.h, self.alive
-        after = self.model.layer(layer, h)
+        h, exited = self.h, self.exited()
+        self.mark("gather/scatter")
+        self.h, self.given = self.model.layer_around(layer, h, exited, self.given)
         self.mark("blocks")
-        self.after, self.before = (t.flatten(0, 1).index_select(0, alive) for t in (after, h))
-        frozen = torch.ones(h.shape[0] * h.shape[1], dtype=torch.bool, device=h.device)
-        frozen[alive] = False
-        self.h = torch.where(frozen.view(*h.shape[:2], 1), h, after)
+        self.after, self.before = (t.flatten(0, 1).index_select(0, self.alive) for t in (self.h, h))
         self.mark("gather/scatter")
 
     def observe(self, layer: int) -> Observation:
@@ -126,9 +132,9 @@ class CompactedWalk(Walk):
 
     def advance(self, layer: int) -> None:
         model = self.model
-        given = model.contribution(layer, self.u)
+        self.given = model.contribution(layer, self.u)
         self.mark("blocks")
-        given = self.left_behind.join(layer, self.alive, given).unflatten(0, self.shape)
+        given = self.left_behind.join(layer, self.alive, self.given).unflatten(0, self.shape)
         self.mark("gather/scatter")
         rows = self.alive if len(self.alive) < self.shape.numel() else None
         mixed = model.mix(layer, self.u, given, rows)
@@ -147,7 +153,7 @@ class CompactedWalk(Walk):
         tokens, self.alive = self.alive[leaving], self.alive[staying]
         if not len(staying):
             return
-        self.left_behind.add(layer, tokens, hidden)
+        self.left_behind.add(layer, tokens, hidden, self.given[leaving])
         self.mark("propagation")
         self.h, self.u = self.h.index_select(0, staying), self.u.index_select(0, staying)
         self.mark("gather/scatter")

@@ -106,13 +106,19 @@ class StepWalk(DenseWalk):
     def __init__(self, model: ExitModel, x: Tensor, position: int, memories: list):
         self.model, self.memories = model, memories
         self.h = model.embed(x, start=position).squeeze(1)
+        self.given: Tensor | None = None
         self.alive = torch.arange(len(x), device=x.device)
 
     def advance(self, layer: int) -> None:
         model, alive = self.model, self.alive
         u = model.normed(layer, self.h)
-        given = model.contribution(layer, u)
-        mixed, self.memories[layer] = model.step(layer, u, given, self.memories[layer])
+        given = handed = model.contribution(layer, u)
+        if self.given is not None:
+            exited = self.exited()[:, None]
+            handed = torch.where(exited, model.handed_on(given, self.given), given)
+            given = torch.where(exited, self.given, given)
+        self.given = given
+        mixed, self.memories[layer] = model.step(layer, u, handed, self.memories[layer])
         if len(alive):
             self.before = self.h[alive]
             self.after = model.update(layer, self.before, u[alive], mixed[alive])

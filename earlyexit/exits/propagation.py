@@ -21,9 +21,14 @@ class LeftBehind:
         self._propagate = model.propagation()
         self.contributions: Tensor | None = None  # (T, L, K); rows of exited tokens are valid
 
-    def add(self, layer: int, tokens: Tensor, hidden: Tensor) -> None:
-        """Store what ``tokens`` ``(X,)``, which left ``layer`` with states ``(X, D)``, hand on."""
-        later = self._propagate(hidden, layer + 1)  # (X, L′, K)
+    def add(self, layer: int, tokens: Tensor, hidden: Tensor, then: Tensor) -> None:
+        """Store what ``tokens`` ``(X,)`` hand on, which left ``layer``.
+
+        Args:
+            hidden: their states ``(X, D)``.
+            then: what they contributed in that layer ``(X, K)``.
+        """
+        later = self._propagate(hidden, then, layer + 1)  # (X, L′, K)
         if self.contributions is None:
             shape = self.n_tokens, self.n_layers, later.shape[-1]
             self.contributions = torch.empty(shape, dtype=later.dtype, device=later.device)

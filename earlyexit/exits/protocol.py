@@ -102,9 +102,41 @@ class ExitModel(nn.Module, ABC):
     def layer(self, layer: int, h: Tensor) -> Tensor:
         """Run the whole layer for all tokens: ``(B, N, D)`` → ``(B, N, D)``."""
         u = self.normed(layer, h)
-        given = self.contribution(layer, u)
+        return self._mixed(layer, h, u, self.contribution(layer, u))
+
+    def _mixed(self, layer: int, h: Tensor, u: Tensor, given: Tensor) -> Tensor:
         flat_h, flat_u = h.flatten(0, 1), u.flatten(0, 1)
         return self.update(layer, flat_h, flat_u, self.mix(layer, flat_u, given, None)).view_as(h)
+
+    def layer_around(
+        self, layer: int, h: Tensor, exited: Tensor, given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the whole layer for all tokens, and put the states of exited ones back.
+
+        Args:
+            exited: whether a token has left ``(B, N)``.
+            given: what this method returned for the layer before; None at the first.
+
+        Returns:
+            States ``(B, N, D)``, and what every token contributed in the last layer that it ran
+            ``(B, N, K)``.
+        """
+        u, exited = self.normed(layer, h), exited[..., None]
+        now = self.contribution(layer, u)
+        handed = now
+        if given is not None:
+            handed = torch.where(exited, self.handed_on(now, given), now)
+            now = torch.where(exited, given, now)
+        return torch.where(exited, h, self._mixed(layer, h, u, handed)), now
+
+    def handed_on(self, now: Tensor, then: Tensor) -> Tensor:
+        """Return what exited tokens hand to a layer that they do not run ``(…, K)``.
+
+        Args:
+            now: what the layer makes of their frozen states.
+            then: what they contributed in the last layer that they ran.
+        """
+        return now
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:
         """Return the states before the first and after every layer, L + 1 tensors ``(B, N, D)``."""
@@ -122,19 +154,19 @@ class ExitModel(nn.Module, ABC):
         mark("blocks")
         return h
 
-    def propagation(self) -> Callable[[Tensor, int], Tensor]:
+    def propagation(self) -> Callable[[Tensor, Tensor, int], Tensor]:
         """Return a function that gives what exited tokens hand to all deeper layers.
 
-        It maps frozen states ``(X, D)`` and the first of L′ deeper layers to ``(X, L′, K)``.
+        It maps frozen states ``(X, D)``, what they contributed in the last layer that they ran
+        ``(X, K)``, and the first of L′ deeper layers to ``(X, L′, K)``.
         """
 
-        def contributions(hidden: Tensor, first: int) -> Tensor:
+        def handed_on(hidden: Tensor, then: Tensor, first: int) -> Tensor:
             layers = range(first, self.n_layers)
-            return torch.stack(
-                [self.contribution(k, self.normed(k, hidden)) for k in layers], dim=1
-            )
+            now = [self.contribution(k, self.normed(k, hidden)) for k in layers]
+            return torch.stack([self.handed_on(given, then) for given in now], dim=1)
 
-        return contributions
+        return handed_on
 
     def auxiliary_loss(self) -> Tensor | float:
         """Return what training may add to the last batch's loss, such as the imbalance of experts."""

@@ -60,12 +60,17 @@ def check_halting(config) -> None:
     """Refuse a configuration with which no ACT model can be built.
 
     Raises:
-        ValueError: ε is not in (0, 1), the ponder weight is negative, or gates are asked for.
+        ValueError: ε is not in (0, 1), the ponder weight is negative, gates are asked for, or halted
+            tokens shall hand on anything but what is recomputed from their states.
     """
     if not 0 < config.epsilon < 1 or not config.ponder_weight >= 0:
         raise ValueError(f"epsilon={config.epsilon} must lie in (0, 1), ponder_weight be ≥ 0")
     if config.gate_hidden is not None:
         raise ValueError("the gates of this model are its halting units: leave out gate_hidden")
+    if config.left_behind != "recomputed":
+        raise ValueError(
+            f"left_behind={config.left_behind!r}: halted tokens of ACT need 'recomputed'"
+        )
 
 
 def add_halting(model: EarlyExitLanguageModel) -> None:

@@ -42,8 +42,8 @@ class MultiScaleConfig(SparseConfig):
     """Its fields are the arguments of :class:`MultiScaleLanguageModel`; keep < 1 makes layers sparse.
 
     Raises:
-        ValueError: the number of layers is even or below three, the core is two-sided, or the base
-            class refuses a value.
+        ValueError: the number of layers is even or below three, the core is two-sided,
+            exited tokens hand on anything but what is recomputed, or the base class refuses a value.
     """
 
     n_layers: int = 5
@@ -58,6 +58,8 @@ class MultiScaleConfig(SparseConfig):
         super().__post_init__()
         if not self.causal:
             raise ValueError("several scales need a causal BK-Core")
+        if self.left_behind != "recomputed":
+            raise ValueError(f"left_behind={self.left_behind!r}: several scales need 'recomputed'")
 
 
 class MultiScaleLanguageModel(SparseBKLanguageModel):

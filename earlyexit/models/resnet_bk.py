@@ -120,8 +120,14 @@ class EarlyExitLanguageModel(EarlyExitModel):
         """Return :func:`earlyexit.models.operations.operations`, with the changes of a kind of model."""
         return operations(self.config, **changes)
 
-    def layer(self, layer: int, h: Tensor) -> Tensor:
-        return self.blocks[layer].hidden(h)
+    def handed_on(self, now: Tensor, then: Tensor) -> Tensor:
+        if self.config.left_behind == "kept":
+            return then
+        if self.config.left_behind == "potentials":
+            return F.pad(
+                now[..., : self.config.bk_heads], (0, now.shape[-1] - self.config.bk_heads)
+            )
+        return now
 
     def auxiliary_loss(self) -> Tensor | float:
         losses = [block.bk_layer.moe.load_balancing_loss for block in self.blocks]
@@ -131,38 +137,43 @@ class EarlyExitLanguageModel(EarlyExitModel):
         for block in self.blocks:
             block.bk_layer.moe.load_balancing_loss = None
 
-    def propagation(self) -> Callable[[Tensor, int], Tensor]:
+    def propagation(self) -> Callable[[Tensor, Tensor, int], Tensor]:
         """Return a function that makes what exited tokens hand on by one product for all layers.
 
         Of a frozen state h, layer l makes W_l LN_l(h) + b_l. The layers' norms differ by their affine
         maps alone, LN_l(h) = γ_l ⊙ z + β_l, so h is standardised to z once, and one product with the
-        joined matrices W_l diag(γ_l) gives the potentials and values of all deeper layers.
+        joined matrices W_l diag(γ_l) gives the contributions to all deeper layers. Of those, only what
+        is handed on is made.
         """
         norms = [block.layer_norm for block in self.blocks]
         products = [block.bk_layer.contribution for block in self.blocks]
         plain = all(isinstance(product, nn.Linear) for product in products)
         if not plain or any(norm.eps != norms[0].eps for norm in norms):
             return super().propagation()
-        folded = None
+        folded, left_behind = None, self.config.left_behind
+        made = self.config.bk_heads if left_behind == "potentials" else products[0].out_features
 
-        def contributions(hidden: Tensor, first: int) -> Tensor:
+        def handed_on(hidden: Tensor, then: Tensor, first: int) -> Tensor:
             nonlocal folded
-            folded = folded or _fold(norms, products)
+            if left_behind == "kept":
+                return then[:, None].expand(-1, self.n_layers - first, -1)
+            folded = folded or _fold(norms, products, made)
             weight, bias = (part[first:] for part in folded)
             z = F.layer_norm(hidden, hidden.shape[-1:], eps=norms[0].eps)
             given = z @ weight.flatten(0, 1).T + bias.flatten()
-            return given.view(len(hidden), len(bias), -1)
+            given = given.view(len(hidden), len(bias), made)
+            return F.pad(given, (0, then.shape[-1] - made))
 
-        return contributions
+        return handed_on
 
 
 EarlyExitLanguageModel.__signature__ = inspect.signature(ModelConfig)
 
 
-def _fold(norms: list[nn.LayerNorm], products: list[nn.Linear]) -> tuple[Tensor, Tensor]:
-    """Return matrices ``(L, K, D)`` and offsets ``(L, K)`` that act on standardised states."""
-    weight = torch.stack([product.weight for product in products])
-    bias = torch.stack([product.bias for product in products])
+def _fold(norms: list[nn.LayerNorm], products: list[nn.Linear], made: int) -> tuple[Tensor, Tensor]:
+    """Return the first K′ rows as matrices ``(L, K′, D)`` and offsets ``(L, K′)`` on standardised z."""
+    weight = torch.stack([product.weight[:made] for product in products])
+    bias = torch.stack([product.bias[:made] for product in products])
     scale = torch.stack([norm.weight for norm in norms])
     shift = torch.stack([norm.bias for norm in norms])
     return weight * scale[:, None], bias + (weight * shift[:, None]).sum(dim=-1)

@@ -19,7 +19,12 @@ class ModelConfig(Checked):
         n_seq: longest sequence; shorter ones work.
         num_experts, top_k, dropout_p, expert_hidden: see :class:`earlyexit.nn.moe.SparseMoELayer`.
         confidence_threshold: maximum probability at which a token exits when no policy is given.
-        bk_heads, causal: see :class:`earlyexit.nn.bk_core.BKCore`.
+        mixing: what carries the past to a token: BK-Core, or one of two controls, causal attention and
+            nothing; see :mod:`earlyexit.nn.mixing`.
+        bk_heads, bk_values, causal: see :class:`earlyexit.nn.bk_core.BKCore`.
+        left_behind: what exited tokens hand to the layers that they do not run: potentials and values
+            ``"recomputed"`` from their frozen states, those of the last layer that they ran ``"kept"``, or
+            recomputed ``"potentials"`` alone, with values 0.
         exit_head: ``"translator"`` (a d×d map before one shared unembedding) or ``"full"`` (each
             exit owns LayerNorm + Linear(V)).
         tie_embeddings: the final unembedding is the token embedding; None: where it can be.
@@ -44,6 +49,7 @@ class ModelConfig(Checked):
     mixing: Literal["resolvent", "attention", "none"] = "resolvent"
     bk_heads: Count = 16
     bk_values: Limit = 4
+    left_behind: Literal["recomputed", "kept", "potentials"] = "recomputed"
     causal: bool = True
     exit_head: Literal["translator", "full"] = "translator"
     tie_embeddings: bool | None = None
@@ -55,6 +61,8 @@ class ModelConfig(Checked):
         super().__post_init__()
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k}: must be ≤ num_experts={self.num_experts}")
+        if self.left_behind == "potentials" and self.mixing != "resolvent":
+            raise ValueError(f"mixing={self.mixing!r} has no potentials: left_behind='recomputed'")
         adaptive = self.output_head == "adaptive"
         if adaptive and (self.tie_embeddings or self.exit_head == "full"):
             raise ValueError("an adaptive output head is shared by the exits, and not tied")

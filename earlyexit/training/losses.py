@@ -80,9 +80,9 @@ def _sampled_exits_nll(
     early = torch.rand(x.shape, generator=generator) < weight / (1 + weight)
     layer_of = torch.randint(max(1, last), x.shape, generator=generator)
     layer_of = torch.where(early, layer_of, last).clamp_max(last).to(x.device)  # (B, N)
-    h, by_head = model.embed(x), {}
+    h, given, by_head = model.embed(x), None, {}
     for layer in range(model.n_layers):
-        h = torch.where((layer_of < layer)[..., None], h, model.layer(layer, h))
+        h, given = model.layer_around(layer, h, layer_of < layer, given)
         head, leaving = model.head(layer), layer_of == layer
         part = head.features(h[leaving]).float(), y[leaving]
         by_head.setdefault(id(head.unembedding), (head.unembedding, []))[1].append(part)
