@@ -22,9 +22,9 @@ class ModelConfig(Checked):
         mixing: what carries the past to a token: BK-Core, or one of two controls, causal attention and
             nothing; see :mod:`earlyexit.nn.mixing`.
         bk_heads, bk_values, causal: see :class:`earlyexit.nn.bk_core.BKCore`.
-        left_behind: what exited tokens hand to the layers that they do not run: potentials and values
-            ``"recomputed"`` from their frozen states, those of the last layer that they ran ``"kept"``, or
-            recomputed ``"potentials"`` alone, with values 0.
+        left_behind: what exited tokens hand to layers that they do not run: potentials and values made
+            of their frozen states (``"recomputed"``), those of the last layer that they ran
+            (``"kept"``), or recomputed ``"potentials"`` with values 0.
         exit_head: ``"translator"`` (a d×d map before one shared unembedding) or ``"full"`` (each
             exit owns LayerNorm + Linear(V)).
         tie_embeddings: the final unembedding is the token embedding; None: where it can be.

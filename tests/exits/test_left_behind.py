@@ -86,7 +86,7 @@ def test_each_way_hands_on_what_it_says(x):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_training_with_exits_sampled_by_token_learns_what_to_hand_on(way, x):
-    model = model_of(way)
+    model = model_of(way).float()
     config = TrainingConfig(exit_sampling="tokens", exit_loss_weight=1.0)
     y = torch.randint(40, x.shape, generator=torch.manual_seed(2))
     loss, _ = training_loss(model, x, y, config, step=0)
