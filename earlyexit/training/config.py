@@ -28,7 +28,9 @@ class TrainingConfig(Checked):
     Attributes:
         epochs: passes over the training split; fractions are allowed.
         batch_size: windows per step.
-        learning_rate: peak of AdamW's, after a linear warm-up and before a cosine decay to 5 %.
+        optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the layers and AdamW for the rest; see
+            :class:`earlyexit.training.optimizer.Optimizer`.
+        learning_rate: its peak, after a linear warm-up and before a cosine decay to 5 %.
         weight_decay: on matrices only.
         warmup: share of all steps.
         clip: largest gradient norm.
@@ -49,6 +51,7 @@ class TrainingConfig(Checked):
 
     epochs: Positive = 1.0
     batch_size: Count = 32
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive = 3e-3
     weight_decay: Weight = 0.05
     warmup: Share = 0.05

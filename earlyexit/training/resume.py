@@ -12,7 +12,7 @@ from earlyexit.models.checkpoints import CheckpointError
 
 
 class TrainingState:
-    """This state of a training holds weights, optimiser, schedule, random numbers and history.
+    """This state of a training holds weights, optimiser, random numbers and history.
 
     Args:
         folder: where the state is kept; None keeps nothing.
@@ -23,13 +23,12 @@ class TrainingState:
         self.path = Path(folder) / "training.pt" if folder else None
         self.key = key
 
-    def save(self, model, optimizer, schedule, log: dict) -> None:
+    def save(self, model, optimizer, log: dict) -> None:
         """Write everything that decides the coming steps; ``log`` holds what came before."""
         state = {
             "key": self.key,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
             "log": log,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -37,7 +36,7 @@ class TrainingState:
         with atomic_path(self.path) as temporary:
             torch.save(state, temporary)
 
-    def restore(self, model, optimizer, schedule) -> dict:
+    def restore(self, model, optimizer) -> dict:
         """Load a state of the same key into the arguments, and return its log, or else an empty one.
 
         Raises:
@@ -52,7 +51,6 @@ class TrainingState:
                 return empty
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"]:
                 torch.cuda.set_rng_state_all(state["cuda_rng"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from earlyexit.devices import resolve_device
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.losses import exit_features, training_loss
+from earlyexit.training.optimizer import Optimizer
 from earlyexit.training.resume import TrainingState
 
 REPORT_EVERY = 50  # steps averaged in one row of the history
@@ -58,26 +59,25 @@ def train(
     split = corpus.splits["train"].limit(max_tokens)
     per_epoch = len(loader(split, model.n_seq, config.batch_size, corpus.eos_id))
     total = max(1, round(config.epochs * per_epoch))
-    parameters = _trainable(model, config)
-    optimizer = _adamw(parameters, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(total, config.warmup))
+    named = _trainable(model, config)
+    parameters = [p for _, p in named]
+    optimizer = Optimizer(named, config, total)
 
     key = {
         **asdict(config), "total": total, "model": asdict(model.config), "text": corpus.data_hash
     }  # fmt: skip
     resume = TrainingState(checkpoint_dir, key)
-    log = resume.restore(model, optimizer, schedule)
+    log = resume.restore(model, optimizer)
     step, history, recent, tokens = log["step"], log["history"], log["recent"], log["tokens"]
     bar = tqdm(total=total, initial=step, desc="training", unit="step", mininterval=2)
     for x, y in _batches(split, model.n_seq, config, corpus.eos_id, start=step, stop=total):
         x, y = x.to(device), y.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             objective, nll = training_loss(model, x, y, config, step, progress=step / total)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         objective.backward()
         nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
-        schedule.step()
         step += 1
         recent.append(nll)
         tokens += int((y != IGNORE).sum())
@@ -92,7 +92,7 @@ def train(
         if checkpoint_dir and step % checkpoint_every == 0 and step < total:
             _finite_mean(recent, step, config)
             log = {"step": step, "history": history, "recent": recent, "tokens": tokens}
-            resume.save(model, optimizer, schedule, log)
+            resume.save(model, optimizer, log)
     bar.close()
     model.eval().requires_grad_(True)
     return history
@@ -139,38 +139,17 @@ def _validate(model: ExitModel, corpus: Corpus) -> dict[str, float]:
     return {f"perplexity_{layer}": p for layer, p in enumerate(perplexities)}
 
 
-def _trainable(model: ExitModel, config: TrainingConfig) -> list[nn.Parameter]:
+def _trainable(model: ExitModel, config: TrainingConfig) -> list[tuple[str, nn.Parameter]]:
+    named = list(model.named_parameters())
     if not config.freeze_backbone:
-        return [p for name, p in model.named_parameters() if not name.startswith("gates.")]
+        return [(name, p) for name, p in named if not name.startswith("gates.")]
     if model.n_layers < 2:
         raise ValueError("a model of one layer has no exit to train on a frozen backbone")
     heads = [model.head(layer) for layer in range(model.n_layers - 1)]
-    parameters = [p for head in heads for p in head.parameters()]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return parameters
-
-
-def _adamw(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-
-
-def _schedule(total: int, warmup: float) -> Callable[[int], float]:
-    rise = max(1, round(total * warmup))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        progress = (step - rise) / max(1, total - rise)
-        return 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2
-
-    return factor
+    trained = {id(p) for head in heads for p in head.parameters()}
+    for _, parameter in named:
+        parameter.requires_grad_(id(parameter) in trained)
+    return [(name, p) for name, p in named if id(p) in trained]
 
 
 def _batches(

@@ -67,11 +67,11 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("sampling", ["one", "all"])
+@pytest.mark.parametrize("sampling, optimizer", [("one", "adamw"), ("all", "muon")])
 def test_an_interrupted_training_goes_on_to_the_same_result(
-    make_model, corpus, tmp_path, monkeypatch, sampling
+    make_model, corpus, tmp_path, monkeypatch, sampling, optimizer
 ):
-    config = TrainingConfig(**FAST | {"epochs": 1.6}, exit_sampling=sampling)
+    config = TrainingConfig(**FAST | {"epochs": 1.6}, exit_sampling=sampling, optimizer=optimizer)
     whole = make_model()
     history = train(whole, corpus, config, "cpu")
 
@@ -172,7 +172,7 @@ def test_after_frozen_exits_the_whole_model_can_be_trained_again(make_model, cor
     train(model, corpus, TrainingConfig(**FAST, freeze_backbone=True), "cpu")
     before = weights(model)
     train(model, corpus, TrainingConfig(**FAST, exit_sampling="all"), "cpu")
-    assert "blocks.0.bk_layer.v_proj.weight" in differing(before, weights(model))
+    assert "blocks.0.bk_layer.mixing.contribution.weight" in differing(before, weights(model))
 
 
 def test_the_joint_loss_is_the_sum_it_says(make_model, corpus):
