@@ -16,8 +16,8 @@ END = 0.05  # of the peak learning rate, at the last step
 class Optimizer:
     """An optimizer steps all weights of a model, each kind by its own rule, under one schedule.
 
-    Muon (Jordan et al. 2024, with the step size of Liu et al. 2025, arXiv:2502.16982) makes the update of
-    a matrix orthogonal; embeddings, routers, vectors and numbers are left to AdamW.
+    Muon (Jordan et al. 2024, with the step size of Liu et al. 2025, arXiv:2502.16982) makes the update
+    of a matrix orthogonal; embeddings, routers, vectors and numbers are left to AdamW.
 
     Args:
         parameters: names and weights to train.

@@ -48,5 +48,5 @@ def test_muon_makes_an_update_orthogonal(model):
 def test_the_learning_rate_rises_and_falls():
     rates = [factor(step, 100, 0.1) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[9:] == sorted(rates[9:], reverse=True)
     assert END < rates[-1] < END + 0.01
