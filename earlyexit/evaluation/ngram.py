@@ -69,13 +69,12 @@ class KneserNey:
                 keys, code = np.unique(code * vocab_size + past[:, m - 1], return_inverse=True)
                 contexts.append(keys)
             found.append(np.unique(code * vocab_size + words, True, True, True))
-        counts = (
-            [  # a gram follows as many different tokens as there are longer grams that end in it
-                np.bincount(gram[first], minlength=len(grams))
-                for (grams, _, gram, _), (_, first, _, _) in pairwise(found)
-            ]
-            + [found[-1][3]]
-        )
+        # A gram follows as many different tokens as there are longer grams that end in it.
+        counts = [
+            np.bincount(gram[first], minlength=len(grams))
+            for (grams, _, gram, _), (_, first, _, _) in pairwise(found)
+        ]
+        counts.append(found[-1][3])
         grams = (keys for keys, *_ in found)
         self.levels = [self._level(*level) for level in zip(contexts, grams, counts, strict=True)]
 
