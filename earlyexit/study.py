@@ -77,6 +77,14 @@ class Study:
         """Return a split, limited to the profile's ``max_eval_tokens``."""
         return self.corpus.splits[name].limit(self.profile.max_eval_tokens)
 
+    def training_split(self, max_tokens: int = 0) -> Split:
+        """Return the training split, limited to ``max_tokens`` and to the profile's."""
+        return self.corpus.splits["train"].limit(self._most_tokens(max_tokens))
+
+    def _most_tokens(self, max_tokens: int) -> int:
+        limits = [n for n in (max_tokens, self.profile.max_train_tokens) if n]
+        return min(limits, default=0)
+
     def loader(self, split: str, batch_size: int | None = None, max_tokens: int = 0) -> DataLoader:
         """Return the batches of :meth:`split`, or of about ``max_tokens`` of it, in order."""
         size = batch_size or self.profile.training.batch_size
@@ -140,7 +148,6 @@ class Study:
             fit_tokens: tokens of the fit part that are scored for the history; 0: all, or in
                 proportion to ``max_tokens``.
         """
-        limits = [n for n in (max_tokens, self.profile.max_train_tokens) if n]
         fit_tokens = fit_tokens or (max_tokens and max(1000, max_tokens // 50))
         return cache.trained_model(
             cache.with_short_fit(self.corpus, fit_tokens),
@@ -148,7 +155,7 @@ class Study:
             self.training_config(seed, **(training or {})),
             self.cache,
             self.device,
-            max_tokens=min(limits, default=0),
+            max_tokens=self._most_tokens(max_tokens),
             backbone=backbone,
             may_train=may_train,
             kind=kind,
@@ -167,12 +174,25 @@ class Study:
         trained = self.train(seed, None, RECIPES[name], max_tokens, backbone=backbone)
         return self.with_gates(seed, trained)
 
-    def twin(self, seed: int, n_layers: int | None = None, max_tokens: int = 0) -> Trained:
-        """Return the model trained without exits on the same data, seed and steps, at any depth."""
+    def twin(
+        self,
+        seed: int,
+        n_layers: int | None = None,
+        max_tokens: int = 0,
+        *,
+        epochs: float = 0.0,
+        **model,
+    ) -> Trained:
+        """Return the model trained without exits on the same data, seed and steps, at any depth.
+
+        Args:
+            epochs: passes over the data, if they are not the profile's.
+            model: other changes to the model, such as ``mixing="none"``.
+        """
         depth = {"n_layers": n_layers or self.profile.model.n_layers}
-        return self.train(
-            seed, depth, {"exit_loss_weight": 0.0, "exit_sampling": "one"}, max_tokens
-        )
+        training = {"exit_loss_weight": 0.0, "exit_sampling": "one"}
+        training |= {"epochs": epochs} if epochs else {}
+        return self.train(seed, depth | model, training, max_tokens)
 
     def build(self, seed: int) -> Trained:
         """Return the profile's model with gates, trained now unless it is in the cache."""

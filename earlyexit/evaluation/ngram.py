@@ -166,6 +166,11 @@ def mixed(model: np.ndarray, cache: np.ndarray, weight: float) -> np.ndarray:
     return np.where(np.isnan(cache), model, (1 - weight) * model + weight * cache)
 
 
+def perplexity(p: np.ndarray) -> float:
+    """Return the perplexity of tokens that have these probabilities ``(T,)``."""
+    return float(np.exp(-np.log(p).mean()))
+
+
 def fit_cache_weight(model: KneserNey, split: Split, size: int = CACHE_TOKENS) -> float:
     """Return the weight of the cache that minimises the NLL of a split.
 
@@ -175,6 +180,6 @@ def fit_cache_weight(model: KneserNey, split: Split, size: int = CACHE_TOKENS) -
     refuse_test(split.name)
     p, cache = model.score(split), cache_probability(split, size)
     found = minimize_scalar(
-        lambda weight: -np.log(mixed(p, cache, weight)).mean(), bounds=(0, 1), method="bounded"
+        lambda weight: perplexity(mixed(p, cache, weight)), bounds=(0, 1), method="bounded"
     )
     return float(found.x)

@@ -9,7 +9,9 @@ returns the axes that it drew on; ``ax.figure`` is the figure.
 # ruff: noqa: F401, I001 – the names are imported for others, several in a line.
 # fmt: off
 
-from earlyexit.figures.build import cost_shares, leak, trained_exits, training_curves, training_nll
+from earlyexit.figures.build import (
+    ablation, cost_shares, depth_and_memory, depth_curve, leak, memory_curve, position_curve,
+    trained_exits, training_curves, training_nll)
 from earlyexit.figures.calibration import confidence_shares, reliability, reliability_diagram
 from earlyexit.figures.guarantees import (
     bound_widths, price_of_certainty, target_achieved, violation_rate, violation_rates)

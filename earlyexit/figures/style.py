@@ -20,7 +20,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from earlyexit.exits.criteria import CRITERIA
 
@@ -195,6 +195,13 @@ def plain_ticks(axis: Axis, values: Sequence[float], text: str = "{:g}") -> None
     shown = [v for v in values if low <= v <= high]
     axis.set_ticks(shown, [text.format(v) for v in shown], minor=False)
     axis.set_ticks([], minor=True)
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Write plain numbers at some multiples of the powers of ten of a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def whiskers(value: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:

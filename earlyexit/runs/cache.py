@@ -7,6 +7,8 @@ a new comment or figure retrains nothing. Deleting the cache costs time only.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as remember
@@ -49,12 +51,14 @@ class Trained:
         history: one row per report of the training.
         model_hash: hash that names the checkpoint.
         gates: one row per gate: how much of its target it explains; empty without gates.
+        seconds: how long the training took, without that of gates; NaN if it was resumed.
     """
 
     model: EarlyExitLanguageModel
     history: pd.DataFrame
     model_hash: str
     gates: pd.DataFrame
+    seconds: float = math.nan
 
     @property
     def config(self) -> ModelConfig:
@@ -109,11 +113,12 @@ def trained_model(
             model = checkpoints.load_model(path.with_stem(backbone.model_hash))
         else:
             model = kind.from_config(model_config)
+        resumed, started = state.exists(), time.perf_counter()
         history = train(
             model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens
         )
         about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
-        return model, about
+        return model, about | {"seconds": None if resumed else time.perf_counter() - started}
 
     trained = _cached_model(path, model_config, device, kind, make if may_train else None)
     TrainingState(state, {}).delete()
@@ -213,7 +218,7 @@ def load_trained(
     model = checkpoints.load_model(path, config, device, kind)
     about = checkpoints.checkpoint_about(path)
     history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
-    return Trained(model, history, path.stem, gates)
+    return Trained(model, history, path.stem, gates, about.get("seconds") or math.nan)
 
 
 def _cached_model(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from earlyexit.checked import Checked, Count, Limit, Positive, Probability, Share, Weight
+from earlyexit.evaluation.depth import CONTROLS
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.runs import digests
 from earlyexit.training.config import RECIPES
@@ -44,6 +45,7 @@ Counts = Annotated[tuple[Count, ...], _some]
 Positives = Annotated[tuple[Positive, ...], _some]
 Shares = Annotated[tuple[Share, ...], _some]
 Criterion = Annotated[str, _one_of(CRITERIA)]
+Control = Annotated[str, _one_of(CONTROLS)]
 Recipe = Annotated[str, _one_of(RECIPES)]
 
 
@@ -77,6 +79,14 @@ COMMON = {
 class Build(Common):
     leak_tokens: Count = 120_000
     leak_epochs: Positive = 3.0
+    memory_tokens: Limit = 20_000
+    depths: Counts = (1, 2, 4)
+    controls: Annotated[tuple[Control, ...], _list] = ("none", "diagonal", "attention")
+    depth_tokens: Limit = 60_000
+    depth_seeds: Count = 1
+    ablation_tokens: Limit = 60_000
+    ablation_epochs: Weight = 0.0
+    ablation_seeds: Count = 1
 
 
 @dataclass(frozen=True)
