@@ -27,20 +27,17 @@ ALONE = "trained alone"  # the system of models that differ from the profile's i
 
 # What the mixing of a model is measured against, at the same depth.
 CONTROLS: dict[str, dict] = {
-    "none": {"mixing": "none"},
-    "diagonal": {"bk_values": 0},
+    "no mixing": {"mixing": "none"},
+    "diagonal only": {"bk_values": 0},
     "attention": {"mixing": "attention"},
 }
 
 # Choices of the mixing layer, each trained for a short time and compared on validation.
 CHANGES: dict[str, dict] = {
     "as it is": {},
-    "diagonal only": CONTROLS["diagonal"],
     "8 heads of 8 values": {"bk_heads": 8, "bk_values": 8},
     "4 heads of 16 values": {"bk_heads": 4, "bk_values": 16},
-    "attention": CONTROLS["attention"],
-    "no mixing": CONTROLS["none"],
-}
+} | CONTROLS
 
 
 def systems(

@@ -12,7 +12,6 @@ from earlyexit.figures import style
 from earlyexit.figures.style import BACKGROUND, COLUMN, PAGE, REFERENCE, SMALL, Panels
 
 ALONE = "trained alone"  # the system whose depth varies
-SYSTEMS = {"none": "no mixing", "diagonal": "diagonal only"}  # labels that are not the names
 LABEL_GAP = 0.075  # least distance of two labels, as a share of an axis
 NEAR_ZERO = 0.01  # nats; below it the scale of the memory curve is linear
 
@@ -94,7 +93,7 @@ def depth_curve(table: pd.DataFrame, *, ax: Axes) -> None:
         where = {"xytext": (0, -5), "textcoords": "offset points", "ha": "center", "va": "top"}
         ax.annotate(f"{mean:.1f}", (layers, mean), fontsize=SMALL, bbox=BACKGROUND, **where)
     others = table[table["system"] != ALONE].groupby("system", sort=False)
-    levels = others["perplexity_test"].mean().rename(index=SYSTEMS)
+    levels = others["perplexity_test"].mean()
     for k, level in enumerate(levels, start=1):
         ax.axhline(level, **REFERENCE | {"color": f"C{k}", "linewidth": 1.0})
     ax.set(xlabel="layers of a model trained alone", ylabel="perplexity, test", yscale="log")
@@ -125,7 +124,7 @@ def _label_lines(ax: Axes, levels: pd.Series) -> None:
 def memory_curve(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the rise of the NLL when all tokens more than c positions back are replaced.
 
-    Mean over the seeds, with error bars of two standard errors.
+    Mean over the seeds; the band is two standard errors wide on both sides.
 
     Args:
         table: columns exit_layer, context, rise_nats, standard_error, of one or several seeds.
@@ -142,7 +141,7 @@ def memory_curve(table: pd.DataFrame, *, ax: Axes) -> None:
 
 @style.panel(COLUMN, 2.4, title="exit")
 def position_curve(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Draw NLL over the position in the window, with error bars of two standard errors.
+    """Draw NLL over the position in the window, with a band of two standard errors.
 
     Args:
         table: columns exit_layer, position, nll, standard_error, of one or several seeds.
@@ -154,11 +153,12 @@ def position_curve(table: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def _per_exit(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
-    """Draw a curve per exit: the mean over the seeds, with two of their mean standard errors."""
+    """Draw a curve per exit: the mean over the seeds, and two of their mean standard errors."""
     for k, (exit_layer, rows) in enumerate(table.groupby("exit_layer")):
-        means = rows.groupby(x)[[y, "standard_error"]].mean()
-        error = 2 * means["standard_error"]
-        ax.errorbar(means.index, means[y], yerr=error, capsize=2, label=exit_layer, **style.look(k))
+        means, look = rows.groupby(x)[[y, "standard_error"]].mean(), style.look(k)
+        ax.plot(means[y], label=exit_layer, **look)
+        low, high = (means[y] + sign * 2 * means["standard_error"] for sign in (-1, 1))
+        ax.fill_between(means.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
 @style.panel(PAGE * 0.6, 2.4, loc=None)

@@ -81,7 +81,7 @@ class Build(Common):
     leak_epochs: Positive = 3.0
     memory_tokens: Limit = 20_000
     depths: Counts = (1, 2, 4)
-    controls: Annotated[tuple[Control, ...], _list] = ("none", "diagonal", "attention")
+    controls: Annotated[tuple[Control, ...], _list] = tuple(CONTROLS)
     depth_tokens: Limit = 60_000
     depth_seeds: Count = 1
     ablation_tokens: Limit = 60_000

@@ -86,7 +86,10 @@ PROFILES = {
             certify_tokens=128,
             timing_repeats=3,
             notebooks={
-                "01_build": {"leak_tokens": 8_000, "leak_epochs": 1.0},
+                "01_build": {
+                    "leak_tokens": 8_000, "leak_epochs": 1.0, "memory_tokens": 2_000,
+                    "depths": (1, 3), "depth_tokens": 4_000, "ablation_tokens": 4_000,
+                },
                 "03_threshold_sweep": {
                     "recipes": ("joint", "frozen"), "recipe_tokens": 4_000, "shallow_depths": (1,)
                 },

@@ -98,10 +98,20 @@ PRODUCTS = pd.DataFrame({"claim": ["a", "b (c)"], "claimed": [4.0, np.nan], "tim
 ACT = between(grid(exits=["as converted", "ACT itself"], layers=[1.0, 2.0]), "perplexity")
 WORDS = grid(seed=[0, 1], word_class=["<eos>", "word"], share=[0.5], layers=[1.5])
 POSITIONS = between(grid(seed=[0, 1], position=[0, 8]), "layers", "nll")
+DEPTH = between(
+    grid(seed=[0, 1], system=["trained alone", "no mixing", "5-gram"], layers=[1, 3]),
+    "perplexity_test",
+)
+RISES = between(
+    grid(seed=[0, 1], exit_layer=[0, 1], context=[0, 1, 96]), "rise_nats", "standard_error"
+)
+BINNED = between(grid(seed=[0], exit_layer=[0, 1], position=[0, 1, 2]), "nll", "standard_error")
+CHANGED = between(grid(change=["as it is", "attention"], seed=[0, 1]), "perplexity_fit")
 MEMORY = between(grid(execution=["full", "dense"], batch=[1, 8]), "logits_mib", "rest_mib")
 
 # For each figure the arguments, and its number of panels.
 CASES = {
+    "ablation": ((CHANGED,), 1),
     "act_conversion": ((ACT,), 1),
     "bound_widths": ((BOUNDS, 0.05, LEAST), 1),
     "break_even": ((MAP, MAP[::3]), 4),
@@ -117,6 +127,8 @@ CASES = {
     "cost_shares": ((PARTS,), 1),
     "depth_by_class": ((WORDS,), 1),
     "depth_by_position": ((POSITIONS,), 2),
+    "depth_and_memory": ((DEPTH, RISES), 2),
+    "depth_curve": ((DEPTH,), 1),
     "equal_cost": (
         (interval(between(grid(seed=[0, 1], depth=[1, 2]), "difference"), "difference"),),
         1,
@@ -130,8 +142,10 @@ CASES = {
     "lines": ((MEMORY, "batch", "rest_mib", "execution", "batch", "MiB"), 1),
     "loss_against": ((CURVES, CLAIMS, "speedup_time"), 1),
     "memory": ((MEMORY,), 1),
+    "memory_curve": ((RISES,), 1),
     "output_head_times": ((HEADS, "scoring"), 1),
     "output_heads": ((HEADS,), 2),
+    "position_curve": ((BINNED,), 1),
     "over_batch_sizes": ((BATCHES, "layers_run"), 1),
     "over_threshold": ((POLICIES, "gate", "quality_loss"), 1),
     "pareto": ((CURVES, "speedup_layers", "speedup"), 1),
