@@ -10,11 +10,8 @@ Thouless & Kirkpatrick 1981; Economou, *Green's Functions in Quantum Physics*, c
 
     g_i = 1 / (α_i − t² g_{i−1}),               g_{−1} = 0.
 
-**Two-sided**. With the right-connected g'_i (the same recursion from the other end),
-[(H − zI)⁻¹]_ii = 1 / (1/g_i − t² g'_{i+1}): it depends on every v_j, the future included.
-
 Because Im α < 0, Im g stays positive and |g| ≤ 1/η: the ratio form neither overflows nor vanishes,
-whatever N. It is computed in double precision and returned in the precision of v.
+whatever N. The recursions run in double precision and are rounded to the precision of their input.
 
 **On values**. The diagonal carries two numbers per head and no content. The resolvent itself carries
 content: of real values b_i, the last component of (H[0..i] − zI)⁻¹ b[0..i] is, by forward elimination,
@@ -24,13 +21,19 @@ content: of real values b_i, the last component of (H[0..i] − zI)⁻¹ b[0..i]
 The lower half of this inverse is semiseparable, so y is a state-space model whose complex decay −t g_i
 depends on the token (compare Dao & Gu 2024, arXiv:2405.21060). Its state is (g, y).
 
-**Gradient**, exact. dg_i = −g_i² (dα_i − t² dg_{i−1} − g_{i−1} dt²), so with γ_i = ∂L/∂g_i the
-adjoint obeys the linear recursion λ_i = γ_i + t² g_{i+1}² λ_{i+1}, and
-dL = Re Σ_i −λ_i g_i² (dv_i − i dη − (2 + 2t g_{i−1}) dt). For values, with γ_i = ∂L/∂y_i,
-λ_i = γ_i − t g_{i+1} λ_{i+1} and dL = Re Σ_i λ_i ((b_i − t y_{i−1}) dg_i + g_i db_i − g_i y_{i−1} dt).
+**Two-sided**. With g', y' the same recursions from the other end, the whole inverse has
+G_ii = 1 / (1/g_i − t² g'_{i+1}), and its action is G_ii (b_i − t y_{i−1} − t y'_{i+1}): both depend on
+every site, the future included.
+
+**Gradient**, exact. Let γ_i = ∂L/∂Re y_i − i ∂L/∂Im y_i, so that dL = Re Σ γ dy, and the same for g.
+The adjoint μ = ∂L/∂b obeys the recursion of y from the other end, and p = −∂L/∂α one like that of g:
+
+    μ_i = g_i (γ_i − t μ_{i+1}),                p_i = g_i² (γ_i + t² p_{i+1}) + Σ_channels μ_i y_i,
+    dL = Re Σ_i  μ_i db_i − p_i (dv_i − i dη) + (2 p_i + 2t p_{i+1} g_i − Σ_channels μ_{i+1} y_i) dt.
 
 Two backends give the same numbers: compiled loops on the CPU (numba), and in torch, on any device,
-log-depth scans of 2×2 Möbius maps (g) and of affine maps (values and gradients).
+log-depth scans of 2×2 Möbius maps (g) and of affine maps (values and gradients). Both map ``given``, a
+row of H potentials and H·P values for each position, to a row of features Re g, Im g, Re y, Im y.
 """
 
 from __future__ import annotations
@@ -43,124 +46,87 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# ---------------------------------------------------------------------- compiled loops
+
 # Rounding may differ, but NaN and infinity stay what they are.
 FAST = {"contract", "arcp", "nsz", "reassoc"}
+compiled = numba.njit(cache=True, fastmath=FAST, error_model="numpy", nogil=True)
 
 
-@numba.njit(cache=True, fastmath=FAST, error_model="numpy", nogil=True)
-def _forward_loop(v, eta, t, out):
-    B, N, H = v.shape
-    re, im = np.zeros(H), np.zeros(H)
-    for b in range(B):
-        re[:] = 0.0
-        im[:] = 0.0
+@compiled
+def _forward_loop(given, eta, t, out):
+    B, N, K = given.shape
+    H, C = len(t), K - len(t)
+    P = C // H
+    g, y = np.zeros((2, H)), np.zeros((2, C))
+    for s in range(B):
+        g[:], y[:] = 0.0, 0.0
         for i in range(N):
             for h in range(H):
-                t2 = t[h] * t[h]
-                x = v[b, i, h] - 2.0 * t[h] - t2 * re[h]
-                y = -eta[h] - t2 * im[h]
-                s = 1.0 / (x * x + y * y)
-                re[h] = x * s
-                im[h] = -y * s
-                out[b, i, 0, h] = re[h]
-                out[b, i, 1, h] = im[h]
+                re = given[s, i, h] - 2.0 * t[h] - t[h] * t[h] * g[0, h]
+                im = -eta[h] - t[h] * t[h] * g[1, h]
+                scale = 1.0 / (re * re + im * im)
+                g[0, h], g[1, h] = re * scale, -im * scale
+                out[s, i, h], out[s, i, H + h] = g[0, h], g[1, h]
+            for h in range(H):
+                gr, gi = g[0, h], g[1, h]
+                for c in range(h * P, h * P + P):
+                    re = given[s, i, H + c] - t[h] * y[0, c]
+                    im = -t[h] * y[1, c]
+                    y[0, c], y[1, c] = gr * re - gi * im, gr * im + gi * re
+                    out[s, i, 2 * H + c], out[s, i, 2 * H + C + c] = y[0, c], y[1, c]
 
 
-@numba.njit(cache=True, fastmath=FAST, error_model="numpy", nogil=True)
-def _backward_loop(g, grad, t, dv, deta, dt):
-    # grad holds ∂L/∂Re g and ∂L/∂Im g, that is γ = ∂L/∂Re g − i ∂L/∂Im g with dL = Re(γ dg).
-    B, N, H, _ = g.shape
-    re, im = np.zeros(H), np.zeros(H)
-    for b in range(B):
-        re[:] = 0.0
-        im[:] = 0.0
+@compiled
+def _backward_loop(features, grad, t, d_given, d_eta, d_t):
+    B, N, K = d_given.shape
+    H, C = len(t), K - len(t)
+    P = C // H
+    p, mu = np.zeros((2, H)), np.zeros((2, C))
+    for s in range(B):
+        p[:], mu[:] = 0.0, 0.0
         for i in range(N - 1, -1, -1):
             for h in range(H):
-                x = re[h] + grad[b, i, h, 0]  # λ_i
-                y = im[h] - grad[b, i, h, 1]
-                gr, gi = g[b, i, h, 0], g[b, i, h, 1]
+                gr, gi = float(features[s, i, h]), float(features[s, i, H + h])
+                now_r, now_i, next_r = 0.0, 0.0, 0.0  # Σ μ_i y_i and Re Σ μ_{i+1} y_i
+                for c in range(h * P, h * P + P):
+                    yr, yi = features[s, i, 2 * H + c], features[s, i, 2 * H + C + c]
+                    next_r += mu[0, c] * yr - mu[1, c] * yi
+                    re = grad[s, i, 2 * H + c] - t[h] * mu[0, c]
+                    im = -grad[s, i, 2 * H + C + c] - t[h] * mu[1, c]
+                    mr, mi = gr * re - gi * im, gr * im + gi * re
+                    now_r += mr * yr - mi * yi
+                    now_i += mr * yi + mi * yr
+                    mu[0, c], mu[1, c], d_given[s, i, H + c] = mr, mi, mr
+                next_r -= 2.0 * t[h] * (p[0, h] * gr - p[1, h] * gi)
+                re = grad[s, i, h] + t[h] * t[h] * p[0, h]
+                im = -grad[s, i, H + h] + t[h] * t[h] * p[1, h]
                 sr, si = gr * gr - gi * gi, 2.0 * gr * gi  # g²
-                pr, pi = sr * x - si * y, sr * y + si * x  # λ g²
-                left_r, left_i = 0.0, 0.0
-                if i > 0:
-                    left_r, left_i = g[b, i - 1, h, 0], g[b, i - 1, h, 1]
-                dv[b, i, h] = -pr
-                deta[h] -= pi
-                dt[h] += 2.0 * pr + 2.0 * t[h] * (pr * left_r - pi * left_i)
-                t2 = t[h] * t[h]
-                re[h] = t2 * pr
-                im[h] = t2 * pi
+                p[0, h], p[1, h] = sr * re - si * im + now_r, sr * im + si * re + now_i
+                d_given[s, i, h] = -p[0, h]
+                d_eta[h] -= p[1, h]
+                d_t[h] += 2.0 * p[0, h] - next_r
 
 
-@numba.njit(cache=True, fastmath=FAST, error_model="numpy", nogil=True)
-def _values_loop(g, b, t, out):
-    B, N, H, P = b.shape
-    re, im = np.zeros((H, P)), np.zeros((H, P))
-    for i in range(B):
-        re[:] = 0.0
-        im[:] = 0.0
-        for n in range(N):
-            for h in range(H):
-                gr, gi = g[i, n, 0, h], g[i, n, 1, h]
-                for p in range(P):
-                    x = b[i, n, h, p] - t[h] * re[h, p]
-                    y = -t[h] * im[h, p]
-                    re[h, p] = gr * x - gi * y
-                    im[h, p] = gr * y + gi * x
-                    out[i, n, 0, h, p] = re[h, p]
-                    out[i, n, 1, h, p] = im[h, p]
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().resolve_neg().contiguous().numpy()
 
 
-@numba.njit(cache=True, fastmath=FAST, error_model="numpy", nogil=True)
-def _values_backward_loop(g, b, t, y, grad, dg, db, dt):
-    # λ = lr + i li; dg holds ∂L/∂Re g and ∂L/∂Im g, of Re(γ dg) with γ = ∂L/∂Re g − i ∂L/∂Im g.
-    B, N, H, P = b.shape
-    carry_r, carry_i = np.zeros((H, P)), np.zeros((H, P))
-    zero = np.zeros((2, H, P), y.dtype)
-    for i in range(B):
-        carry_r[:] = 0.0
-        carry_i[:] = 0.0
-        for n in range(N - 1, -1, -1):
-            before = y[i, n - 1] if n > 0 else zero
-            for h in range(H):
-                gr, gi, th = g[i, n, 0, h], g[i, n, 1, h], t[h]
-                sum_r, sum_i, sum_t = 0.0, 0.0, 0.0
-                for p in range(P):
-                    lr = carry_r[h, p] + grad[i, n, 0, h, p]
-                    li = carry_i[h, p] - grad[i, n, 1, h, p]
-                    pr, pi = lr * gr - li * gi, lr * gi + li * gr  # λ g
-                    yr, yi = before[0, h, p], before[1, h, p]
-                    x, z = b[i, n, h, p] - th * yr, -th * yi
-                    sum_r += lr * x - li * z
-                    sum_i += lr * z + li * x
-                    sum_t -= pr * yr - pi * yi
-                    db[i, n, h, p] = pr
-                    carry_r[h, p], carry_i[h, p] = -th * pr, -th * pi
-                dg[i, n, 0, h], dg[i, n, 1, h] = sum_r, -sum_i
-                dt[h] += sum_t
-
-
-def _forward_cpu(v: Tensor, eta: Tensor, t: Tensor) -> Tensor:
-    return torch.complex(*_parts_cpu(v, eta, t, torch.float64).unbind(2))
-
-
-def _parts_cpu(v: Tensor, eta: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return Re g and Im g ``(B, N, 2, H)``, rounded to ``dtype`` as they are written."""
-    v = v if v.dtype in (torch.float32, torch.float64) else v.float()  # half precisions
-    batch, length, heads = v.shape
-    out = torch.empty(batch, length, 2, heads, dtype=dtype)
-    _forward_loop(v.contiguous().numpy(), eta.numpy(), t.numpy(), out.numpy())
+def _forward_cpu(given: Tensor, eta: Tensor, t: Tensor) -> Tensor:
+    out = given.new_empty(*given.shape[:2], 2 * given.shape[2])
+    _forward_loop(_array(given), _array(eta), _array(t), out.numpy())
     return out
 
 
-def _backward_cpu(g: Tensor, gamma: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dv = torch.empty(g.shape, dtype=torch.float64)
-    deta, dt = torch.zeros_like(t), torch.zeros_like(t)
-    grad = torch.view_as_real(gamma.resolve_conj().contiguous())
-    _backward_loop(
-        torch.view_as_real(g).numpy(), grad.numpy(), t.numpy(), dv.numpy(), deta.numpy(), dt.numpy()
-    )
-    return dv, deta, dt
+def _backward_cpu(features: Tensor, grad: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d_given = features.new_empty(*features.shape[:2], features.shape[2] // 2)
+    d_eta, d_t = torch.zeros_like(t), torch.zeros_like(t)
+    out = d_given.numpy(), d_eta.numpy(), d_t.numpy()
+    _backward_loop(_array(features), _array(grad), _array(t), *out)
+    return d_given, d_eta, d_t
+
+
+# ---------------------------------------------------------------------- scans in torch
 
 
 def _scan(combine, elements: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -190,121 +156,119 @@ def _affine_product(left, right):
     return left[0] * right[0], right[0] * left[1] + right[1]
 
 
-def _forward_torch(v: Tensor, eta: Tensor, t: Tensor) -> Tensor:
-    alpha = torch.complex(v.double() - 2 * t, (-eta).expand_as(v))
+def _affine(gain: Tensor, offset: Tensor, reverse: bool = False) -> Tensor:
+    """Return x_i = gain_i x_{i−1} + offset_i, or from the other end x_i = gain_i x_{i+1} + offset_i."""
+    if reverse:
+        return _affine(gain.flip(1), offset.flip(1)).flip(1)
+    return _scan(_affine_product, (gain, offset))[1]
+
+
+def _forward_torch(given: Tensor, eta: Tensor, t: Tensor) -> Tensor:
+    v, b = _split(given.double(), len(t))
+    alpha = torch.complex(v - 2 * t, (-eta).expand_as(v))
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     # g_i = (0 · g + 1) / (−t² g + α_i): the prefix product applied to g_{−1} = 0 is b/d.
-    _, b, _, d = _scan(_mobius_product, (zero, one, -(t**2) * one, alpha))
-    return b / d
+    _, above, _, below = _scan(_mobius_product, (zero, one, -(t**2) * one, alpha))
+    g = above / below
+    y = _affine((-t * g)[..., None], g[..., None] * b)
+    return _features(g, y).to(given.dtype)
 
 
-def _backward_torch(g: Tensor, gamma: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gain = (t**2 * g**2).flip(1).roll(1, dims=1)  # t² g_{i+1}², in reversed order
-    gain[:, 0] = 0
-    _, adjoint = _scan(_affine_product, (gain, gamma.conj().flip(1)))
-    p = adjoint.flip(1) * g**2  # λ g²
-    left = F.pad(g, (0, 0, 1, 0))[:, :-1]
-    dt = (p * (2 + 2 * t * left)).real.sum((0, 1))
-    return -p.real, -p.imag.sum((0, 1)), dt
+def _backward_torch(features: Tensor, grad: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (g, y), gamma = _complex(features, len(t)), _complex(grad, len(t))
+    gamma_g, gamma_y = (part.conj() for part in gamma)
+    mu = _affine((-t * g)[..., None], g[..., None] * gamma_y, reverse=True)
+    p = _affine((t * g) ** 2, g**2 * gamma_g + (mu * y).sum(-1), reverse=True)
+    d_t = 2 * p + 2 * t * _after(p) * g - (_after(mu) * y).sum(-1)
+    d_given = torch.cat([-p.real, mu.real.flatten(2)], dim=-1)
+    return d_given, -p.imag.sum((0, 1)), d_t.real.sum((0, 1))
 
 
-class _CausalResolvent(torch.autograd.Function):
+def _split(given: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return v ``(B, N, H)`` and b ``(B, N, H, P)``."""
+    v, b = given.tensor_split([heads], dim=-1)
+    return v, b.unflatten(-1, (heads, b.shape[-1] // heads))
+
+
+def _complex(features: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return g ``(B, N, H)`` and y ``(B, N, H, P)``, complex128."""
+    g, y = features.double().tensor_split([2 * heads], dim=-1)
+    y = y.unflatten(-1, (2, heads, y.shape[-1] // (2 * heads)))
+    return torch.complex(*g.chunk(2, dim=-1)), torch.complex(*y.unbind(2))
+
+
+def _features(g: Tensor, y: Tensor) -> Tensor:
+    """Return Re g, Im g, Re y and Im y ``(B, N, 2H + 2H·P)``."""
+    return torch.cat([g.real, g.imag, y.real.flatten(2), y.imag.flatten(2)], dim=-1)
+
+
+def _after(x: Tensor) -> Tensor:
+    """Return x_{i+1} at position i, and 0 at the last one."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+def _before(x: Tensor) -> Tensor:
+    """Return x_{i−1} at position i, and 0 at the first one."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+# ---------------------------------------------------------------------- what callers use
+
+
+class _Causal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v, eta, t, backend):
-        eta64, t64 = eta.double(), t.double()
-        g = (_forward_cpu if backend == "cpu" else _forward_torch)(v, eta64, t64)
-        ctx.save_for_backward(g, t64)
-        ctx.backend, ctx.dtypes = backend, (v.dtype, eta.dtype, t.dtype)
-        return g
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gamma):
-        g, t = ctx.saved_tensors
-        grads = (_backward_cpu if ctx.backend == "cpu" else _backward_torch)(g, gamma, t)
-        return *(d.to(k) for d, k in zip(grads, ctx.dtypes, strict=True)), None
-
-
-def causal_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
-    """Return the left-connected Green's function g_i of every head, complex128 ``(B, N, H)``.
-
-    Args:
-        v: potentials ``(B, N, H)``, real.
-        eta: widths ``(H,)``, > 0.
-        t: couplings ``(H,)``.
-        backend: ``"cpu"`` (compiled loops), ``"torch"`` (log-depth scan), or ``"auto"`` by device.
-    """
-    if backend == "auto":
-        backend = "cpu" if v.device.type == "cpu" else "torch"
-    return _CausalResolvent.apply(v, eta, t, backend)
-
-
-def two_sided_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
-    """Return the diagonal of (H − iη)⁻¹, complex128 ``(B, N, H)``, which depends on the future."""
-    left = causal_resolvent(v, eta, t, backend)
-    right = causal_resolvent(v.flip(1), eta, t, backend).flip(1)
-    after = F.pad(right, (0, 0, 0, 1))[:, 1:]
-    return left / (1 - t.double() ** 2 * left * after)
-
-
-class _CausalValues(torch.autograd.Function):
-    """Maps g ``(B, N, H)``, b ``(B, N, H, P)`` and t ``(H,)`` to Re y and Im y ``(B, N, 2, H, P)``."""
-
-    @staticmethod
-    def forward(ctx, g, b, t, backend):
-        y = (_values_cpu if backend == "cpu" else _values_torch)(g, b, t.double())
-        ctx.save_for_backward(g, b, t, y)
-        ctx.backend = backend
-        return y
+    def forward(ctx, given, eta, t, backend):
+        t64 = t.double()
+        run = _forward_cpu if backend == "cpu" else _forward_torch
+        features = run(given, eta.double(), t64)
+        ctx.save_for_backward(features, t64)
+        ctx.backend, ctx.dtypes = backend, (given.dtype, eta.dtype, t.dtype)
+        return features
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        g, b, t, y = ctx.saved_tensors
-        backward = _values_backward_cpu if ctx.backend == "cpu" else _values_backward_torch
-        dg, db, dt = backward(g, b, t.double(), y, grad)
-        return dg, db.to(b.dtype), dt.to(t.dtype), None
+        features, t = ctx.saved_tensors
+        run = _backward_cpu if ctx.backend == "cpu" else _backward_torch
+        grads = run(features, grad, t)
+        return *(d.to(k) for d, k in zip(grads, ctx.dtypes, strict=True)), None
 
 
-def _values_cpu(g: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    y = b.new_empty(*b.shape[:2], 2, *b.shape[2:])
-    parts = torch.stack([g.real, g.imag], dim=2)
-    _values_loop(parts.numpy(), b.contiguous().numpy(), t.numpy(), y.numpy())
-    return y
+def _two_sided(given: Tensor, eta: Tensor, t: Tensor, backend: str) -> Tensor:
+    """Return the features of the whole inverse, from both causal solves of ``given``, in float64."""
+    heads, t64 = len(t), t.double()
+    left_g, left_y = _complex(_Causal.apply(given, eta, t, backend), heads)
+    right = _Causal.apply(given.flip(1), eta, t, backend).flip(1)
+    right_g, right_y = _complex(right, heads)
+    g = left_g / (1 - t64**2 * left_g * _after(right_g))
+    _, b = _split(given, heads)
+    y = g[..., None] * (b - t64[:, None] * (_before(left_y) + _after(right_y)))
+    return _features(g, y)
 
 
-def _values_backward_cpu(g, b, t, y, grad) -> tuple[Tensor, Tensor, Tensor]:
-    parts = torch.stack([g.real, g.imag], dim=2)
-    dg, db, dt = torch.empty_like(parts), torch.empty_like(b.contiguous()), torch.zeros_like(t)
-    arrays = parts, b.contiguous(), t, y, grad.contiguous(), dg, db, dt
-    _values_backward_loop(*(a.numpy() for a in arrays))
-    return torch.complex(dg[:, :, 0], dg[:, :, 1]), db, dt
+def causal_features(given: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
+    """Return Re g, Im g, Re y and Im y ``(B, N, 2H + 2H·P)``, in the precision of ``given``.
+
+    Args:
+        given: potentials v and values b ``(B, N, H + H·P)``, real, P ≥ 0; half precisions are
+            computed in float32.
+        eta: widths ``(H,)``, > 0.
+        t: couplings ``(H,)``.
+        backend: ``"cpu"`` (compiled loops), ``"torch"`` (log-depth scans), or ``"auto"`` by device.
+
+    Raises:
+        TypeError: a tensor is not real floating point.
+        ValueError: shapes or devices do not fit together, or there is no such backend.
+    """
+    backend = _check_rows(given, eta, t, backend)
+    plain = given if given.dtype in (torch.float32, torch.float64) else given.float()
+    return _Causal.apply(plain, eta, t, backend).to(given.dtype)
 
 
-def _values_torch(g: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    g = g[..., None]
-    _, y = _scan(_affine_product, (-t[:, None] * g, g * b))
-    return torch.stack([y.real, y.imag], dim=2).to(b.dtype)
-
-
-def _values_backward_torch(g, b, t, y, grad) -> tuple[Tensor, Tensor, Tensor]:
-    g, t = g[..., None], t[:, None]
-    before = F.pad(torch.complex(*y.double().unbind(2)), (0, 0, 0, 0, 1, 0))[:, :-1]
-    gain = (-t * g).flip(1).roll(1, dims=1)  # −t g_{i+1}, in reversed order
-    gain[:, 0] = 0
-    gamma = torch.complex(*grad.double().unbind(2)).conj()
-    _, adjoint = _scan(_affine_product, (gain, gamma.flip(1)))
-    adjoint = adjoint.flip(1)
-    dg = (adjoint * (b - t * before)).sum(-1).conj().resolve_conj()
-    product = adjoint * g
-    return dg, product.real, -(product * before).real.sum((0, 1, 3))
-
-
-def _backend(backend: str, tensor: Tensor) -> str:
-    """Return which backend to use for a tensor."""
-    if backend == "auto":
-        return "cpu" if tensor.device.type == "cpu" else "torch"
-    return backend
+def two_sided_features(given: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
+    """Return what :func:`causal_features` does for the whole inverse, which sees the future."""
+    backend = _check_rows(given, eta, t, backend)
+    return _two_sided(given.double(), eta, t, backend).to(given.dtype)
 
 
 def causal_action(
@@ -313,31 +277,76 @@ def causal_action(
     """Return g_i and the last component of (H[0..i] − iη)⁻¹ b[0..i], for every position i.
 
     Args:
-        v, eta, t, backend: see :func:`causal_resolvent`.
+        v: potentials ``(B, N, H)``, real.
         b: values of P channels per head ``(B, N, H, P)``, real.
+        eta, t, backend: see :func:`causal_features`, also for what is raised.
 
     Returns:
         g, complex128 ``(B, N, H)``, and Re y, Im y ``(B, N, 2, H, P)`` in the precision of b.
     """
-    g = causal_resolvent(v, eta, t, backend)
-    return g, _CausalValues.apply(g, b, t, _backend(backend, v))
+    return _action(_Causal.apply, v, b, eta, t, backend)
 
 
 def two_sided_action(
     v: Tensor, b: Tensor, eta: Tensor, t: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Return what :func:`causal_action` does for the whole (H − iη)⁻¹, which sees the future.
+    """Return what :func:`causal_action` does for the whole (H − iη)⁻¹, which sees the future."""
+    return _action(_two_sided, v, b, eta, t, backend)
 
-    With y the left and y' the right solve, its component i is G_ii (b_i − t y_{i−1} − t y'_{i+1}).
-    """
-    diagonal = two_sided_resolvent(v, eta, t, backend)
-    _, left = causal_action(v, b, eta, t, backend)
-    _, right = causal_action(v.flip(1), b.flip(1), eta, t, backend)
-    left = F.pad(left, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-    right = F.pad(right.flip(1), (0, 0, 0, 0, 0, 0, 0, 1))[:, 1:]
-    sides = torch.complex(*(left + right).double().unbind(2))
-    y = diagonal[..., None] * (b - t.double()[:, None] * sides)
-    return diagonal, torch.stack([y.real, y.imag], dim=2).to(b.dtype)
+
+def causal_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
+    """Return the left-connected Green's function g_i of every head, complex128 ``(B, N, H)``."""
+    return causal_action(v, v[..., None][..., :0], eta, t, backend)[0]
+
+
+def two_sided_resolvent(v: Tensor, eta: Tensor, t: Tensor, backend: str = "auto") -> Tensor:
+    """Return the diagonal of (H − iη)⁻¹, complex128 ``(B, N, H)``, which depends on the future."""
+    return two_sided_action(v, v[..., None][..., :0], eta, t, backend)[0]
+
+
+def _action(run, v: Tensor, b: Tensor, eta: Tensor, t: Tensor, backend: str):
+    backend = _check(eta, t, backend, v=v, b=b)
+    if v.dim() != 3 or v.shape[2] != len(eta) or b.dim() != 4 or b.shape[:3] != v.shape:
+        raise ValueError(
+            f"v {tuple(v.shape)} and b {tuple(b.shape)}: with {len(eta)} heads they must be"
+            f" (B, N, {len(eta)}) and (B, N, {len(eta)}, P)"
+        )
+    given = torch.cat([v.double(), b.double().flatten(2)], dim=-1)
+    features = run(given, eta, t, backend)
+    g, _ = _complex(features, len(eta))
+    return g, features[..., 2 * len(eta) :].unflatten(-1, (2, *b.shape[2:])).to(b.dtype)
+
+
+def _check(eta: Tensor, t: Tensor, backend: str, **inputs: Tensor) -> str:
+    """Return the backend to use, or raise: compiled loops trust all that they are given."""
+    first, tensor = next(iter(inputs.items()))
+    device = tensor.device
+    for name, tensor in (inputs | {"eta": eta, "t": t}).items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}: convert it to a real floating-point type")
+        if tensor.device != device:
+            raise ValueError(f"{first} is on {device}, {name} on {tensor.device}: move one of them")
+    if eta.dim() != 1 or len(eta) == 0 or eta.shape != t.shape:
+        raise ValueError(
+            f"eta {tuple(eta.shape)} and t {tuple(t.shape)}: both must be (H,), one for each head"
+        )
+    if backend == "auto":
+        return "cpu" if device.type == "cpu" else "torch"
+    if backend not in ("cpu", "torch"):
+        raise ValueError(f"backend={backend!r}: choose 'auto', 'cpu' or 'torch'")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend='cpu' with tensors on {device}: move them, or choose 'torch'")
+    return backend
+
+
+def _check_rows(given: Tensor, eta: Tensor, t: Tensor, backend: str) -> str:
+    backend = _check(eta, t, backend, given=given)
+    if given.dim() != 3 or given.shape[2] == 0 or given.shape[2] % len(eta):
+        raise ValueError(
+            f"given {tuple(given.shape)}: with {len(eta)} heads it must be (B, N, H + H·P), potentials"
+            " and P values for each head"
+        )
+    return backend
 
 
 class BKCore(nn.Module):
@@ -364,35 +373,13 @@ class BKCore(nn.Module):
         return F.softplus(self.eta_raw) + 1e-3
 
     def forward(self, given: Tensor, backend: str = "auto") -> Tensor:
-        """Return features of potentials and values.
+        """Return features of potentials and values, ``(B, N, H + H·P)`` → ``(B, N, 2H + 2H·P)``.
 
-        Args:
-            given: potentials v and values b ``(B, N, H + H·P)``.
-
-        Returns:
-            Re g, Im g, Re y and Im y ``(B, N, 2H + 2H·P)``, in the precision of ``given``.
+        See :func:`causal_features`, also for what is raised.
         """
-        v, b = given[..., : self.n_heads], given[..., self.n_heads :]
-        if not self.n_values:
-            return self._diagonal(v, backend)
-        b = b.unflatten(-1, (self.n_heads, self.n_values))
-        action = causal_action if self.causal else two_sided_action
-        g, y = action(v, b, self.eta, self.t, backend)
-        return torch.cat([g.real.to(y.dtype), g.imag.to(y.dtype), y.flatten(2)], dim=-1)
-
-    def _diagonal(self, v: Tensor, backend: str) -> Tensor:
-        if self._may_skip_complex(v, backend):
-            eta, t = self.eta.detach().double(), self.t.detach().double()
-            return _parts_cpu(v.detach(), eta, t, v.dtype).flatten(2)
-        resolvent = causal_resolvent if self.causal else two_sided_resolvent
-        g = resolvent(v, self.eta, self.t, backend)
-        return torch.cat([g.real, g.imag], dim=-1).to(v.dtype)
-
-    def _may_skip_complex(self, v: Tensor, backend: str) -> bool:
-        """Tell whether the compiled loop may write the features itself, as no gradient is needed."""
-        compiled = backend == "cpu" or (backend == "auto" and v.device.type == "cpu")
-        plain = v.dtype in (torch.float32, torch.float64)
-        return compiled and plain and self.causal and not torch.is_grad_enabled()
+        self._check_width(given)
+        features = causal_features if self.causal else two_sided_features
+        return features(given, self.eta, self.t, backend)
 
     def step(self, state: Tensor | None, given: Tensor) -> tuple[Tensor, Tensor]:
         """Take one position of the causal recursion, in O(1) state.
@@ -402,25 +389,35 @@ class BKCore(nn.Module):
             given: potentials and values ``(B, H + H·P)``.
 
         Returns:
-            The new state, and the features ``(B, 2H + 2H·P)``.
+            The new state, and the features ``(B, 2H + 2H·P)`` in the precision of ``given``.
 
         Raises:
             RuntimeError: the core is two-sided, and needs the future.
+            TypeError: potentials and values are not real floating point.
+            ValueError: shapes do not fit together.
         """
         if not self.causal:
             raise RuntimeError("a two-sided BK-Core cannot step: it needs the future")
-        heads, t, eta = self.n_heads, self.t.double(), self.eta.double()
+        self._check_width(given)
+        rows, t, eta = given[:, None], self.t.double(), self.eta.double()
+        _check_rows(rows, eta, t, "auto")
         if state is None:
             state = given.new_zeros(given.shape, dtype=torch.complex128)
-        v, b = given.double().tensor_split([heads], dim=-1)
-        before_g, before_y = state.tensor_split([heads], dim=-1)
-        alpha = torch.complex(v - 2 * t, (-eta).expand_as(v))
-        g = 1 / (alpha - t**2 * before_g)
-        per_value = (g, t)
-        if self.n_values:
-            per_value = tuple(a.repeat_interleave(self.n_values, dim=-1) for a in (g, t))
-            y = per_value[0] * (b - per_value[1] * before_y)
-        else:
-            y = before_y
-        features = torch.cat([g.real, g.imag, y.real, y.imag], dim=-1)
-        return torch.cat([g, y], dim=-1), features.to(given.dtype)
+        if state.shape != given.shape:
+            raise ValueError(
+                f"state {tuple(state.shape)} of given {tuple(given.shape)}: must be alike"
+            )
+        v, b = _split(rows.double(), self.n_heads)
+        before_g, before_y = _split(state[:, None], self.n_heads)
+        g = 1 / (torch.complex(v - 2 * t, (-eta).expand_as(v)) - t**2 * before_g)
+        y = g[..., None] * (b - t[:, None] * before_y)
+        features = _features(g, y).squeeze(1).to(given.dtype)
+        return torch.cat([g, y.flatten(2)], dim=-1).squeeze(1), features
+
+    def _check_width(self, given: Tensor) -> None:
+        width = self.n_heads * (1 + self.n_values)
+        if given.shape[-1] != width:
+            raise ValueError(
+                f"given {tuple(given.shape)}: its last dimension must be H + H·P = {width}, with"
+                f" n_heads={self.n_heads} and n_values={self.n_values}"
+            )
