@@ -67,14 +67,15 @@ def _forward_loop(given, eta, t, out):
                 im = -eta[h] - t[h] * t[h] * g[1, h]
                 scale = 1.0 / (re * re + im * im)
                 g[0, h], g[1, h] = re * scale, -im * scale
-                out[s, i, h], out[s, i, H + h] = g[0, h], g[1, h]
-            for h in range(H):
-                gr, gi = g[0, h], g[1, h]
-                for c in range(h * P, h * P + P):
-                    re = given[s, i, H + c] - t[h] * y[0, c]
-                    im = -t[h] * y[1, c]
-                    y[0, c], y[1, c] = gr * re - gi * im, gr * im + gi * re
-                    out[s, i, 2 * H + c], out[s, i, 2 * H + C + c] = y[0, c], y[1, c]
+            for h in range(H):  # apart, so that the loop above becomes vector instructions
+                gr, gi, th = g[0, h], g[1, h], t[h]
+                out[s, i, h], out[s, i, H + h] = gr, gi
+                for p in range(P):
+                    c = h * P + p
+                    re, im = given[s, i, H + c] - th * y[0, c], -th * y[1, c]
+                    re, im = gr * re - gi * im, gr * im + gi * re
+                    y[0, c], y[1, c] = re, im
+                    out[s, i, 2 * H + c], out[s, i, 2 * H + C + c] = re, im
 
 
 @compiled
@@ -87,25 +88,25 @@ def _backward_loop(features, grad, t, d_given, d_eta, d_t):
         p[:], mu[:] = 0.0, 0.0
         for i in range(N - 1, -1, -1):
             for h in range(H):
-                gr, gi = float(features[s, i, h]), float(features[s, i, H + h])
+                gr, gi, th = float(features[s, i, h]), float(features[s, i, H + h]), t[h]
                 now_r, now_i, next_r = 0.0, 0.0, 0.0  # Σ μ_i y_i and Re Σ μ_{i+1} y_i
-                for c in range(h * P, h * P + P):
+                for k in range(P):
+                    c = h * P + k
                     yr, yi = features[s, i, 2 * H + c], features[s, i, 2 * H + C + c]
-                    next_r += mu[0, c] * yr - mu[1, c] * yi
-                    re = grad[s, i, 2 * H + c] - t[h] * mu[0, c]
-                    im = -grad[s, i, 2 * H + C + c] - t[h] * mu[1, c]
-                    mr, mi = gr * re - gi * im, gr * im + gi * re
-                    now_r += mr * yr - mi * yi
-                    now_i += mr * yi + mi * yr
-                    mu[0, c], mu[1, c], d_given[s, i, H + c] = mr, mi, mr
-                next_r -= 2.0 * t[h] * (p[0, h] * gr - p[1, h] * gi)
-                re = grad[s, i, h] + t[h] * t[h] * p[0, h]
-                im = -grad[s, i, H + h] + t[h] * t[h] * p[1, h]
+                    re, im = mu[0, c], mu[1, c]
+                    next_r += re * yr - im * yi
+                    re, im = grad[s, i, 2 * H + c] - th * re, -grad[s, i, 2 * H + C + c] - th * im
+                    re, im = gr * re - gi * im, gr * im + gi * re
+                    now_r += re * yr - im * yi
+                    now_i += re * yi + im * yr
+                    mu[0, c], mu[1, c], d_given[s, i, H + c] = re, im, re
+                next_r -= 2.0 * th * (p[0, h] * gr - p[1, h] * gi)
+                re, im = grad[s, i, h] + th * th * p[0, h], -grad[s, i, H + h] + th * th * p[1, h]
                 sr, si = gr * gr - gi * gi, 2.0 * gr * gi  # g²
-                p[0, h], p[1, h] = sr * re - si * im + now_r, sr * im + si * re + now_i
-                d_given[s, i, h] = -p[0, h]
-                d_eta[h] -= p[1, h]
-                d_t[h] += 2.0 * p[0, h] - next_r
+                re, im = sr * re - si * im + now_r, sr * im + si * re + now_i
+                p[0, h], p[1, h], d_given[s, i, h] = re, im, -re
+                d_eta[h] -= im
+                d_t[h] += 2.0 * re - next_r
 
 
 def _array(tensor: Tensor) -> np.ndarray:
