@@ -89,12 +89,13 @@ def test_an_expert_is_linear_activation_dropout_linear():
     assert (kinds[0], kinds[2], kinds[3]) == (nn.Linear, nn.Dropout, nn.Linear)
 
 
-@pytest.mark.parametrize("heads", [1, 16])
-def test_layer_is_the_mixture_then_the_experts(heads):
+@pytest.mark.parametrize("options", [{"bk_heads": 1}, {"bk_values": 0}, {"mixing": "none"}])
+def test_layer_is_the_mixture_then_the_experts(options):
     torch.manual_seed(0)
-    layer, u = MoEResNetBKLayer(6, 10, bk_heads=heads).eval(), torch.randn(2, 10, 6)
-    mixed = layer.bk_scale * layer.output_proj(layer.bk_core(layer.v_proj(u)))
-    torch.testing.assert_close(layer(u), mixed + layer.moe(u + mixed))
+    layer, u = MoEResNetBKLayer(6, 10, **options).eval(), torch.randn(2, 10, 6)
+    flat = u.flatten(0, 1)
+    mixed = layer.mixing.read(flat, layer.mixing.mix(flat, layer.mixing.contribution(u), None))
+    torch.testing.assert_close(layer(u), (mixed + layer.moe(flat + mixed)).view_as(u))
     layer(u).sum().backward()
     assert all(p.grad is not None for name, p in layer.named_parameters() if "experts" not in name)
 
