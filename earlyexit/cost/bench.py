@@ -28,6 +28,7 @@ from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.original import original_early_exit
 from earlyexit.nn.bk_core import BKCore
+from earlyexit.nn.block import MoEResNetBKLayer
 from earlyexit.nn.config import ModelConfig
 
 LAYERS_ONLY = 2  # words: with so small a vocabulary, only the layers take time
@@ -102,6 +103,7 @@ class Bench:
         """Return the function that measures each section, by the section's name."""
         out = {
             "BK-Core": self.recursion,
+            "BK-Core, length": self.recursion_length,
             "gate check": self.gate_check,
             "compaction": self.compaction,
             "length": self.length,
@@ -118,16 +120,42 @@ class Bench:
     # ------------------------------------------------------------------ sections
 
     def recursion(self) -> Iterator[Row]:
-        """Time BK-Core against a loop over positions, and its growth with the length N."""
-        core = BKCore(16).to(self.device).eval()
-        v = torch.randn(32, 128, 16, device=self.device)
-        runs = {"loop": lambda: position_loop(core, v), "core": lambda: core(v)}
-        ratio, note = self._ratio(runs, "loop", "core"), "wall-clock; batch 32, N=128, 16 heads"
+        """Time BK-Core, and its diagonal alone, against a loop over positions and against a layer."""
+        layer = MoEResNetBKLayer(**asdict(SMALL)).to(self.device).eval()
+        core, u = layer.mixing.bk_core, torch.randn(32, 128, SMALL.d_model, device=self.device)
+        given = layer.contribution(u).detach()
+        diagonal, v = BKCore(core.n_heads).to(self.device), given[..., : core.n_heads].contiguous()
+        runs = {
+            "loop": partial(position_loop, core, given),
+            "core": partial(core, given),
+            "loop of g": partial(position_loop, diagonal, v),
+            "g": partial(diagonal, v),
+            "layer": partial(layer, u),
+        }
+        seconds = self._times(runs)
+        ms = {name: f"{1e3 * np.median(taken):.2g} ms" for name, taken in seconds.items()}
+        sizes = f"batch 32, N=128, {core.n_heads} heads"
+        valued = f"{sizes} of {core.n_values} values, d={SMALL.d_model}"
+        ratio = median_ratio(seconds["loop"], seconds["core"])
+        note = f"wall-clock, {ms['loop']} / {ms['core']}; {valued}"
         yield Row.measured("BK-Core against a loop over positions", ratio, "×", 20, True, note)
+        ratio = median_ratio(seconds["loop of g"], seconds["g"])
+        note = f"wall-clock, {ms['loop of g']} / {ms['g']}; {sizes}"
+        yield Row.measured("its diagonal against a loop over positions", ratio, "×", 20, True, note)
+        share = median_ratio(seconds["core"], seconds["layer"])
+        note = f"of a layer's wall-clock without gradients, {ms['core']} / {ms['layer']}; {valued}"
+        yield Row.measured("BK-Core in a layer", share, "share", None, False, note)
+
+    def recursion_length(self) -> Iterator[Row]:
+        """Measure how the time of BK-Core on values grows with the length N."""
+        # So few heads that the features of 65,536 positions stay below the 32 MB from which the C
+        # library maps new pages at every call, which takes longer than the recursion.
+        core = BKCore(8, n_values=4).to(self.device)
         lengths = [1024, 4096, 16384] if self.quick else [1024, 4096, 16384, 65536]
-        inputs = {n: torch.randn(1, n, 16, device=self.device) for n in lengths}
-        slope = self._slope({n: partial(core, v) for n, v in inputs.items()})
+        rows = {n: torch.randn(1, n, 8 + 8 * 4, device=self.device) for n in lengths}
+        slope = self._slope({n: partial(core, row) for n, row in rows.items()})
         note = f"slope of log time over log N, N={lengths[0]:,} … {lengths[-1]:,}; linear is 1"
+        note += "; 8 heads of 4 values"
         yield Row("BK-Core, growth with the length", slope, "slope", 1.1, False, note)
 
     def gate_check(self) -> Iterator[Row]:
@@ -232,12 +260,17 @@ class Bench:
 
 
 @torch.no_grad()
-def position_loop(core: BKCore, v: Tensor) -> Tensor:
-    """Compute BK-Core's features ``(B, N, 2H)`` by a loop in torch over the N positions."""
-    state, out = None, []
-    for i in range(v.shape[1]):
-        state, features = core.step(state, v[:, i])
-        out.append(features)
+def position_loop(core: BKCore, given: Tensor) -> Tensor:
+    """Compute a causal BK-Core's features ``(B, N, 2H + 2H·P)`` by a loop in torch over positions."""
+    eta, t, out = core.eta, core.t, []
+    v, b = given.tensor_split([core.n_heads], dim=-1)
+    alpha = torch.complex(v - 2 * t, (-eta).expand_as(v))
+    b = b.unflatten(-1, (core.n_heads, core.n_values))
+    g, y = torch.zeros_like(alpha[:, 0]), torch.zeros_like(b[:, 0])
+    for i in range(given.shape[1]):
+        g = 1 / (alpha[:, i] - t**2 * g)
+        y = g[..., None] * (b[:, i] - t[:, None] * y)
+        out.append(torch.cat([g.real, g.imag, y.real.flatten(1), y.imag.flatten(1)], dim=-1))
     return torch.stack(out, dim=1)
 
 

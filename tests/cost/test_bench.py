@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import PRICES
@@ -20,9 +21,26 @@ CALIBRATE = "earlyexit.cost.time_model.calibrate"
 SIZES = ["--d-model", "16", "--n-layers", "3", "--vocab", "300"]
 
 
-def test_the_slow_loop_computes_the_same():
-    core, v = BKCore(4), torch.randn(3, 9, 4)
-    torch.testing.assert_close(position_loop(core, v), core(v))
+@pytest.mark.parametrize("values", [0, 3])
+def test_the_slow_loop_computes_the_same(values):
+    core, given = BKCore(4, n_values=values), torch.randn(3, 9, 4 + 4 * values)
+    torch.testing.assert_close(position_loop(core, given), core(given), rtol=1e-4, atol=1e-5)
+
+
+def test_bk_core_is_measured_against_a_loop_in_a_layer_and_by_its_length(monkeypatch):
+    seconds = {"loop": 8, "core": 2, "loop of g": 6, "g": 1, "layer": 16}
+
+    def times(self, runs, repeats=None):
+        for run in runs.values():
+            run()  # each of them works
+        return {name: np.full(3, seconds.get(name, name)) for name in runs}
+
+    monkeypatch.setattr(Bench, "_times", times)
+    sections = Bench(torch.device("cpu"), quick=True).sections()
+    rows = [row for name in ("BK-Core", "BK-Core, length") for row in sections[name]()]
+    assert [row.value for row in rows] == [4, 6, 2 / 16, pytest.approx(1)]
+    assert [row.verdict for row in rows] == ["missed", "missed", "", "met"]
+    assert "16 heads of 4 values, d=64" in rows[0].note
 
 
 def test_a_row_says_what_its_interval_allows():
