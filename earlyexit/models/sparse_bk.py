@@ -3,17 +3,19 @@
 A position with score s_i > 0 is kept. The recursion runs over kept positions alone, as if the others
 were not there; a skipped position hands on the state before it:
 
-    g_i = 1 / (α_i − t² g_{i−1})  if kept,        g_i = g_{i−1}  if not,        g_{−1} = 0.
+    g_i = 1 / (α_i − t² g_{i−1}),    y_i = g_i (b_i − t y_{i−1})    if kept,        g_{−1} = 0,
+    g_i = g_{i−1},                   y_i = y_{i−1}                  if not,         y_{−1} = 0.
 
 Kept positions are gathered per sequence, so that the recursion is shorter, and its results are filled
-forward by index: what a position reads comes from no later one. Potentials are made for kept positions
-only, and a state that several positions share is projected once, before it is filled in.
+forward by index: what a position reads comes from no later one. Potentials and values are made for kept
+positions only. Every position reads what it was handed by its own gate, so nothing is saved there.
 
 Training samples the mask, m_i = [s_i + logistic noise > 0], and differentiates it as a sigmoid (the
 binary concrete distribution of Maddison et al. 2017 and Jang et al. 2017, straight-through). The noise
 fades over the training, so that it ends with the mask that will be used. The derivative with respect to
 m_i is exact in the features up to the next kept position, where keeping i would have changed g by
-1/(α_i − t² g_{i−1}) − g_{i−1}; what it changes in the recursion beyond that is left out. A loss
+g′_i − g_{i−1}, with g′_i = 1/(α_i − t² g_{i−1}), and y by g′_i (b_i − t y_{i−1}) − y_{i−1}; what it
+changes in the recursion beyond that is left out. A loss
 (kept share − target)² on the mask without noise holds the share.
 """
 
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from earlyexit.exits.operations import Operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
-from earlyexit.nn.sparse_bk import SparseBKLayer
+from earlyexit.nn.sparse_bk import SparseContribution, SparseMixing
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class SparseConfig(ModelConfig):
         sparsity_weight: weight of the mean squared distance to that share in the loss.
 
     Raises:
-        ValueError: keep is not in (0, 1], the weight is negative, the core is two-sided, or the base
-            class refuses a value.
+        ValueError: keep is not in (0, 1], the weight is negative, a mixing other than by a causal
+            BK-Core is to be sparse, or the base class refuses a value.
     """
 
     _: KW_ONLY
@@ -54,6 +56,8 @@ class SparseConfig(ModelConfig):
             raise ValueError(f"keep={self.keep} must lie in (0, 1], sparsity_weight be ≥ 0")
         if self.keep < 1 and not self.causal:
             raise ValueError("a two-sided BK-Core cannot be sparse: a gap has no causal filling")
+        if self.keep < 1 and self.mixing != "resolvent":
+            raise ValueError(f"mixing={self.mixing!r} cannot skip positions: set keep=1")
 
 
 class SparseBKLanguageModel(EarlyExitLanguageModel):
@@ -65,7 +69,7 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
         super().__init__(*args, **kwargs)
         if self.config.keep < 1:
             for block in self.blocks:
-                block.bk_layer = SparseBKLayer(**self.config.base(), keep=self.config.keep)
+                block.bk_layer.mixing = SparseMixing(self.config, self.config.keep)
 
     def operations(self, **changes) -> Operations:
         keep = self.config.keep
@@ -86,6 +90,6 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
         return self.config.sparsity_weight * distance.square().mean()
 
 
-def sparse_layers(model: nn.Module) -> Iterator[SparseBKLayer]:
-    """Yield the sparse layers of a model, first to last."""
-    return (module for module in model.modules() if isinstance(module, SparseBKLayer))
+def sparse_layers(model: nn.Module) -> Iterator[SparseContribution]:
+    """Yield what chooses the positions in each sparse layer of a model, first to last."""
+    return (module for module in model.modules() if isinstance(module, SparseContribution))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import SIZES, VOCABULARY, future_jacobian
@@ -11,13 +13,14 @@ from earlyexit.evaluation.causality import future_effect, replace_future
 from earlyexit.evaluation.routing import kept_shares
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, sparse_layers
-from earlyexit.nn.bk_core import BKCore, causal_resolvent
 from earlyexit.nn.block import MoEResNetBKLayer
-from earlyexit.nn.sparse_bk import SparseBKCore, SparseBKLayer
+from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.sparse_bk import SparseMixing
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.train import train
 
 READY = [name for name in CRITERIA if name != "depth"]
+VALUES = [4, 0]  # channels per head
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +41,35 @@ def make_sparse():
     return make
 
 
-def slow_features(core: BKCore, v, mask):
+def make_mixing(values: int, heads: int = 3, d: int = 6) -> SparseMixing:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=2, d_model=d, bk_heads=heads, bk_values=values)
+    return SparseMixing(config).double()
+
+
+def slow_features(mixing: SparseMixing, given, mask):
     """The definition, one position at a time."""
-    out = []
-    for values, row in zip(v, mask, strict=True):
-        g, states = torch.zeros(v.shape[-1], dtype=torch.complex128), []
-        for value, keep in zip(values, row, strict=True):
+    core, out = mixing.bk_core, []
+    t, heads, values = core.t, core.n_heads, core.n_values
+    for rows, keeps in zip(given, mask, strict=True):
+        g, states = torch.zeros(heads, dtype=torch.complex128), []
+        y = torch.zeros(heads, values, dtype=torch.complex128)
+        for row, keep in zip(rows, keeps, strict=True):
             if keep:
-                alpha = value - 2 * core.t - 1j * core.eta
-                g = 1 / (alpha - core.t**2 * g)
-            states.append(torch.cat([g.real, g.imag]))
+                g = 1 / (row[:heads] - 2 * t - 1j * core.eta - t**2 * g)
+                y = g[:, None] * (row[heads:].view(heads, values) - t[:, None] * y)
+            states.append(torch.cat([g.real, g.imag, y.real.flatten(), y.imag.flatten()]))
         out.append(torch.stack(states))
     return torch.stack(out)
+
+
+def features(mixing: SparseMixing, given, mask):
+    out = mixing.mix(None, torch.cat([given, mask[..., None]], dim=-1), None)
+    return out.view(*given.shape[:2], -1)
+
+
+def some_given(values: int, batch: int, length: int, heads: int = 3):
+    return torch.randn(batch, length, heads + heads * values).double()
 
 
 def some_mask(kind: str, shape, seed=0):
@@ -60,106 +80,131 @@ def some_mask(kind: str, shape, seed=0):
     return torch.zeros(shape).double() if kind == "empty" else mask
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("kind", ["half", "one row empty", "empty"])
-def test_features_are_those_of_the_loop(kind):
-    torch.manual_seed(0)
-    core = SparseBKCore(5, torch.nn.Identity()).double()
-    v, mask = torch.randn(3, 11, 5).double(), some_mask(kind, (3, 11))
-    out = core(torch.cat([v, mask[..., None]], dim=-1))
-    torch.testing.assert_close(out, slow_features(core, v, mask))
-    for backend in ("cpu", "torch"):
-        again = core(torch.cat([v, mask[..., None]], dim=-1), backend)
-        torch.testing.assert_close(again, out)
+def test_features_are_those_of_the_loop(kind, values):
+    mixing, given = make_mixing(values), some_given(values, 3, 11)
+    mask = some_mask(kind, (3, 11))
+    truth = slow_features(mixing, given, mask)
+    torch.testing.assert_close(features(mixing, given, mask), truth)
+    with_mask, memory = torch.cat([given, mask[..., None]], dim=-1), None
+    for i in range(11):
+        found, memory = mixing.step(None, with_mask[:, i], memory)
+        torch.testing.assert_close(found, truth[:, i])
+    rows = torch.tensor([0, 7, 30])
+    torch.testing.assert_close(mixing.mix(None, with_mask, rows), truth.flatten(0, 1)[rows])
 
 
-def test_gradients_of_potentials_and_of_the_physics_are_those_of_the_loop():
-    torch.manual_seed(0)
-    core = SparseBKCore(3, torch.nn.Identity()).double()
-    v, mask = torch.randn(2, 9, 3).double().requires_grad_(), some_mask("half", (2, 9))
-    weight = torch.randn(2, 9, 6).double()
-    inputs = (v, *core.parameters())
-    out = core(torch.cat([v, mask[..., None]], dim=-1))
-    found = torch.autograd.grad((weight * out).sum(), inputs)
-    truth = torch.autograd.grad((weight * slow_features(core, v, mask)).sum(), inputs)
+@pytest.mark.parametrize("values", VALUES)
+def test_gradients_of_the_contribution_and_of_the_physics_are_those_of_the_loop(values):
+    mixing, given = make_mixing(values), some_given(values, 2, 9).requires_grad_()
+    mask, weight = some_mask("half", (2, 9)), torch.randn(2, 9, 6 + 6 * values).double()
+    inputs = (given, *mixing.bk_core.parameters())
+    found = torch.autograd.grad((weight * features(mixing, given, mask)).sum(), inputs)
+    truth = torch.autograd.grad((weight * slow_features(mixing, given, mask)).sum(), inputs)
     for a, b in zip(found, truth, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_the_mask_gets_the_change_that_keeping_a_position_makes():
+@pytest.mark.parametrize("values", VALUES)
+def test_the_mask_gets_the_change_that_keeping_a_position_makes(values):
     """Up to the next kept position: the difference of the features with and without it."""
-    torch.manual_seed(0)
-    core = SparseBKCore(3, torch.nn.Identity()).double()
-    v, weight = torch.randn(1, 8, 3).double(), torch.randn(1, 8, 6).double()
+    mixing, given = make_mixing(values), some_given(values, 1, 8)
+    weight = torch.randn(1, 8, 6 + 6 * values).double()
     mask = torch.tensor([[1.0, 0, 0, 1, 1, 0, 0, 0]]).double().requires_grad_()
-    out = core(torch.cat([v, mask[..., None]], dim=-1))
-    assert torch.equal(out, core(torch.cat([v, mask.detach()[..., None]], dim=-1)))
+    out = features(mixing, given, mask)
+    assert torch.equal(out, features(mixing, given, mask.detach()))
     (grad,) = torch.autograd.grad((weight * out).sum(), mask)
     for i, end in [(0, 3), (1, 3), (2, 3), (3, 4), (4, 8), (5, 8), (7, 8)]:
         on, off = mask.detach().clone(), mask.detach().clone()
         on[0, i], off[0, i] = 1, 0
-        change = slow_features(core, v, on) - slow_features(core, v, off)
+        change = slow_features(mixing, given, on) - slow_features(mixing, given, off)
         wanted = (weight * change)[0, i:end].sum()
         torch.testing.assert_close(grad[0, i], wanted.detach())
 
 
-def sparse_and_dense(mode: float):
+@pytest.mark.parametrize("values", VALUES)
+def test_the_gradient_by_the_mask_is_that_of_a_soft_mask(values):
+    """s_i = s_{i−1} + m_i (step(s_{i−1}) − s_{i−1}), whose later steps do not see m_i, by differences."""
+    mixing, given = make_mixing(values), some_given(values, 1, 8)
+    weight = torch.randn(1, 8, 6 + 6 * values).double()
+    mask = some_mask("half", (1, 8), seed=3).requires_grad_()
+    loss = (weight * features(mixing, given, mask)).sum()
+    (grad,) = torch.autograd.grad(loss, mask)
+    hard, epsilon = mask.detach(), 1e-6
+
+    @torch.no_grad()
+    def soft_loss(i: int, m: float) -> float:
+        before = slow_features(mixing, given, hard)[0, i - 1] if i else torch.zeros_like(weight[0, 0])
+        kept = torch.cat([hard[:, :i], hard.new_ones(1, 1)], dim=1)
+        after = slow_features(mixing, given[:, : i + 1], kept)[0, i]
+        end = next((j for j in range(i + 1, 8) if hard[0, j]), 8)
+        return float((weight[0, i:end] * (before + m * (after - before))).sum())
+
+    for i in range(8):
+        m = hard[0, i].item()
+        slope = (soft_loss(i, m + epsilon) - soft_loss(i, m - epsilon)) / (2 * epsilon)
+        assert grad[0, i].item() == pytest.approx(slope, rel=1e-6, abs=1e-6)
+
+
+def sparse_and_dense(mode: float, values: int):
     """A sparse layer with scores of one sign, and the dense layer with the same weights."""
     torch.manual_seed(0)
-    sparse = SparseBKLayer(6, 10, bk_heads=4).eval()
-    dense = MoEResNetBKLayer(6, 10, bk_heads=4).eval()
-    torch.nn.init.zeros_(sparse.importance.weight)
-    torch.nn.init.constant_(sparse.importance.bias, mode)
-    missing = dense.load_state_dict(sparse.state_dict(), strict=False)
-    assert missing.unexpected_keys == ["importance.weight", "importance.bias"]
+    sizes = {"bk_heads": 4, "bk_values": values}
+    dense = MoEResNetBKLayer(6, 10, **sizes).eval()
+    sparse = copy.deepcopy(dense)
+    sparse.mixing = SparseMixing(ModelConfig(vocab_size=2, d_model=6, **sizes)).eval()
+    weights = {
+        name.replace("contribution", "contribution.product"): weight
+        for name, weight in dense.mixing.state_dict().items()
+    }
+    missing = sparse.mixing.load_state_dict(weights, strict=False)
+    assert not missing.unexpected_keys and len(missing.missing_keys) == 2
+    torch.nn.init.zeros_(sparse.contribution.importance.weight)
+    torch.nn.init.constant_(sparse.contribution.importance.bias, mode)
     return sparse, dense
 
 
 @torch.no_grad()
-def test_a_full_mask_is_the_dense_layer_exactly():
-    (sparse, dense), u = sparse_and_dense(1.0), torch.randn(3, 10, 6)
+@pytest.mark.parametrize("values", VALUES)
+def test_a_full_mask_is_the_dense_layer_exactly(values):
+    (sparse, dense), u = sparse_and_dense(1.0, values), torch.randn(3, 10, 6)
     assert torch.equal(sparse(u), dense(u))
-    assert sparse.kept() == 1
+    assert sparse.contribution.kept() == 1
 
 
 @torch.no_grad()
-def test_an_empty_mask_mixes_nothing():
-    (sparse, _), u = sparse_and_dense(-1.0), torch.randn(3, 10, 6)
-    mixed = sparse.bk_scale * sparse.output_proj.bias
+@pytest.mark.parametrize("values", VALUES)
+def test_an_empty_mask_mixes_nothing(values):
+    (sparse, _), u = sparse_and_dense(-1.0, values), torch.randn(3, 10, 6)
+    mixed = sparse.mixing.bk_scale * sparse.mixing.output_proj.bias
     torch.testing.assert_close(sparse(u), mixed + sparse.moe(u + mixed))
+    assert sparse.contribution.kept() == 0
 
 
 @torch.no_grad()
-def test_the_recursion_is_shorter_and_its_projections_are_skipped(make_sparse, make_tokens):
+def test_the_recursion_is_shorter_and_its_products_are_skipped(make_sparse, make_tokens):
     model, x = make_sparse(), make_tokens(3, 12)
-    layer = next(sparse_layers(model))
-    rows = {"v_proj": 0, "output_proj": 0}
-    for name in rows:
-
-        def count(module, inputs, output, name=name):
-            rows[name] += inputs[0].numel() // inputs[0].shape[-1]
-
-        getattr(layer, name).register_forward_hook(count)
-    kept = (layer.importance(model.blocks[0].layer_norm(model.embed(x))) > 0).squeeze(-1)
+    chooser, core = next(sparse_layers(model)), model.blocks[0].bk_layer.mixing.bk_core
+    rows, lengths = [], []
+    chooser.product.register_forward_hook(lambda m, inputs, out: rows.append(len(inputs[0])))
+    core.register_forward_hook(lambda m, inputs, out: lengths.append(inputs[0].shape[1]))
+    kept = (chooser.importance(model.blocks[0].layer_norm(model.embed(x))) > 0).squeeze(-1)
     assert 0.2 < kept.double().mean() < 0.8
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-
-        def watch(v, *rest):
-            seen.append(v.shape[1])
-            return causal_resolvent(v, *rest)
-
-        patch.setattr("earlyexit.nn.sparse_bk.causal_resolvent", watch)
-        model(x)
-    assert seen[0] == kept.sum(1).max() < 12
-    assert rows["v_proj"] == kept.sum()
-    assert rows["output_proj"] == 3 * (kept.sum(1).max() + 1)  # padded, with the state before all
-    assert layer.kept() == pytest.approx(kept.double().mean().item())
+    model(x)
+    assert lengths == [kept.sum(1).max()] and lengths[0] < 12
+    assert rows == [kept.sum()]
+    assert chooser.kept() == pytest.approx(kept.double().mean().item())
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("criterion", READY)
-def test_with_exits_both_executions_agree(make_sparse, make_tokens, make_policy, criterion):
-    model, x = make_sparse().double(), make_tokens(5, 12)
+def test_with_exits_both_executions_agree(
+    make_sparse, make_tokens, make_policy, criterion, values
+):
+    model, x = make_sparse(bk_values=values).double(), make_tokens(5, 12)
     policy = make_policy(model, x, criterion)
     (a, one), (b, two) = (
         model(x, use_early_exit=True, policy=policy, execution=e) for e in ("compacted", "dense")
@@ -208,7 +253,9 @@ def test_training_reaches_the_target_share_and_learns(corpus):
 def test_the_importance_learns_what_matters():
     """Only some positions carry what must be remembered: the scores find them."""
     torch.manual_seed(0)
-    layer = SparseBKLayer(8, 16, bk_heads=4, dropout_p=0.0).train()
+    layer = MoEResNetBKLayer(8, 16, bk_heads=4, dropout_p=0.0)
+    layer.mixing = SparseMixing(ModelConfig(vocab_size=2, d_model=8, bk_heads=4))
+    layer.train()
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
     for _ in range(150):
         u = torch.randn(16, 16, 8)
@@ -219,17 +266,18 @@ def test_the_importance_learns_what_matters():
         last = torch.where(marked, position, -1).cummax(dim=1).values
         wanted = u[..., 1].gather(1, last.clamp_min(0)) * (last >= 0)  # the last marked value
         loss = (layer(u)[..., 2] - wanted).square().mean()
-        loss = loss + 3 * (layer.kept_share - 0.5).square()
+        loss = loss + 3 * (layer.contribution.kept_share - 0.5).square()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    score = layer.importance(u)[..., 0]
+    score = layer.contribution.importance(u)[..., 0]
     assert score[marked].mean() > score[~marked].mean() + 0.5
 
 
 def test_keep_one_is_the_plain_model(make_tokens):
     model = SparseBKLanguageModel(**SIZES | {"keep": 1.0})
     assert not list(sparse_layers(model))
-    for wrong in ({"keep": 0.0}, {"keep": 1.5}, {"sparsity_weight": -1}, {"causal": False}):
+    wrongs = [{"keep": 0.0}, {"keep": 1.5}, {"sparsity_weight": -1}, {"causal": False}]
+    for wrong in (*wrongs, {"mixing": "attention"}, {"mixing": "none"}):
         with pytest.raises(ValueError):
             SparseBKLanguageModel(**SIZES | wrong)
