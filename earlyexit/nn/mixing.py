@@ -63,15 +63,25 @@ class ResolventMixing(nn.Module):
 
     def read(self, u: Tensor, features: Tensor) -> Tensor:
         """Return what the features ``(…, 2H + 2H·P)`` add to the stream ``(…, D)``."""
+        diagonal, y = features.tensor_split([2 * self.bk_core.n_heads], dim=-1)
+        return self.project(u, diagonal, self.normalise(y))
+
+    def normalise(self, y: Tensor) -> Tensor:
+        """Return each head's values ``(…, H·P)``, of Re y and Im y ``(…, 2H·P)``, over their RMS."""
         heads, values = self.bk_core.n_heads, self.bk_core.n_values
-        project, scale = self.output_proj, self.bk_scale  # scaling weights is cheaper than states
-        parts = features.split([2 * heads, heads * values, heads * values], dim=-1)
-        m = F.linear(parts[0], scale * project.weight, scale * project.bias)
         if not values:
+            return y
+        re, im = y.chunk(2, dim=-1)
+        z = (self.combine[0] * re + self.combine[1] * im).unflatten(-1, (heads, values))
+        return F.rms_norm(z, (values,), eps=1e-6).flatten(-2)
+
+    def project(self, u: Tensor, diagonal: Tensor, z: Tensor) -> Tensor:
+        """Return the update of the stream from Re g and Im g, and from values that u gates."""
+        project, scale = self.output_proj, self.bk_scale  # scaling weights is cheaper than states
+        m = F.linear(diagonal, scale * project.weight, scale * project.bias)
+        if not self.bk_core.n_values:
             return m
-        z = (self.combine[0] * parts[1] + self.combine[1] * parts[2]).unflatten(-1, (heads, values))
-        z = F.rms_norm(z, (values,), eps=1e-6).flatten(-2) * F.silu(self.gate_proj(u))
-        return m + F.linear(z, scale * self.values_proj.weight)
+        return m + F.linear(z * F.silu(self.gate_proj(u)), scale * self.values_proj.weight)
 
 
 class AttentionMixing(nn.Module):

@@ -74,7 +74,7 @@ class SparseMixing(ResolventMixing):
 
     A token hands on potentials, values and a mask ``(…, H + H·P + 1)``. BK-Core runs over the kept
     positions of each sequence; a skipped one reads the (g, y) of the last kept position before it, and
-    zeros if there is none.
+    zeros if there is none. What is read is Re g, Im g and the normalised values ``(…, 2H + H·P)``.
 
     Args:
         config: see :class:`earlyexit.nn.mixing.ResolventMixing`.
@@ -86,9 +86,9 @@ class SparseMixing(ResolventMixing):
         self.contribution = SparseContribution(self.contribution, keep)
 
     def mix(self, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
-        """Return BK features ``(A, 2H + 2H·P)`` of the rows of contributions and mask ``(B, N, ·)``.
+        """Return what the rows of contributions and mask ``(B, N, ·)`` read ``(A, 2H + H·P)``.
 
-        Where the mask carries a gradient, the features pass one back to it.
+        Where the mask carries a gradient, it gets one back.
         """
         given, mask = given[..., :-1], given[..., -1]
         (B, _, K), kept = given.shape, mask > 0.5
@@ -99,28 +99,41 @@ class SparseMixing(ResolventMixing):
         target = (rank - 1 + R * sequence).flatten()[visited]
         compact = given.new_zeros(B * R, K)
         compact = compact.index_copy(0, target, given.flatten(0, 1)[visited])
-        states = F.pad(self.bk_core(compact.view(B, R, K)), (0, 0, 1, 0))  # zeros before the first
-        filled = states.flatten(0, 1).index_select(0, (rank + (R + 1) * sequence).flatten())
+        features = self.bk_core(compact.view(B, R, K))
+        source = (rank + (R + 1) * sequence).flatten()
+        mixed = _fill(self._readable(features), source)
         if mask.requires_grad:
-            features = filled.view(*mask.shape, -1)
-            filled = filled + self._through_mask(given, mask, features).flatten(0, 1)
-        return filled if rows is None else filled.index_select(0, rows)
+            filled = _fill(features.detach(), source).view(*mask.shape, -1)
+            mixed = mixed + self._through_mask(given, mask, filled).flatten(0, 1)
+        return mixed if rows is None else mixed.index_select(0, rows)
+
+    @torch.no_grad()
+    def _changes(self, given: Tensor, features: Tensor) -> Tensor:
+        """Return what keeping each position changes in what it reads ``(B, N, 2H + H·P)``.
+
+        It takes one step from the state that the position before has, of features ``(B, N, ·)``.
+        """
+        before = F.pad(features, (0, 0, 1, 0))[:, :-1]
+        _, after = self.bk_core.step(self._state(before.flatten(0, 1)), given.flatten(0, 1))
+        return self._readable(after.view_as(before)) - self._readable(before)
 
     def _through_mask(self, given: Tensor, mask: Tensor, features: Tensor) -> Tensor:
-        """Return zeros ``(B, N, ·)`` that carry the features' derivative by the mask ``(B, N)``.
+        """Return zeros ``(B, N, 2H + H·P)`` that carry the derivative by the mask ``(B, N)``.
 
-        At every position, that is what one step would change of the state before it. It counts up to
-        the next kept position.
+        What keeping a position changes counts up to the next kept one. It is a difference of normalised
+        values, and bounded: the derivative of a norm at the zeros before the first kept position, or
+        where a value grows by much, is no guide to it.
         """
-        with torch.no_grad():
-            before = F.pad(features, (0, 0, 1, 0))[:, :-1]
-            _, after = self.bk_core.step(self._state(before.flatten(0, 1)), given.flatten(0, 1))
-            change = after.view_as(before) - before
-            position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-            start = torch.where(mask > 0.5, position, 0).cummax(dim=1).values  # of its run
-        zeros = (mask - mask.detach())[..., None] * change
+        position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        start = torch.where(mask > 0.5, position, 0).cummax(dim=1).values  # of the run it lies in
+        zeros = (mask - mask.detach())[..., None] * self._changes(given, features)
         run = zeros.cumsum(dim=1)
         return run - (run - zeros).gather(1, start[..., None].expand_as(run))
+
+    def _readable(self, features: Tensor) -> Tensor:
+        """Return Re g, Im g and normalised values ``(…, 2H + H·P)`` of BK features."""
+        diagonal, y = features.tensor_split([2 * self.bk_core.n_heads], dim=-1)
+        return torch.cat([diagonal, self.normalise(y)], dim=-1)
 
     def _state(self, features: Tensor) -> Tensor:
         """Return BK-Core's state ``(T, H + H·P)`` of its features ``(T, 2H + 2H·P)``."""
@@ -129,10 +142,19 @@ class SparseMixing(ResolventMixing):
         return torch.complex(torch.cat([g_r, y_r], dim=-1), torch.cat([g_i, y_i], dim=-1))
 
     def step(self, u: Tensor, given: Tensor, memory) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the features ``(B, 2H + 2H·P)`` of one position, and BK-Core's state with them."""
+        """Return what one position reads ``(B, 2H + H·P)``, and BK-Core's state with it."""
         given, kept = given[:, :-1], given[:, -1:] > 0.5
         state, features = self.bk_core.step(memory and memory[0], given)
-        before = memory or (torch.zeros_like(state), torch.zeros_like(features))
-        pairs = zip((state, features), before, strict=True)
-        state, features = (torch.where(kept, new, old) for new, old in pairs)
-        return features, (state, features)
+        new = state, self._readable(features)
+        before = memory or tuple(torch.zeros_like(part) for part in new)
+        state, mixed = (torch.where(kept, a, b) for a, b in zip(new, before, strict=True))
+        return mixed, (state, mixed)
+
+    def read(self, u: Tensor, mixed: Tensor) -> Tensor:
+        """Return what :meth:`mix` gave as an update of the stream ``(…, D)``."""
+        return self.project(u, *mixed.tensor_split([2 * self.bk_core.n_heads], dim=-1))
+
+
+def _fill(compact: Tensor, source: Tensor) -> Tensor:
+    """Return rows ``(B·N, M)`` of kept positions ``(B, R, M)``, to each of which zeros are prepended."""
+    return F.pad(compact, (0, 0, 1, 0)).flatten(0, 1).index_select(0, source)
