@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from earlyexit.cost.parts import FULL_DEPTH, batch_speedups
 from earlyexit.cost.timing import INTERVAL, interleaved_times, median_ms, time_columns
@@ -33,15 +32,15 @@ def part_functions(
     "head" (scoring, and all logits). ``layer`` must not be the last, where no exit is decided.
 
     Args:
-        model: a model of plain ResNet-BK layers.
+        model: a model of plain ResNet-BK layers, which mix by BK-Core.
     """
     states = model.hidden_states(x)
     before, after = states[layer], states[layer + 1]
     bk: MoEResNetBKLayer = model.blocks[layer].bk_layer
-    u = model.normed(layer, before)
-    v = model.contribution(layer, u)
-    features = bk.bk_core(v)
-    mixed = u + scaled_projection(bk, features)
+    whole = model.normed(layer, before)
+    given, u = model.contribution(layer, whole), whole.flatten(0, 1)
+    features = bk.mix(u, given, None)
+    mixed = u + bk.mixing.read(u, features)
     head = model.head(model.n_layers - 1)
     flat = head.features(states[-1]).flatten(0, 1)
     state = exit_state(model, layer, after.flatten(0, 1), before.flatten(0, 1))
@@ -54,9 +53,9 @@ def part_functions(
     functions: dict[tuple[str, str], Callable[[], object]] = {
         ("whole", "block"): lambda: model.layer(layer, before),
         ("block", "layer norm"): lambda: model.normed(layer, before),
-        ("block", "potentials"): lambda: model.contribution(layer, u),
-        ("block", "BK-Core"): lambda: bk.bk_core(v),
-        ("block", "projection"): lambda: u + scaled_projection(bk, features),
+        ("block", "contribution"): lambda: model.contribution(layer, whole),
+        ("block", "BK-Core"): lambda: bk.mix(u, given, None),
+        ("block", "projection"): lambda: u + bk.mixing.read(u, features),
         ("block", "experts and router"): lambda: bk.moe(mixed),
         ("head", "scoring one word"): lambda: head.unembedding.nll(flat, x.flatten()),
         ("head", "logits of all words"): lambda: sum(
@@ -68,12 +67,6 @@ def part_functions(
         if rule.name != "depth" and (gated or not rule.needs_gates):
             functions["check", rule.label] = lambda rule=rule: _decide(rule, score(rule))
     return functions
-
-
-def scaled_projection(layer: MoEResNetBKLayer, features: Tensor) -> Tensor:
-    """Project BK features ``(…, 2H)`` to what the layer adds to the residual stream ``(…, D)``."""
-    project, scale = layer.output_proj, layer.bk_scale
-    return F.linear(features, scale * project.weight, scale * project.bias)
 
 
 def _decide(rule: Criterion, score: Tensor) -> list[int]:

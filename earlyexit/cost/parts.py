@@ -8,7 +8,7 @@ need not be built: see :func:`earlyexit.models.operations.operations`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,8 +26,6 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 
 FULL_DEPTH = "full depth"
-BLOCK = ("layer norm", "potentials", "BK-Core", "projection", "router", "experts")
-PROPAGATION = ("layer norm", "potentials", "BK-Core")
 FINAL_HEAD = ("head norm", "unembedding", "softmax")
 EXIT_HEAD = ("translator", *FINAL_HEAD)
 
@@ -53,7 +51,7 @@ def part_flops(model: ExitModel | Operations) -> dict[str, float]:
     return {name: flops(amounts) for name, amounts in model_parts(model).items()}
 
 
-def total(parts: dict[str, float], names: Sequence[str]) -> float:
+def total(parts: dict[str, float], names: Iterable[str]) -> float:
     """Return the sum of the named parts."""
     return sum(parts[name] for name in names)
 
@@ -365,8 +363,7 @@ def _moves(
     """Return the bytes moved to gather rows and to scatter them back, as tokens leave."""
     stay = running[1:][leaving > 0.5].sum()
     rows = 4 * stay + 2 * leaving.sum() + 2 * tokens
-    potentials = model.passed(0).get("steps", 0.0)
-    joined = 6 * potentials * running[1:][running[1:] < tokens - 0.5].sum()
+    joined = 6 * model.handed_on * running[1:][running[1:] < tokens - 0.5].sum()
     indices = 8 * 6 * running.sum()
     return {"bytes": FLOAT * (rows * model.width + joined) + indices}
 

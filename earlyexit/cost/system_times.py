@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,13 +11,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from earlyexit.cost.breakdown import scaled_projection
 from earlyexit.cost.timing import interleaved_times, median_ms
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.execution import decide
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.nn.block import MoEResNetBKLayer
-from earlyexit.nn.sparse_bk import SparseBKLayer
+from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.sparse_bk import SparseMixing
 
 
 def system_times(
@@ -57,29 +58,31 @@ def sparse_times(
 
     Returns:
         Columns batch, positions, d_model, heads, kept, dense_ms and sparse_ms of a layer,
-        core_share (BK-Core's share of a dense layer's time), skippable_share (the same with both
-        projections), at_most (speedup if skipping cost nothing) and measured (speedup).
+        core_share (BK-Core's share of a dense layer's time), skippable_share (the same with the product
+        before it), at_most (speedup if skipping cost nothing) and measured (speedup).
     """
     rows = []
     for batch, n, d, heads in sizes:
         torch.manual_seed(0)
         dense = MoEResNetBKLayer(d, n, bk_heads=heads).to(device).eval()
-        sparse = SparseBKLayer(d, n, bk_heads=heads, keep=keep).to(device).eval()
+        sparse = copy.deepcopy(dense)
+        config = ModelConfig(vocab_size=2, d_model=d, n_seq=n, bk_heads=heads)
+        sparse.mixing = SparseMixing(config, keep).to(device).eval()
         u = torch.nn.functional.layer_norm(torch.randn(batch, n, d, device=device), (d,))
-        score = sparse.importance(u)
-        sparse.importance.bias -= score.quantile(1 - keep)
-        v = dense.potentials(u)
+        chooser, flat = sparse.contribution, u.flatten(0, 1)
+        chooser.importance.bias -= chooser.importance(u).quantile(1 - keep)
+        given = dense.contribution(u)
         calls = {
-            "core": partial(dense.bk_core, v),
-            "potentials": partial(dense.potentials, u),
-            "projection": partial(scaled_projection, dense, dense.bk_core(v)),
+            "contribution": partial(dense.contribution, u),
+            "core": partial(dense.mix, flat, given, None),
+            "projection": partial(dense.mixing.read, flat, dense.mix(flat, given, None)),
             "experts": partial(dense.moe, u),
         }
         layers = {"dense": partial(dense, u), "sparse": partial(sparse, u)}
         ms = median_ms(interleaved_times(layers | calls, device, repeats))
         parts = sum(ms[name] for name in calls)
-        share = 1 - ms["experts"] / parts
-        sparse.reset_kept()
+        share = (ms["contribution"] + ms["core"]) / parts
+        chooser.reset_kept()
         sparse(u)
         rows.append(
             {
@@ -87,12 +90,12 @@ def sparse_times(
                 "positions": n,
                 "d_model": d,
                 "heads": heads,
-                "kept": sparse.kept(),
+                "kept": chooser.kept(),
                 "dense_ms": ms["dense"],
                 "sparse_ms": ms["sparse"],
                 "core_share": ms["core"] / parts,
                 "skippable_share": share,
-                "at_most": 1 / (1 - share * (1 - sparse.kept())),
+                "at_most": 1 / (1 - share * (1 - chooser.kept())),
                 "measured": ms["dense"] / ms["sparse"],
             }
         )

@@ -84,6 +84,7 @@ class Operations:
         kept: share of positions of each layer's skippable parts, L entries.
         reading: FLOPs of a check at each exit, beside its criterion and the layers.
         leaving: amounts of a token that leaves early, beside its head and its propagation.
+        handed_on: numbers K that a token hands to those after it in one layer.
         launches: number of operations that one layer starts, for any number of positions.
         parameters: part → number of parameters, in a layer and in an exit's head.
 
@@ -102,6 +103,7 @@ class Operations:
     kept: tuple[float, ...] = ()
     reading: tuple[float, ...] = ()
     leaving: Amounts = field(default_factory=dict)
+    handed_on: int = 0
     launches: int = 1
     parameters: Mapping[str, int] = field(default_factory=dict)
 

@@ -166,8 +166,8 @@ class ACTEarlyExitModel(HaltingExits, SparseBKLanguageModel):
 class ACTLanguageModel(Pondering, ACTEarlyExitModel):
     """This language model is trained and run with Adaptive Computation Time.
 
-    A token that has halted keeps its state and hands only its potentials to deeper layers, as an
-    exited token does, but layers are still computed for it. Its arguments are the fields of
+    A token that has halted keeps its state and hands only potentials and values to deeper layers, as
+    an exited token does, but layers are still computed for it. Its arguments are the fields of
     :class:`ACTConfig`.
     """
 

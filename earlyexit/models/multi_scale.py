@@ -12,8 +12,9 @@ is decided from what is known at its first token: the exit after level k scores 
 running tokens of the block follow. What an exit reads of token i is the same sum, carried up to full
 resolution: r_i = h_i + U_1 (c¹ + U_2 c² …).
 
-A block without a running token leaves the computation: its position keeps its state, and hands its
-potentials on. Costs count positions: 1 + ½ + ¼ + ½ + 1 = 3.25 layers of N positions for five.
+A block without a running token leaves the computation: its position keeps its state, and hands on
+potentials and values that are made of it. Costs count positions: 1 + ½ + ¼ + ½ + 1 = 3.25 layers of N
+positions for five.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class DensePyramidWalk(PyramidWalk):
 
 
 class CompactedPyramidWalk(PyramidWalk):
-    """Blocks without a running token are not transformed; the recursion reads their potentials."""
+    """Blocks without a running token are not transformed; the recursion reads what they hand on."""
 
     def __init__(self, model: ExitModel, x: Tensor, history: bool):
         super().__init__(model, x, history)

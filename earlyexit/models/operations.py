@@ -13,15 +13,18 @@ from earlyexit.exits.operations import (
     LAYER_NORM,
     SOFTMAX,
     Operations,
-    Parts,
     gate_flops,
     norm,
     projection,
 )
 from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.mixing import HEAD_WIDTH
 
-BK_STEP = 18  # FLOPs: one complex reciprocal and multiply-add, in real arithmetic
-COMPLEX = 16  # bytes; BK-Core computes in double precision
+# FLOPs of one step of BK-Core in real arithmetic, causal and two-sided: of g, a complex reciprocal and
+# multiply-add; of one value, g (b − t y), and two-sided G (b − t (y + y′)) after two such.
+BK_STEP, VALUE_STEP = {True: 18, False: 3 * 18}, {True: 9, False: 2 * 9 + 12}
+# FLOPs per value: two products and a sum; square, sum and scale; x / (1 + e⁻ˣ).
+COMBINE, RMS, SILU = 3, 3, 4
 
 # Shares of tokens for which the middle and the rare cluster of an adaptive softmax are computed, in
 # English text with words numbered by frequency: to score the next word, to find the most probable
@@ -43,18 +46,16 @@ def operations(
         levels: how often each layer's positions were halved; empty for one scale.
         halting: whether halting units are the gates.
     """
-    d, h, L = config.d_model, config.bk_heads, config.n_layers
+    d, L = config.d_model, config.n_layers
     levels = tuple(levels) or (0,) * L
-    scales = max(levels) > 0
+    scales, made = max(levels) > 0, _recomputed(config, sparse=len(kept) > 0)
     layers, propagation = [], []
     for layer in range(L):
-        run = _block(config)
-        passed = {
-            "layer norm": {"elementwise_flops": LAYER_NORM * d},
-            "potentials": {"flops": run["potentials"]["thin_flops"], "bytes": FLOAT * h},
-            "BK-Core": run["BK-Core"],
-        }
-        both: dict = {"importance": {"thin_flops": 2 * d}} if kept else {}
+        run, passed = _block(config), _passed(config, made)
+        both = {}
+        if kept:
+            run["importance"] = {"thin_flops": 2 * d}
+            passed |= {"importance": {"thin_flops": 2 * d}} if made else {}
         if layer and levels[layer] > levels[layer - 1]:  # at all positions, running or not
             both["pooling"] = {"flops": 4 * d * d}
         elif layer and levels[layer] < levels[layer - 1]:  # one product for two positions
@@ -72,39 +73,113 @@ def operations(
         translator={"flops": 2 * d * d, "bytes": FLOAT * 4 * d} if translated else {},
         gate=0.0 if halting else gate_flops(d, config.gate_hidden),
         levels=levels,
-        skippable=("potentials", "BK-Core", "projection") if kept else (),
+        skippable=("contribution", "BK-Core") if kept else (),
         kept=tuple(kept),
         # With several scales, a check reads the sum of the levels at a block's first token.
         reading=tuple(LAYER_NORM * d + level * 2 * d * d for level in levels)
         if scales and not halting
         else (),
         # A state is standardised once for all deeper layers, and raised by at most one product.
-        leaving={"bytes": norm(d)["bytes"]} | ({"flops": 2 * d * d} if scales else {}),
-        launches=6 + config.num_experts,
-        parameters=_parameters(config),
+        leaving={"bytes": norm(d)["bytes"] if made else 0}
+        | ({"flops": 2 * d * d} if scales else {}),
+        handed_on=_handed_on(config),
+        launches=_launches(config) + config.num_experts,
+        parameters=_parameters(config) | {"importance": d + 1, "halting": d + 1},
     )
 
 
-def _block(config: ModelConfig) -> Parts:
-    d, h, e, k = config.d_model, config.bk_heads, config.num_experts, config.top_k
+def _values(config: ModelConfig) -> int:
+    """Return the value channels H·P of a layer."""
+    return config.bk_heads * config.bk_values
+
+
+def _handed_on(config: ModelConfig) -> int:
+    """Return the width K of what a token hands to those after it."""
+    widths = {"attention": 2 * config.d_model, "none": 0}
+    return widths.get(config.mixing, config.bk_heads + _values(config))
+
+
+def _recomputed(config: ModelConfig, sparse: bool) -> int:
+    """Return how much of K every deeper layer makes anew from the state of an exited token."""
+    if config.left_behind == "kept":
+        return 0
+    only_potentials = config.left_behind == "potentials" and not sparse
+    return config.bk_heads if only_potentials else _handed_on(config)
+
+
+def _launches(config: ModelConfig) -> int:
+    """Return the operations that a layer starts beside its experts: norm, mixing, router, sum."""
+    resolvent = 6 if not config.bk_values else 6 + COMBINE + 6  # RMS, gate, SiLU, products, sum
+    return {"attention": 7, "none": 4}.get(config.mixing, resolvent)
+
+
+def _passed(config: ModelConfig, made: int) -> dict[str, dict[str, float]]:
+    """Return the parts of a layer at a position whose token has left, which makes ``made`` numbers."""
+    d, mixing, out = config.d_model, _mixing(config), {}
+    if made:
+        out["layer norm"] = {"elementwise_flops": LAYER_NORM * d}
+    if config.mixing != "none":
+        out["contribution"] = {"flops": 2 * d * made, "bytes": FLOAT * _handed_on(config)}
+    if config.mixing == "resolvent":
+        out["BK-Core"] = mixing["BK-Core"]
+    if config.mixing == "attention":  # it attends in vain, but without the product of its query
+        out["attention"] = mixing["attention"] | {"flops": mixing["attention"]["flops"] - 2 * d * d}
+    return out
+
+
+def _mixing(config: ModelConfig) -> dict[str, dict[str, float]]:
+    """Return the parts of a layer's mixing at a running position."""
+    d, h, values, width = config.d_model, config.bk_heads, _values(config), _handed_on(config)
+    contribution = {"thin_flops": 2 * d * width, "hidden_bytes": FLOAT * (d + width)}
+    # What mixing adds to the stream is summed with u, and the experts' output with the state.
+    sums = {"thin_flops": 2 * d, "bytes": FLOAT * 6 * d}
+    if config.mixing == "none":
+        return {"projection": sums}
+    if config.mixing == "attention":  # on average half of the longest sequence is seen
+        return {
+            "contribution": contribution,
+            "attention": {
+                "flops": 2 * d * d + 2 * d * (config.n_seq + 1),
+                "elementwise_flops": SOFTMAX * max(1, d // HEAD_WIDTH) * (config.n_seq + 1) / 2,
+                "bytes": FLOAT * (d + 2 * d + width),
+            },
+            "projection": {
+                "flops": 2 * d * d, "thin_flops": 2 * d, "bytes": FLOAT * (d + 6 * d),
+            },
+        }  # fmt: skip
+    projection = {
+        "thin_flops": 2 * 2 * h * d + 2 * d, "bytes": FLOAT * (2 * h + 6 * d),
+    }  # fmt: skip
+    if values:
+        projection["thin_flops"] += 2 * 2 * values * d  # the gate's product, and that of the values
+        projection["elementwise_flops"] = (COMBINE + RMS + SILU + 1) * values + d  # and the sum
+        # Combined (7 rows of H·P), normalised (2), gated (2 + 3) and projected (1); two products read
+        # or write rows of D, and their sum three.
+        projection["bytes"] += FLOAT * (16 * values + 5 * d)
+    return {
+        "contribution": contribution,
+        "BK-Core": {
+            "elementwise_flops": BK_STEP[config.causal] * h + VALUE_STEP[config.causal] * values,
+            "hidden_bytes": FLOAT * 3 * width,
+            "steps": width,
+        },
+        "projection": projection,
+    }
+
+
+def _block(config: ModelConfig) -> dict[str, dict[str, float]]:
+    """Return the parts of a layer at a running position."""
+    d, e, k = config.d_model, config.num_experts, config.top_k
     hidden = config.expert_hidden or 2 * d
     expert = 2 * 2 * d * hidden + hidden + 2 * d  # with weights and sum
     expert_moves = 2 * d + 4 * hidden  # input, hidden, activation in and out, hidden, output
     dispatch = 8 * d  # gather, join, and put back in order, twice each; weigh
     return {
         "layer norm": norm(d),
-        "potentials": {"thin_flops": 2 * d * h, "hidden_bytes": FLOAT * (d + h)},
-        "BK-Core": {
-            "elementwise_flops": (BK_STEP if config.causal else 3 * BK_STEP) * h,
-            "hidden_bytes": FLOAT * 3 * h + 2 * COMPLEX * h,
-            "steps": h,
-        },
-        "projection": {  # with sum and residual
-            "thin_flops": 2 * 2 * h * d + 2 * d, "bytes": FLOAT * (2 * h + 6 * d),
-        },
+        **_mixing(config),
         "router": {"thin_flops": 2 * d * e + SOFTMAX * e, "bytes": FLOAT * (d + 3 * e)},
         "experts": {"expert_flops": k * expert, "bytes": FLOAT * k * (expert_moves + dispatch)},
-    }  # fmt: skip
+    }
 
 
 def _clusters(config: ModelConfig) -> list[tuple[int, int]]:
@@ -126,7 +201,7 @@ def _matrices(config: ModelConfig, wanted: str) -> list[tuple[float, float, bool
 
 
 def _parameters(config: ModelConfig) -> dict[str, int]:
-    d, h, e = config.d_model, config.bk_heads, config.num_experts
+    d, e = config.d_model, config.num_experts
     hidden = config.expert_hidden or 2 * d
     unembedding = config.vocab_size * d + config.vocab_size
     if config.output_head == "adaptive":
@@ -135,9 +210,7 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
         unembedding = columns * d + columns + sum(width * (d + words) for words, width in rare)
     return {
         "layer norm": 2 * d,
-        "potentials": d * h + h,
-        "BK-Core": 2 * h,
-        "projection": 2 * h * d + d + 1,
+        **_mixing_parameters(config),
         "router": d * e + e,
         "experts": e * (2 * d * hidden + hidden + d),
         "translator": d * d + d if config.exit_head == "translator" else 0,
@@ -145,3 +218,13 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
         "unembedding": unembedding,
         "softmax": 0,
     }
+
+
+def _mixing_parameters(config: ModelConfig) -> dict[str, int]:
+    d, h, values, width = config.d_model, config.bk_heads, _values(config), _handed_on(config)
+    if config.mixing == "none":
+        return {"projection": 0}
+    if config.mixing == "attention":
+        return {"contribution": (d + 1) * width, "attention": d * d, "projection": d * d + d}
+    projection = 2 * h * d + d + 1 + 2 * values * (d + 1)  # two products, two weights of the sum
+    return {"contribution": (d + 1) * width, "BK-Core": 2 * h, "projection": projection}

@@ -97,11 +97,11 @@ class EarlyExitLanguageModel(EarlyExitModel):
         return self.blocks[layer].layer_norm(h)
 
     def contribution(self, layer: int, u: Tensor) -> Tensor:
-        """Return potentials ``(…, H)``."""
+        """Return potentials and values ``(…, H + H·P)``, or what another mixing hands on."""
         return self.blocks[layer].bk_layer.contribution(u)
 
     def mix(self, layer: int, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
-        """Return BK features ``(A, 2H)``."""
+        """Return what running tokens take from the contributions of all ``(A, M)``."""
         mark = marker()
         mixed = self.blocks[layer].bk_layer.mix(u, given, rows)
         mark("blocks", "propagation", len(u) / given.shape[:2].numel())  # it passes over all tokens
@@ -124,9 +124,9 @@ class EarlyExitLanguageModel(EarlyExitModel):
         if self.config.left_behind == "kept":
             return then
         if self.config.left_behind == "potentials":
-            return F.pad(
-                now[..., : self.config.bk_heads], (0, now.shape[-1] - self.config.bk_heads)
-            )
+            heads, values = self.config.bk_heads, self.config.bk_heads * self.config.bk_values
+            potentials, b, others = now.tensor_split([heads, heads + values], dim=-1)
+            return torch.cat([potentials, torch.zeros_like(b), others], dim=-1)
         return now
 
     def auxiliary_loss(self) -> Tensor | float:
@@ -145,18 +145,19 @@ class EarlyExitLanguageModel(EarlyExitModel):
         joined matrices W_l diag(γ_l) gives the contributions to all deeper layers. Of those, only what
         is handed on is made.
         """
+        left_behind = self.config.left_behind
+        if left_behind == "kept":
+            return lambda hidden, then, first: then[:, None].expand(-1, self.n_layers - first, -1)
         norms = [block.layer_norm for block in self.blocks]
         products = [block.bk_layer.contribution for block in self.blocks]
         plain = all(isinstance(product, nn.Linear) for product in products)
         if not plain or any(norm.eps != norms[0].eps for norm in norms):
             return super().propagation()
-        folded, left_behind = None, self.config.left_behind
         made = self.config.bk_heads if left_behind == "potentials" else products[0].out_features
+        folded = None
 
         def handed_on(hidden: Tensor, then: Tensor, first: int) -> Tensor:
             nonlocal folded
-            if left_behind == "kept":
-                return then[:, None].expand(-1, self.n_layers - first, -1)
             folded = folded or _fold(norms, products, made)
             weight, bias = (part[first:] for part in folded)
             z = F.layer_norm(hidden, hidden.shape[-1:], eps=norms[0].eps)

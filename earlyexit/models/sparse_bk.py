@@ -12,10 +12,10 @@ positions only. Every position reads what it was handed by its own gate, so noth
 
 Training samples the mask, m_i = [s_i + logistic noise > 0], and differentiates it as a sigmoid (the
 binary concrete distribution of Maddison et al. 2017 and Jang et al. 2017, straight-through). The noise
-fades over the training, so that it ends with the mask that will be used. The derivative with respect to
-m_i is exact in the features up to the next kept position, where keeping i would have changed g by
-g′_i − g_{i−1}, with g′_i = 1/(α_i − t² g_{i−1}), and y by g′_i (b_i − t y_{i−1}) − y_{i−1}; what it
-changes in the recursion beyond that is left out. A loss
+fades over the training, so that it ends with the mask that will be used. Were i kept, it would hold
+g′_i = 1/(α_i − t² g_{i−1}) and y′_i = g′_i (b_i − t y_{i−1}) instead of g_{i−1} and y_{i−1}. The
+derivative with respect to m_i is the difference that this makes in what is read, g and the normalised
+values, exact up to the next kept position; what it changes in the recursion beyond is left out. A loss
 (kept share − target)² on the mask without noise holds the share.
 """
 
@@ -48,7 +48,7 @@ class SparseConfig(ModelConfig):
 
     _: KW_ONLY
     keep: float = 0.5
-    sparsity_weight: float = 1.0
+    sparsity_weight: float = 3.0
 
     def __post_init__(self):
         super().__post_init__()

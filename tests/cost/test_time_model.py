@@ -12,7 +12,7 @@ from conftest import PRICES
 
 from earlyexit.cost import time_model as times
 from earlyexit.cost.break_even import break_even_map, measured_points
-from earlyexit.cost.parts import BLOCK, FULL_DEPTH, Load, part_flops, work
+from earlyexit.cost.parts import FULL_DEPTH, Load, part_flops, work
 from earlyexit.cost.synthetic import geometric_shares
 from earlyexit.cost.time_model import TimeModel, check, fit, loads, measure
 from earlyexit.exits.clock import PARTS
@@ -29,8 +29,9 @@ def test_full_depth_does_no_work_for_exits():
     assert set(amounts) == {"blocks", "head", "rest"}
     flops = part_flops(operations(CONFIG))
     matrix = amounts["blocks"]["expert_flops"] + amounts["blocks"]["thin_flops"]
-    others = flops["layer norm"] + flops["BK-Core"]
-    assert matrix == pytest.approx(64 * 3 * (sum(flops[k] for k in BLOCK) - others))
+    layer = operations(CONFIG).layers[0]
+    elementwise = sum(part.get("elementwise_flops", 0) for part in layer.values())
+    assert matrix == pytest.approx(64 * 3 * (sum(flops[k] for k in layer) - elementwise))
     assert amounts["head"]["flops"] == 64 * flops["unembedding"]
 
 
@@ -43,7 +44,7 @@ def test_work_shrinks_as_tokens_leave_earlier(criterion):
         assert blocks["expert_flops"] == pytest.approx(
             64 * depth * part_flops(operations(CONFIG))["experts"]
         )
-        assert blocks["steps"] + amounts["propagation"]["steps"] <= 64 * 3 * 4 + 1e-6
+        assert blocks["steps"] + amounts["propagation"]["steps"] <= 64 * 3 * (4 + 16) + 1e-6
         if previous is not None:
             assert blocks["bytes"] < previous
         previous = blocks["bytes"]

@@ -79,8 +79,9 @@ def as_logits(model, output):
 
 
 @torch.no_grad()
-def test_outputs_steps_and_ponder_cost_are_those_of_the_paper(make_act, make_tokens):
-    model, x = make_act().double(), make_tokens(3, 9)
+@pytest.mark.parametrize("values", [4, 0])
+def test_outputs_steps_and_ponder_cost_are_those_of_the_paper(make_act, make_tokens, values):
+    model, x = make_act(1, bk_values=values).double(), make_tokens(3, 9)
     output, steps, ponder = slow_act(model, x)
     assert set(steps.flatten().tolist()) == {1, 2, 3, 4}
     logits, cost = model(x, return_ponder_cost=True)
@@ -141,9 +142,11 @@ def test_the_conversion_reproduces_act_at_its_threshold(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("values", [4, 0])
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 1.0])
-def test_at_any_threshold_both_executions_agree(make_act, make_tokens, threshold):
-    model, x = convert_act_to_early_exit(make_act()).double(), make_tokens(5, 12)
+def test_at_any_threshold_both_executions_agree(make_act, make_tokens, threshold, values):
+    act, x = make_act(bk_values=values), make_tokens(5, 12)
+    model = convert_act_to_early_exit(act).double()
     policy = ExitPolicy.constant(threshold, model.n_layers, "agreement")
     (a, one), (b, other) = (
         model(x, use_early_exit=True, policy=policy, execution=e) for e in ("compacted", "dense")
@@ -263,8 +266,9 @@ def test_a_checkpoint_serves_both_kinds(make_act, make_tokens, tmp_path):
 
 
 @torch.no_grad()
-def test_generation_continues_as_the_model_predicts(make_act, make_tokens):
-    model, x = convert_act_to_early_exit(make_act()), make_tokens(2, 4)
+@pytest.mark.parametrize("change", [{}, {"keep": 0.5}, {"bk_values": 0}])
+def test_generation_continues_as_the_model_predicts(make_act, make_tokens, change):
+    model, x = convert_act_to_early_exit(make_act(**change)).double(), make_tokens(2, 4)
     ids, exits = model.generate(x, 3, model.act_policy())
     assert ids.shape == (2, 7) and exits.shape == (2, 6)
     for position in range(4, 7):

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from conftest import exit_state
+from conftest import exit_state, future_jacobian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -23,6 +23,14 @@ from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 READY = [name for name in CRITERIA if name != "depth"]
 ADAPTIVE = {"output_head": "adaptive", "tie_embeddings": False}
 HEADS = ("translator", "full")
+MIXINGS = [
+    {},
+    {"bk_values": 0},
+    {"causal": False},
+    {"causal": False, "bk_values": 0},
+    {"mixing": "attention"},
+    {"mixing": "none"},
+]
 
 
 class VocabularyRows(TorchDispatchMode):
@@ -257,9 +265,10 @@ def test_nan_weights_do_not_generate(make_model, make_tokens):
 # ---------------------------------------------------------------- the same answer
 
 
+@pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("exit_head", HEADS)
-def test_without_exits_every_way_of_running_agrees(make_model, make_tokens, exit_head):
-    model, x = make_model(exit_head=exit_head).double(), make_tokens(3, 9)
+def test_without_exits_every_way_of_running_agrees(make_model, make_tokens, exit_head, mixing):
+    model, x = make_model(exit_head=exit_head, **mixing).double(), make_tokens(3, 9)
     plain = model(x)
     policies = [ExitPolicy.static(k, 3) for k in (2, 3)]
     policies += [ExitPolicy.constant(CRITERIA[c].never, 3, c) for c in READY]
@@ -275,16 +284,16 @@ def test_without_exits_every_way_of_running_agrees(make_model, make_tokens, exit
     criterion=st.sampled_from(READY),
     head=st.sampled_from([*({"exit_head": h} for h in HEADS), ADAPTIVE]),
     top_k=st.integers(1, 4),
-    causal=st.booleans(),
+    mixing=st.sampled_from(MIXINGS),
     batch=st.integers(1, 4),
     length=st.integers(1, 12),
     share=st.floats(0, 1),
     seed=st.integers(0, 5),
 )
 def test_compacted_equals_dense(
-    make_model, make_tokens, make_policy, criterion, head, top_k, causal, batch, length, share, seed
+    make_model, make_tokens, make_policy, criterion, head, top_k, mixing, batch, length, share, seed
 ):  # fmt: skip
-    model = make_model(seed, top_k=top_k, causal=causal, **head).double()
+    model = make_model(seed, top_k=top_k, **mixing, **head).double()
     x = make_tokens(batch, length, seed)
     policy = make_policy(model, x, criterion, share)
     runs = [
@@ -294,6 +303,28 @@ def test_compacted_equals_dense(
     assert torch.equal(info["exit_layers"], dense_info["exit_layers"])
     close(info["exit_confidences"], dense_info["exit_confidences"])
     close(logits, dense_logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", [4, 0])
+def test_a_two_sided_layer_reads_both_ways_alike(make_model, values):
+    """Its resolvent is symmetric: what it mixes of a reversed window is the reverse."""
+    u = torch.randn(2, 9, 16).double()
+    for causal in (False, True):
+        layer = make_model(causal=causal, bk_values=values).double().blocks[0].bk_layer
+        same = torch.allclose(layer(u.flip(1)).flip(1), layer(u), rtol=1e-9, atol=1e-11)
+        assert same == (not causal)
+
+
+@pytest.mark.parametrize("values", [4, 0])
+def test_a_two_sided_model_reads_the_future(make_model, make_tokens, values):
+    x = make_tokens(1, 7)
+    for causal in (False, True):
+        model = make_model(causal=causal, bk_values=values).double()
+        future, past = future_jacobian(model, x, model)
+        assert (future == 0) == causal and past > 0
+    with pytest.raises(RuntimeError, match="future"):
+        make_model(causal=False, bk_values=values).blocks[0].bk_layer.mixing.bk_core.step(None, x)
 
 
 @pytest.mark.parametrize("criterion", READY)
@@ -365,11 +396,14 @@ def test_nll_and_predictions_are_those_of_forward(
     assert torch.equal(predicted, logits.argmax(-1))
 
 
-@pytest.mark.parametrize("criterion", [None, "depth", *READY])
+@pytest.mark.parametrize(
+    "criterion, mixing",
+    [*((c, {}) for c in (None, "depth", *READY)), *(("gate", m) for m in MIXINGS[1:])],
+)
 def test_generating_is_choosing_on_the_growing_prefix(
-    make_model, make_tokens, make_policy, criterion
+    make_model, make_tokens, make_policy, criterion, mixing
 ):
-    model, prompt = make_model(4).double(), make_tokens(3, 3, 4)
+    model, prompt = make_model(4, **mixing).double(), make_tokens(3, 3, 4)
     if criterion == "depth":
         policy = ExitPolicy.static(1, 3)
     else:

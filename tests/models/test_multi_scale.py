@@ -25,6 +25,7 @@ from earlyexit.training.train import perplexity_per_exit, train
 READY = [name for name in CRITERIA if name != "depth"]
 MULTI = SIZES | {"n_layers": 5, "n_seq": 13}
 KINDS = ("plain", "sparse", "act", "act and sparse")
+MIXINGS = [{"bk_values": 0}, {"mixing": "attention"}, {"mixing": "none"}]  # beside the resolvent
 
 
 def noisy(model):
@@ -146,6 +147,20 @@ def test_with_exits_both_executions_agree_and_see_no_future(
         c, three = model(other, use_early_exit=True, policy=policy)
         assert (a[:, :cut] - c[:, :cut]).abs().max() <= 1e-10
         assert torch.equal(one["exit_layers"][:, :cut], three["exit_layers"][:, :cut])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["plain", "act"])
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_whatever_mixes_both_executions_agree(make_multi, make_tokens, make_policy, kind, mixing):
+    model, x = make_multi(kind, **mixing).double(), make_tokens(4, 13)
+    policy = model.act_policy() if kind == "act" else make_policy(model, x, "agreement", 0.3)
+    (a, one), (b, two) = (
+        model(x, use_early_exit=True, policy=policy, execution=e) for e in ("compacted", "dense")
+    )
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert torch.equal(one["exit_layers"], two["exit_layers"])
+    assert len(one["exit_layers"].unique()) > 1
 
 
 @torch.no_grad()

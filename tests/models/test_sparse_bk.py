@@ -133,30 +133,6 @@ def test_the_mask_gets_the_change_that_keeping_a_position_makes(values):
         torch.testing.assert_close(grad[0, i], wanted.detach())
 
 
-@pytest.mark.parametrize("values", VALUES)
-def test_the_gradient_by_the_mask_is_that_of_a_soft_mask(values):
-    """s_i = s_{i−1} + m_i (step(s_{i−1}) − s_{i−1}), whose later steps do not see m_i, by differences."""
-    mixing, given = make_mixing(values), some_given(values, 1, 8)
-    weight = torch.randn(1, 8, 6 + 3 * values).double()
-    mask = some_mask("half", (1, 8), seed=3).requires_grad_()
-    loss = (weight * features(mixing, given, mask)).sum()
-    (grad,) = torch.autograd.grad(loss, mask)
-    hard, epsilon = mask.detach(), 1e-6
-
-    @torch.no_grad()
-    def soft_loss(i: int, m: float) -> float:
-        before = slow_features(mixing, given, hard)[0, i - 1] if i else torch.zeros_like(weight[0, 0])
-        kept = torch.cat([hard[:, :i], hard.new_ones(1, 1)], dim=1)
-        after = slow_features(mixing, given[:, : i + 1], kept)[0, i]
-        end = next((j for j in range(i + 1, 8) if hard[0, j]), 8)
-        return float((weight[0, i:end] * (before + m * (after - before))).sum())
-
-    for i in range(8):
-        m = hard[0, i].item()
-        slope = (soft_loss(i, m + epsilon) - soft_loss(i, m - epsilon)) / (2 * epsilon)
-        assert grad[0, i].item() == pytest.approx(slope, rel=1e-6, abs=1e-6)
-
-
 def sparse_and_dense(mode: float, values: int):
     """A sparse layer with scores of one sign, and the dense layer with the same weights."""
     torch.manual_seed(0)
@@ -210,9 +186,7 @@ def test_the_recursion_is_shorter_and_its_products_are_skipped(make_sparse, make
 @torch.no_grad()
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("criterion", READY)
-def test_with_exits_both_executions_agree(
-    make_sparse, make_tokens, make_policy, criterion, values
-):
+def test_with_exits_both_executions_agree(make_sparse, make_tokens, make_policy, criterion, values):
     model, x = make_sparse(bk_values=values).double(), make_tokens(5, 12)
     policy = make_policy(model, x, criterion)
     (a, one), (b, two) = (
@@ -227,6 +201,24 @@ def test_with_exits_both_executions_agree(
         assert torch.equal(one["exit_layers"][:, :cut], three["exit_layers"][:, :cut])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["recomputed", "kept", "potentials"])
+def test_exited_tokens_hand_on_their_masks(make_sparse, make_tokens, make_policy, way):
+    model, x = make_sparse(left_behind=way).double(), make_tokens(4, 12)
+    policy = make_policy(model, x, "gate")
+    a, b = (
+        model(x, use_early_exit=True, policy=policy, execution=e)[0] for e in ("compacted", "dense")
+    )
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    ids, exits = model.generate(x[:, :1], 11, policy)
+    again, info = model(ids[:, :-1], use_early_exit=True, policy=policy)
+    assert torch.equal(again.argmax(-1), ids[:, 1:]) and torch.equal(info["exit_layers"], exits)
+    u = model.normed(1, torch.randn(40, 16).double())
+    now, then = model.contribution(1, u), model.contribution(0, u.flip(0))
+    mask = model.handed_on(now, then)[:, -1]
+    assert torch.equal(mask, (then if way == "kept" else now)[:, -1]) and 0 < mask.mean() < 1
+
+
 def test_causal(make_sparse, make_tokens):
     model, x = make_sparse(top_k=2).double(), make_tokens(4, 12)
     for cut in (1, 6, 11):
@@ -236,8 +228,9 @@ def test_causal(make_sparse, make_tokens):
 
 
 @torch.no_grad()
-def test_generation_step_by_step_is_the_whole_window(make_sparse, make_tokens):
-    model, x = make_sparse(), make_tokens(2, 5)
+@pytest.mark.parametrize("values", VALUES)
+def test_generation_step_by_step_is_the_whole_window(make_sparse, make_tokens, values):
+    model, x = make_sparse(bk_values=values).double(), make_tokens(2, 5)
     ids, exits = model.generate(x, 6)
     assert torch.equal(model(ids[:, :-1]).argmax(-1)[:, 4:], ids[:, 5:])
     assert (exits == model.n_layers).all()
