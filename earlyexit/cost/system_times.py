@@ -59,7 +59,8 @@ def sparse_times(
     Returns:
         Columns batch, positions, d_model, heads, kept, dense_ms and sparse_ms of a layer,
         core_share (BK-Core's share of a dense layer's time), skippable_share (the same with the product
-        before it), at_most (speedup if skipping cost nothing) and measured (speedup).
+        before it and the norm after it), at_most (speedup if skipping cost nothing) and measured
+        (speedup).
     """
     rows = []
     for batch, n, d, heads in sizes:
@@ -72,16 +73,18 @@ def sparse_times(
         chooser, flat = sparse.contribution, u.flatten(0, 1)
         chooser.importance.bias -= chooser.importance(u).quantile(1 - keep)
         given = dense.contribution(u)
+        features = dense.mix(flat, given, None)
         calls = {
             "contribution": partial(dense.contribution, u),
             "core": partial(dense.mix, flat, given, None),
-            "projection": partial(dense.mixing.read, flat, dense.mix(flat, given, None)),
+            "projection": partial(dense.mixing.read, flat, features),
             "experts": partial(dense.moe, u),
         }
+        norm = {"norm": partial(dense.mixing.normalise, features[:, 2 * heads :])}
         layers = {"dense": partial(dense, u), "sparse": partial(sparse, u)}
-        ms = median_ms(interleaved_times(layers | calls, device, repeats))
-        parts = sum(ms[name] for name in calls)
-        share = (ms["contribution"] + ms["core"]) / parts
+        ms = median_ms(interleaved_times(layers | calls | norm, device, repeats))
+        parts = sum(ms[name] for name in calls)  # the norm is a part of the projection
+        share = (ms["contribution"] + ms["core"] + ms["norm"]) / parts
         chooser.reset_kept()
         sparse(u)
         rows.append(

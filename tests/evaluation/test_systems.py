@@ -59,8 +59,8 @@ def layer_flops(model, positions, policy=None, **changes) -> float:
 def test_a_sparse_core_saves_what_it_skips_and_several_scales_count_positions():
     plain = layer_flops(SparseBKLanguageModel(**SIZES | {"keep": 1.0}), np.ones(3))
     sparse = SparseBKLanguageModel(**SIZES)
-    d, h = 16, 4
-    skipped = 2 * d * h + 18 * h + 4 * h * d + 2 * d  # two projections and a recursion
+    d, h, values = 16, 4, 4 * 4
+    skipped = 2 * d * (h + values) + 18 * h + 9 * values  # a product and two recursions
     half = layer_flops(sparse, np.ones(3), kept=(0.5,) * 3)
     assert half == pytest.approx(plain - 3 * (0.5 * skipped - 2 * d))
     scales = MultiScaleLanguageModel(**SIZES | {"n_layers": 5})
