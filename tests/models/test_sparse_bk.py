@@ -259,7 +259,7 @@ def test_the_importance_learns_what_matters():
     layer.mixing = SparseMixing(ModelConfig(vocab_size=2, d_model=8, bk_heads=4))
     layer.train()
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
-    for _ in range(150):
+    for _ in range(250):
         u = torch.randn(16, 16, 8)
         marked = torch.rand(16, 16) < 0.5
         u[..., 0] = torch.where(marked, 1.0, -1.0)
