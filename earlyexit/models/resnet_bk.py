@@ -18,6 +18,7 @@ from earlyexit.nn.block import EarlyExitResNetBKBlock
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.gates import ExitGates
 from earlyexit.nn.heads import ExitHead
+from earlyexit.nn.mixing import Contribution
 from earlyexit.nn.unembedding import AdaptiveUnembedding, LinearUnembedding
 
 
@@ -150,7 +151,7 @@ class EarlyExitLanguageModel(EarlyExitModel):
             return lambda hidden, then, first: then[:, None].expand(-1, self.n_layers - first, -1)
         norms = [block.layer_norm for block in self.blocks]
         products = [block.bk_layer.contribution for block in self.blocks]
-        plain = all(isinstance(product, nn.Linear) for product in products)
+        plain = all(isinstance(product, Contribution) for product in products)
         if not plain or any(norm.eps != norms[0].eps for norm in norms):
             return super().propagation()
         made = self.config.bk_heads if left_behind == "potentials" else products[0].out_features
@@ -171,10 +172,14 @@ class EarlyExitLanguageModel(EarlyExitModel):
 EarlyExitLanguageModel.__signature__ = inspect.signature(ModelConfig)
 
 
-def _fold(norms: list[nn.LayerNorm], products: list[nn.Linear], made: int) -> tuple[Tensor, Tensor]:
+def _fold(
+    norms: list[nn.LayerNorm], products: list[Contribution], made: int
+) -> tuple[Tensor, Tensor]:
     """Return the first K′ rows as matrices ``(L, K′, D)`` and offsets ``(L, K′)`` on standardised z."""
-    weight = torch.stack([product.weight[:made] for product in products])
-    bias = torch.stack([product.bias[:made] for product in products])
+    affine = [product.affine() for product in products]
+    weight, bias = (
+        torch.stack([part[:made] for part in parts]) for parts in zip(*affine, strict=True)
+    )
     scale = torch.stack([norm.weight for norm in norms])
     shift = torch.stack([norm.bias for norm in norms])
     return weight * scale[:, None], bias + (weight * shift[:, None]).sum(dim=-1)

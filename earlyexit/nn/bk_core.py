@@ -38,13 +38,13 @@ row of H potentials and H·P values for each position, to a row of features Re g
 
 from __future__ import annotations
 
-import math
-
 import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+FLOOR = 1e-5  # of the widths η; it keeps |g| ≤ 1/η far from overflow
 
 # ---------------------------------------------------------------------- compiled loops
 
@@ -353,25 +353,33 @@ def _check_rows(given: Tensor, eta: Tensor, t: Tensor, backend: str) -> str:
 class BKCore(nn.Module):
     """BK-Core has H heads, each with a learned width η > 0 and coupling t, and P values per head.
 
-    Heads start with widths spread over a decade, so that they remember over different lengths.
-
     Args:
         n_heads: number of potentials H per token.
         causal: the left-connected Green's function (default) or the two-sided resolvent.
         n_values: value channels P per head; 0 is the original's form, the diagonal alone.
+        widths: η that heads start with ``(H,)``; by default spread over a decade, so that they
+            remember over different lengths.
     """
 
-    def __init__(self, n_heads: int, causal: bool = True, *, n_values: int = 0):
+    def __init__(
+        self,
+        n_heads: int,
+        causal: bool = True,
+        *,
+        n_values: int = 0,
+        widths: Tensor | None = None,
+    ):
         super().__init__()
         self.n_heads, self.causal, self.n_values = n_heads, causal, n_values
-        widths = torch.logspace(math.log10(0.05), math.log10(0.5), n_heads)
-        self.eta_raw = nn.Parameter(torch.log(torch.expm1(widths)))  # softplus keeps η positive
+        widths = torch.logspace(-1.3, -0.3, n_heads) if widths is None else widths
+        above = (widths.double() - FLOOR).clamp_min(FLOOR)  # softplus keeps η positive
+        self.eta_raw = nn.Parameter(torch.log(torch.expm1(above)).float())
         self.t = nn.Parameter(torch.ones(n_heads))
 
     @property
     def eta(self) -> Tensor:
         """Return the widths ``(H,)``; their floor keeps |g| ≤ 1/η far from overflow."""
-        return F.softplus(self.eta_raw) + 1e-3
+        return F.softplus(self.eta_raw) + FLOOR
 
     def forward(self, given: Tensor, backend: str = "auto") -> Tensor:
         """Return features of potentials and values, ``(B, N, H + H·P)`` → ``(B, N, 2H + 2H·P)``.

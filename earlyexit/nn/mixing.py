@@ -7,6 +7,8 @@ the contributions of all ``(A, M)``, and ``read`` what that adds to the stream `
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +17,69 @@ from earlyexit.nn.bk_core import BKCore
 from earlyexit.nn.config import ModelConfig
 
 HEAD_WIDTH = 16  # of an attention head
-QUIET = 0.3  # initial scale of the potentials' weights; of 0.1, 0.3, 1 and 2 it trained best
+
+# Where BK-Core starts. Above the band's lower edge (0 < v < 4t) a state oscillates as e^{ik} from token
+# to token; in one dimension disorder localises it (Anderson 1958), so it forgets soon and tells nearby
+# words apart. Below the edge (v < 0) it decays as e^{−κ}, 2 cosh κ = 2 − v/t, without a phase to be
+# scrambled: it sums over 1/κ tokens. Half of the heads start on either side.
+DECAYS = (1e-2, 1.0)  # κ of the heads below the edge
+WIDTHS = (0.3, 3.0)  # η of the heads in the band
+BAND = (0.5, 3.5)  # their potentials, in units of t = 1
+QUIET = 0.3  # unit of their potentials; and η of a head below the edge over its |v|
+
+
+def starts(heads: int, below: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return potentials, their units and the widths η that heads start with, ``(H,)`` each.
+
+    A potential is learned in units of its head: a step of the optimiser moves κ of a head that remembers
+    hundred tokens as much, relative to itself, as κ of one that remembers two.
+
+    Args:
+        below: how many heads start below the band's edge.
+    """
+    if not below:  # the original's diagonal, which has no values to sum
+        widths = torch.logspace(-1.3, -0.3, heads)
+        return torch.linspace(*BAND, heads), torch.full((heads,), QUIET), widths
+    kappa = torch.logspace(*(math.log10(k) for k in DECAYS), below)
+    depth = 2 * torch.cosh(kappa) - 2
+    inside = heads - below
+    widths = torch.logspace(*(math.log10(w) for w in WIDTHS), inside)
+    return (
+        torch.cat([-depth, torch.linspace(*BAND, inside)]),
+        torch.cat([depth, torch.full((inside,), QUIET)]),
+        torch.cat([QUIET * depth, widths]),
+    )
+
+
+class Contribution(nn.Linear):
+    """This product makes potentials v = v₀ + unit ⊙ (W u + c) and values b = W_b u + c_b of u.
+
+    Args:
+        d_model: width D.
+        n_values: values of all heads H·P.
+        start, unit: v₀ and the unit of each head's potential ``(H,)``; None for no potentials.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_values: int,
+        start: Tensor | None = None,
+        unit: Tensor | None = None,
+    ):
+        start, unit = (torch.zeros(0) if part is None else part for part in (start, unit))
+        super().__init__(d_model, len(start) + n_values)
+        self.register_buffer("start", F.pad(start, (0, n_values)))
+        self.register_buffer("unit", F.pad(unit, (0, n_values), value=1.0))
+        nn.init.zeros_(self.bias[: len(start)])
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Return potentials and values ``(…, H + H·P)`` of u ``(…, D)``."""
+        return F.linear(u, *self.affine())
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return the matrix ``(H + H·P, D)`` and the offset ``(H + H·P,)`` of the product."""
+        return self.unit[:, None] * self.weight, self.start + self.unit * self.bias
 
 
 class ResolventMixing(nn.Module):
@@ -24,10 +88,10 @@ class ResolventMixing(nn.Module):
     From normed states u ``(…, D)`` it makes potentials v and values b, all of what a token hands on
     ``(…, H + H·P)``. What BK-Core makes of them is read as
 
-        m = s · (W_y (RMS(w_r ⊙ Re y + w_i ⊙ Im y) ⊙ SiLU(W_g u)) + W_d [Re g, Im g] + c),
+        m = s · (W (RMS(w_r ⊙ Re y + w_i ⊙ Im y) ⊙ SiLU(W_g u)) + c),
 
     with a learned scale s, and RMS dividing each head's values by their root mean square. Without values
-    (P = 0) the first term is missing.
+    (P = 0) it is the original's m = s · (W [Re g, Im g] + c).
 
     Args:
         config: its ``d_model``, ``bk_heads``, ``bk_values`` and ``causal`` are used.
@@ -36,20 +100,15 @@ class ResolventMixing(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, heads, values = config.d_model, config.bk_heads, config.bk_values
-        self.bk_core = BKCore(heads, config.causal, n_values=values)
-        self.contribution = nn.Linear(d, heads + heads * values)
-        self.output_proj = nn.Linear(2 * heads, d)
+        start, unit, widths = starts(heads, heads // 2 if values else 0)
+        self.bk_core = BKCore(heads, config.causal, n_values=values, widths=widths)
+        self.contribution = Contribution(d, heads * values, start, unit)
+        self.output_proj = nn.Linear(heads * values or 2 * heads, d)
         self.bk_scale = nn.Parameter(torch.ones(()))
         if values:
-            self.combine = nn.Parameter(torch.randn(2, heads * values) * 2**-0.5)
+            self.real = nn.Parameter(torch.randn(heads * values) * 2**-0.5)
+            self.imag = nn.Parameter(torch.randn(heads * values) * 2**-0.5)
             self.gate_proj = nn.Linear(d, heads * values, bias=False)
-            self.values_proj = nn.Linear(heads * values, d, bias=False)
-        # The band |α| < 2|t| is where the past matters: spread the heads over it. In one dimension
-        # disorder localises (Anderson 1958): noisy potentials forget, so they start quiet.
-        with torch.no_grad():
-            self.contribution.weight[:heads].mul_(QUIET)
-            band = 2 * self.bk_core.t + torch.linspace(-1.5, 1.5, heads)
-            self.contribution.bias[:heads].copy_(band)
 
     def mix(self, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
         """Return BK features ``(A, 2H + 2H·P)`` of the rows of contributions ``(B, N, ·)``."""
@@ -63,25 +122,23 @@ class ResolventMixing(nn.Module):
 
     def read(self, u: Tensor, features: Tensor) -> Tensor:
         """Return what the features ``(…, 2H + 2H·P)`` add to the stream ``(…, D)``."""
-        diagonal, y = features.tensor_split([2 * self.bk_core.n_heads], dim=-1)
-        return self.project(u, diagonal, self.normalise(y))
+        return self.project(u, self.readable(features))
 
-    def normalise(self, y: Tensor) -> Tensor:
-        """Return each head's values ``(…, H·P)``, of Re y and Im y ``(…, 2H·P)``, over their RMS."""
+    def readable(self, features: Tensor) -> Tensor:
+        """Return each head's values over their RMS ``(…, H·P)``; without values Re g and Im g."""
         heads, values = self.bk_core.n_heads, self.bk_core.n_values
         if not values:
-            return y
-        re, im = y.chunk(2, dim=-1)
-        z = (self.combine[0] * re + self.combine[1] * im).unflatten(-1, (heads, values))
+            return features
+        _, re, im = features.split([2 * heads, heads * values, heads * values], dim=-1)
+        z = (self.real * re + self.imag * im).unflatten(-1, (heads, values))
         return F.rms_norm(z, (values,), eps=1e-6).flatten(-2)
 
-    def project(self, u: Tensor, diagonal: Tensor, z: Tensor) -> Tensor:
-        """Return the update of the stream from Re g and Im g, and from values that u gates."""
+    def project(self, u: Tensor, z: Tensor) -> Tensor:
+        """Return the update of the stream from what :meth:`readable` gave; u gates values."""
+        if self.bk_core.n_values:
+            z = z * F.silu(self.gate_proj(u))
         project, scale = self.output_proj, self.bk_scale  # scaling weights is cheaper than states
-        m = F.linear(diagonal, scale * project.weight, scale * project.bias)
-        if not self.bk_core.n_values:
-            return m
-        return m + F.linear(z * F.silu(self.gate_proj(u)), scale * self.values_proj.weight)
+        return F.linear(z, scale * project.weight, scale * project.bias)
 
 
 class AttentionMixing(nn.Module):
@@ -101,7 +158,7 @@ class AttentionMixing(nn.Module):
                 f"mixing='attention' is causal and needs d_model={d} to be a multiple of {HEAD_WIDTH}"
             )
         self.query = nn.Linear(d, d, bias=False)
-        self.contribution = nn.Linear(d, 2 * d)
+        self.contribution = Contribution(d, 2 * d)
         self.output_proj = nn.Linear(d, d)
 
     def mix(self, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from earlyexit.nn.config import ModelConfig
-from earlyexit.nn.mixing import ResolventMixing
+from earlyexit.nn.mixing import Contribution, ResolventMixing
 
 TEMPERATURE = 1.0  # of the sigmoid that the mask is differentiated as
 
@@ -24,7 +24,7 @@ class SparseContribution(nn.Module):
         kept_share: share kept in the last batch, without noise, differentiable; None outside training.
     """
 
-    def __init__(self, product: nn.Linear, keep: float):
+    def __init__(self, product: Contribution, keep: float):
         super().__init__()
         self.product = product
         self.importance = nn.Linear(product.in_features, 1)
@@ -74,7 +74,8 @@ class SparseMixing(ResolventMixing):
 
     A token hands on potentials, values and a mask ``(…, H + H·P + 1)``. BK-Core runs over the kept
     positions of each sequence; a skipped one reads the (g, y) of the last kept position before it, and
-    zeros if there is none. What is read is Re g, Im g and the normalised values ``(…, 2H + H·P)``.
+    zeros if there is none. What is read are the normalised values ``(…, M)``, M = H·P, or without values
+    Re g and Im g, M = 2H.
 
     Args:
         config: see :class:`earlyexit.nn.mixing.ResolventMixing`.
@@ -86,7 +87,7 @@ class SparseMixing(ResolventMixing):
         self.contribution = SparseContribution(self.contribution, keep)
 
     def mix(self, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
-        """Return what the rows of contributions and mask ``(B, N, ·)`` read ``(A, 2H + H·P)``.
+        """Return what the rows of contributions and mask ``(B, N, ·)`` read ``(A, M)``.
 
         Where the mask carries a gradient, it gets one back.
         """
@@ -101,7 +102,7 @@ class SparseMixing(ResolventMixing):
         compact = compact.index_copy(0, target, given.flatten(0, 1)[visited])
         features = self.bk_core(compact.view(B, R, K))
         source = (rank + (R + 1) * sequence).flatten()
-        mixed = _fill(self._readable(features), source)
+        mixed = _fill(self.readable(features), source)
         if mask.requires_grad:
             filled = _fill(features.detach(), source).view(*mask.shape, -1)
             mixed = mixed + self._through_mask(given, mask, filled).flatten(0, 1)
@@ -109,16 +110,16 @@ class SparseMixing(ResolventMixing):
 
     @torch.no_grad()
     def _changes(self, given: Tensor, features: Tensor) -> Tensor:
-        """Return what keeping each position changes in what it reads ``(B, N, 2H + H·P)``.
+        """Return what keeping each position changes in what it reads ``(B, N, M)``.
 
         It takes one step from the state that the position before has, of features ``(B, N, ·)``.
         """
         before = F.pad(features, (0, 0, 1, 0))[:, :-1]
         _, after = self.bk_core.step(self._state(before.flatten(0, 1)), given.flatten(0, 1))
-        return self._readable(after.view_as(before)) - self._readable(before)
+        return self.readable(after.view_as(before)) - self.readable(before)
 
     def _through_mask(self, given: Tensor, mask: Tensor, features: Tensor) -> Tensor:
-        """Return zeros ``(B, N, 2H + H·P)`` that carry the derivative by the mask ``(B, N)``.
+        """Return zeros ``(B, N, M)`` that carry the derivative by the mask ``(B, N)``.
 
         What keeping a position changes counts up to the next kept one. It is a difference of normalised
         values, and bounded: the derivative of a norm at the zeros before the first kept position, or
@@ -130,11 +131,6 @@ class SparseMixing(ResolventMixing):
         run = zeros.cumsum(dim=1)
         return run - (run - zeros).gather(1, start[..., None].expand_as(run))
 
-    def _readable(self, features: Tensor) -> Tensor:
-        """Return Re g, Im g and normalised values ``(…, 2H + H·P)`` of BK features."""
-        diagonal, y = features.tensor_split([2 * self.bk_core.n_heads], dim=-1)
-        return torch.cat([diagonal, self.normalise(y)], dim=-1)
-
     def _state(self, features: Tensor) -> Tensor:
         """Return BK-Core's state ``(T, H + H·P)`` of its features ``(T, 2H + 2H·P)``."""
         heads, values = self.bk_core.n_heads, self.bk_core.n_heads * self.bk_core.n_values
@@ -142,17 +138,17 @@ class SparseMixing(ResolventMixing):
         return torch.complex(torch.cat([g_r, y_r], dim=-1), torch.cat([g_i, y_i], dim=-1))
 
     def step(self, u: Tensor, given: Tensor, memory) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return what one position reads ``(B, 2H + H·P)``, and BK-Core's state with it."""
+        """Return what one position reads ``(B, M)``, and BK-Core's state with it."""
         given, kept = given[:, :-1], given[:, -1:] > 0.5
         state, features = self.bk_core.step(memory and memory[0], given)
-        new = state, self._readable(features)
+        new = state, self.readable(features)
         before = memory or tuple(torch.zeros_like(part) for part in new)
         state, mixed = (torch.where(kept, a, b) for a, b in zip(new, before, strict=True))
         return mixed, (state, mixed)
 
     def read(self, u: Tensor, mixed: Tensor) -> Tensor:
         """Return what :meth:`mix` gave as an update of the stream ``(…, D)``."""
-        return self.project(u, *mixed.tensor_split([2 * self.bk_core.n_heads], dim=-1))
+        return self.project(u, mixed)
 
 
 def _fill(compact: Tensor, source: Tensor) -> Tensor:
