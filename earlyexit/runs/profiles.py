@@ -23,7 +23,9 @@ from earlyexit.training.config import RECIPES, GatesConfig, TrainingConfig
 TEXT = CorpusConfig()
 GATES = GatesConfig()
 MODEL = ModelConfig(10_000, output_head="adaptive")
-TRAINING = TrainingConfig(learning_rate=1e-2, exit_sampling="tokens")
+TRAINING = TrainingConfig(
+    batch_size=16, optimizer="muon", learning_rate=1e-2, exit_sampling="all", exit_loss_weight=1.5
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,6 @@ PROFILES = {
             "cpu",
             "the default: the embedded text on a laptop CPU, one seed, minutes",
             model=replace(MODEL, dropout_p=0.0),
-            training=replace(TRAINING, epochs=2.0),
             gates=GatesConfig(max_tokens=40_000),
             max_eval_tokens=50_000,
             certify_tokens=1_024,
@@ -138,11 +139,14 @@ PROFILES = {
             "wikitext2",
             "the original's configuration on WikiText-2, three seeds, hours",
             corpus=CorpusConfig("wikitext-2"),
-            training=replace(TRAINING, epochs=6.0),
+            training=replace(TRAINING, epochs=8.0),
             gates=GatesConfig(hidden=16),
             certify_tokens=0,
             seeds=(0, 1, 2),
             notebooks={
+                "01_build": {
+                    "memory_tokens": 0, "depths": (1, 2, 3, 4, 6, 8), "depth_tokens": 0,
+                },
                 "03_threshold_sweep": {
                     "recipes": ("joint",), "recipe_tokens": 0, "recipe_seeds": 3,
                     "recipe_eval": 100_000, "shallow_depths": (1, 2), "shallow_seeds": 3,
@@ -156,21 +160,25 @@ PROFILES = {
             },
         ),
         Profile(
-            "wikitext2-d256",
-            "eight layers of width 256 on WikiText-2, one seed, hours",
+            "wikitext2-wide",
+            "six layers of width 128 on WikiText-2, two seeds, many hours",
             corpus=CorpusConfig("wikitext-2"),
-            model=replace(MODEL, d_model=256, n_layers=8, bk_heads=32),
-            training=replace(TRAINING, epochs=3.0, learning_rate=3e-3),
+            model=replace(MODEL, d_model=128, n_layers=6, bk_heads=32),
+            training=replace(TRAINING, epochs=6.0, learning_rate=5e-3),
             gates=GatesConfig(hidden=16),
             certify_tokens=0,
+            seeds=(0, 1),
             notebooks={
+                "01_build": {
+                    "memory_tokens": 0, "depths": (1, 3, 6), "depth_tokens": 0, "ablation_tokens": 200_000
+                },
                 "03_threshold_sweep": {
                     "recipes": ("joint",), "recipe_tokens": 0, "recipe_eval": 100_000,
-                    "shallow_depths": (4,), "logits_tokens": 40_000,
+                    "shallow_depths": (3,), "logits_tokens": 40_000,
                 },
                 "04_speedup_breakdown": {"output_head_tokens": 150_000},
                 "07_combinations": {"combination_tokens": 0, "combination_eval": 0},
-                "08_study": {"shallow_depths": (4,), "logits_tokens": 40_000},
+                "08_study": {"shallow_depths": (3,), "logits_tokens": 40_000},
             },
         ),
         Profile(
