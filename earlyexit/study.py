@@ -19,6 +19,7 @@ from earlyexit.corpus.load import load_corpus
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.devices import resolve_device
+from earlyexit.evaluation.ablation import Change
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.figures.style import use_style
 from earlyexit.models.checkpoints import checkpoint_about
@@ -35,6 +36,7 @@ from earlyexit.runs.publish import model_card
 from earlyexit.runs.published import model_path
 from earlyexit.training.config import RECIPES, TrainingConfig
 
+WITHOUT_EXITS = {"exit_loss_weight": 0.0, "exit_sampling": "one"}  # the training of a twin
 LARGEST_PUBLISHED = 8_000_000  # bytes of one model's weights among the results
 
 
@@ -174,25 +176,24 @@ class Study:
         trained = self.train(seed, None, RECIPES[name], max_tokens, backbone=backbone)
         return self.with_gates(seed, trained)
 
-    def twin(
-        self,
-        seed: int,
-        n_layers: int | None = None,
-        max_tokens: int = 0,
-        *,
-        epochs: float = 0.0,
-        **model,
-    ) -> Trained:
+    def twin(self, seed: int, n_layers: int | None = None, max_tokens: int = 0, **model) -> Trained:
         """Return the model trained without exits on the same data, seed and steps, at any depth.
 
         Args:
-            epochs: passes over the data, if they are not the profile's.
             model: other changes to the model, such as ``mixing="none"``.
         """
         depth = {"n_layers": n_layers or self.profile.model.n_layers}
-        training = {"exit_loss_weight": 0.0, "exit_sampling": "one"}
-        training |= {"epochs": epochs} if epochs else {}
-        return self.train(seed, depth | model, training, max_tokens)
+        return self.train(seed, depth | model, WITHOUT_EXITS, max_tokens)
+
+    def changed(self, seed: int, change: Change, max_tokens: int, epochs: float) -> Trained:
+        """Return the twin with a change to the model or its training.
+
+        Args:
+            epochs: passes over the data; 0: the profile's.
+        """
+        passes = {"epochs": epochs} if epochs else {}
+        training = WITHOUT_EXITS | passes | change.training
+        return self.train(seed, change.model, training, max_tokens, kind=change.kind)
 
     def build(self, seed: int) -> Trained:
         """Return the profile's model with gates, trained now unless it is in the cache."""

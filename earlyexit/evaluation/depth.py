@@ -1,6 +1,6 @@
 """What depth and mixing are worth: models trained alone, without exits, and n-grams beside them.
 
-``CONTROLS`` and ``CHANGES`` are the one list of what is compared, as changes to a profile's model.
+``CONTROLS`` is the one list of controls, as changes to a profile's model.
 """
 
 from __future__ import annotations
@@ -31,13 +31,6 @@ CONTROLS: dict[str, dict] = {
     "diagonal only": {"bk_values": 0},
     "attention": {"mixing": "attention"},
 }
-
-# Choices of the mixing layer, each trained for a short time and compared on validation.
-CHANGES: dict[str, dict] = {
-    "as it is": {},
-    "8 heads of 8 values": {"bk_heads": 8, "bk_values": 8},
-    "4 heads of 16 values": {"bk_heads": 4, "bk_values": 16},
-} | CONTROLS
 
 
 def systems(

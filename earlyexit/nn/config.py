@@ -22,6 +22,7 @@ class ModelConfig(Checked):
         mixing: what carries the past to a token: BK-Core, or one of two controls, causal attention and
             nothing; see :mod:`earlyexit.nn.mixing`.
         bk_heads, bk_values, causal: see :class:`earlyexit.nn.bk_core.BKCore`.
+        bk_starts: where potentials start, in or below the band; see :func:`earlyexit.nn.mixing.starts`.
         left_behind: what exited tokens hand to layers that they do not run: potentials and values made
             of their frozen states (``"recomputed"``), those of the last layer that they ran
             (``"kept"``), or recomputed ``"potentials"`` with values 0.
@@ -49,6 +50,7 @@ class ModelConfig(Checked):
     mixing: Literal["resolvent", "attention", "none"] = "resolvent"
     bk_heads: Count = 16
     bk_values: Limit = 4
+    bk_starts: Literal["below", "both", "band"] = "below"
     left_behind: Literal["recomputed", "kept", "potentials"] = "recomputed"
     causal: bool = True
     exit_head: Literal["translator", "full"] = "translator"

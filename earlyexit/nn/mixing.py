@@ -21,34 +21,30 @@ HEAD_WIDTH = 16  # of an attention head
 # Where BK-Core starts. Above the band's lower edge (0 < v < 4t) a state oscillates as e^{ik} from token
 # to token; in one dimension disorder localises it (Anderson 1958), so it forgets soon and tells nearby
 # words apart. Below the edge (v < 0) it decays as e^{−κ}, 2 cosh κ = 2 − v/t, without a phase to be
-# scrambled: it sums over 1/κ tokens. Half of the heads start on either side.
-DECAYS = (1e-2, 1.0)  # κ of the heads below the edge
-WIDTHS = (0.3, 3.0)  # η of the heads in the band
-BAND = (0.5, 3.5)  # their potentials, in units of t = 1
-QUIET = 0.3  # unit of their potentials; and η of a head below the edge over its |v|
+# scrambled: it sums over 1/κ tokens.
+DECAYS = (1e-2, 2.0)  # κ of the heads below the edge
+DAMPING = 0.3  # their η over |v|
+BAND = (0.5, 3.5)  # potentials of the heads in the band, in units of t = 1
+WIDTHS = (0.05, 0.5)  # their η
+QUIET = 0.3  # the unit in which their potentials are learned
 
 
-def starts(heads: int, below: int) -> tuple[Tensor, Tensor, Tensor]:
+def starts(heads: int, where: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return potentials, their units and the widths η that heads start with, ``(H,)`` each.
 
-    A potential is learned in units of its head: a step of the optimiser moves κ of a head that remembers
-    hundred tokens as much, relative to itself, as κ of one that remembers two.
+    Below the edge a potential is learned in units of itself: a step of the optimiser then moves κ of a
+    head that remembers hundred tokens as much, relative to itself, as κ of one that remembers two.
 
     Args:
-        below: how many heads start below the band's edge.
+        where: ``"below"`` the band's edge, in the ``"band"``, or ``"both"``, half of the heads each.
     """
-    if not below:  # the original's diagonal, which has no values to sum
-        widths = torch.logspace(-1.3, -0.3, heads)
-        return torch.linspace(*BAND, heads), torch.full((heads,), QUIET), widths
-    kappa = torch.logspace(*(math.log10(k) for k in DECAYS), below)
-    depth = 2 * torch.cosh(kappa) - 2
+    below = {"below": heads, "both": heads // 2, "band": 0}[where]
+    depth = 2 * torch.cosh(torch.logspace(*map(math.log10, DECAYS), below)) - 2
     inside = heads - below
-    widths = torch.logspace(*(math.log10(w) for w in WIDTHS), inside)
-    return (
-        torch.cat([-depth, torch.linspace(*BAND, inside)]),
-        torch.cat([depth, torch.full((inside,), QUIET)]),
-        torch.cat([QUIET * depth, widths]),
-    )
+    potential = torch.cat([-depth, torch.linspace(*BAND, inside)])
+    unit = torch.cat([depth, torch.full((inside,), QUIET)])
+    width = torch.cat([DAMPING * depth, torch.logspace(*map(math.log10, WIDTHS), inside)])
+    return potential, unit, width
 
 
 class Contribution(nn.Linear):
@@ -94,13 +90,13 @@ class ResolventMixing(nn.Module):
     (P = 0) it is the original's m = s · (W [Re g, Im g] + c).
 
     Args:
-        config: its ``d_model``, ``bk_heads``, ``bk_values`` and ``causal`` are used.
+        config: ``d_model``, ``causal``, ``bk_heads``, ``bk_values`` and, for P > 0, ``bk_starts`` are used.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, heads, values = config.d_model, config.bk_heads, config.bk_values
-        start, unit, widths = starts(heads, heads // 2 if values else 0)
+        start, unit, widths = starts(heads, config.bk_starts if values else "band")
         self.bk_core = BKCore(heads, config.causal, n_values=values, widths=widths)
         self.contribution = Contribution(d, heads * values, start, unit)
         self.output_proj = nn.Linear(heads * values or 2 * heads, d)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from earlyexit.checked import Checked, Count, Limit, Positive, Probability, Share, Weight
+from earlyexit.evaluation.ablation import CHANGES
 from earlyexit.evaluation.depth import CONTROLS
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.runs import digests
@@ -46,6 +47,7 @@ Positives = Annotated[tuple[Positive, ...], _some]
 Shares = Annotated[tuple[Share, ...], _some]
 Criterion = Annotated[str, _one_of(CRITERIA)]
 Control = Annotated[str, _one_of(CONTROLS)]
+Changed = Annotated[str, _one_of(CHANGES)]
 Recipe = Annotated[str, _one_of(RECIPES)]
 
 
@@ -84,6 +86,9 @@ class Build(Common):
     controls: Annotated[tuple[Control, ...], _list] = tuple(CONTROLS)
     depth_tokens: Limit = 60_000
     depth_seeds: Count = 1
+    changes: Annotated[tuple[Changed, ...], _some] = (
+        "as it is", "heads start in the band", "values not gated", "AdamW"
+    )  # fmt: skip
     ablation_tokens: Limit = 60_000
     ablation_epochs: Weight = 0.0
     ablation_seeds: Count = 1

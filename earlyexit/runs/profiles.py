@@ -170,7 +170,7 @@ PROFILES = {
             seeds=(0, 1),
             notebooks={
                 "01_build": {
-                    "memory_tokens": 0, "depths": (1, 3, 6), "depth_tokens": 0, "ablation_tokens": 200_000
+                    "memory_tokens": 0, "depths": (1, 3, 6), "depth_tokens": 0,
                 },
                 "03_threshold_sweep": {
                     "recipes": ("joint",), "recipe_tokens": 0, "recipe_eval": 100_000,

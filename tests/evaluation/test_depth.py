@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 
 from earlyexit.corpus.windows import loader
-from earlyexit.evaluation.depth import (
-    ALONE,
-    CHANGES,
-    CONTROLS,
-    ngram_rows,
-    size,
-    system_row,
-    systems,
-)
-from earlyexit.nn.config import ModelConfig
+from earlyexit.evaluation.depth import ALONE, ngram_rows, size, system_row, systems
 
 
 def test_systems_are_depths_and_controls():
@@ -25,13 +16,6 @@ def test_systems_are_depths_and_controls():
         (ALONE, 2): {"n_layers": 2},
         ("no mixing", 4): {"n_layers": 4, "mixing": "none"},
     }
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_every_change_is_one_of_the_configuration(name):
-    changed = ModelConfig(100, **CHANGES[name])
-    assert (changed == ModelConfig(100)) == (name == "as it is")
-    assert set(CONTROLS) <= set(CHANGES)
 
 
 def test_a_row_says_what_the_model_at_full_depth_does(make_model, corpus):
