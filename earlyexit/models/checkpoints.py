@@ -76,7 +76,10 @@ def load_model(
     if stored.tie_embeddings and len(absent & tied) == 1:  # one matrix, stored once
         absent -= tied
     if unexpected or absent:
-        raise CheckpointError(f"{path}: missing {missing}, unexpected {unexpected}")
+        raise CheckpointError(
+            f"{path} was made by another version: {len(missing)} weights are missing"
+            f" ({', '.join(missing[:3])} …), {len(unexpected)} unexpected: train the model again"
+        )
     return model.to(device).eval()
 
 

@@ -90,7 +90,7 @@ class ResolventMixing(nn.Module):
     (P = 0) it is the original's m = s · (W [Re g, Im g] + c).
 
     Args:
-        config: ``d_model``, ``causal``, ``bk_heads``, ``bk_values`` and, for P > 0, ``bk_starts`` are used.
+        config: uses ``d_model``, ``causal``, ``bk_heads``, ``bk_values``, and ``bk_starts`` for P > 0.
     """
 
     def __init__(self, config: ModelConfig):

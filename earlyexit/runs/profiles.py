@@ -15,6 +15,7 @@ from typing import Any
 
 from earlyexit.checked import Checked, Count, Limit
 from earlyexit.corpus.documents import CorpusConfig
+from earlyexit.evaluation.ablation import CHANGES
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs.parameters import NOTEBOOKS, Common, Seeds, names
 from earlyexit.training.config import RECIPES, GatesConfig, TrainingConfig
@@ -123,6 +124,20 @@ PROFILES = {
             gates=GatesConfig(max_tokens=40_000),
             max_eval_tokens=20_000,
             notebooks={"03_threshold_sweep": {"recipes": tuple(RECIPES)}},
+        ),
+        Profile(
+            "ablation",
+            "01 with every choice of layer and training, on 600,000 tokens of WikiText-2, two seeds, an hour",
+            corpus=CorpusConfig("wikitext-2"),
+            max_train_tokens=600_000,
+            max_eval_tokens=50_000,
+            seeds=(0, 1),
+            notebooks={
+                "01_build": {
+                    "changes": tuple(CHANGES), "ablation_tokens": 0, "ablation_seeds": 2,
+                    "depths": (4,), "depth_tokens": 0,
+                }
+            },
         ),
         Profile(
             "combinations",
