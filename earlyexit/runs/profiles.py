@@ -127,7 +127,7 @@ PROFILES = {
         ),
         Profile(
             "ablation",
-            "01 with every choice of layer and training, on 600,000 tokens of WikiText-2, two seeds, an hour",
+            "01 with every choice of layer and training, on 600,000 tokens of WikiText-2, an hour",
             corpus=CorpusConfig("wikitext-2"),
             max_train_tokens=600_000,
             max_eval_tokens=50_000,
