@@ -62,6 +62,8 @@ def test_each_row_is_the_run_of_a_model_with_that_way(found):
         assert row.left_behind == pytest.approx(row.perplexity / traced - 1)
         assert row.quality_loss == pytest.approx(row.perplexity / full["perplexity"] - 1)
         assert row.low <= row.speedup_time <= row.high
+        assert row.against_in_use_low <= row.against_in_use <= row.against_in_use_high
+        assert row.against_in_use == 1 or not row.in_use
     shares = np.array(real["exit_distribution"]) / 100
     truth = policy_flops(other, shares, policy)["total"]
     assert table["flops_per_token"].iloc[-1] == pytest.approx(truth)
@@ -74,9 +76,10 @@ def test_the_choice_is_not_made_on_the_test_split(found, corpus):
         compare_ways(model, policies, test, batches, batches[0], repeats=1)
 
 
-def test_the_sentence_names_the_best_of_each_policy(found):
-    table = found[-1].assign(perplexity=[1, 2, 3, 4, 4, 3, 2], milliseconds=[9, 1, 2, 3, 3, 2, 1])
+def test_the_sentence_names_what_beats_the_way_in_use(found):
+    loss, faster = [1, 2, 3, 4, 3, 3, 4], [1, 0.9, 0.9, 1.1, 0.9, 0.9, 0.9]
+    table = found[-1].assign(perplexity=loss, against_in_use_low=faster)
     first, second = ways_in_words(table).splitlines()
     assert first.startswith("- Fitted to ε = 5%") and "kept (in use) loses" in first
-    assert "lost by **recomputed**" in first and "time of recomputed" in first
-    assert "lost by **potentials**" in second and "time of potentials" in second
+    assert "than **kept** by loss: recomputed; by time, beyond its interval: potentials." in first
+    assert "than **kept** by loss: none; by time, beyond its interval: none." in second
