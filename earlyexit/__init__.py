@@ -10,8 +10,9 @@ Dimensions, as they are written in shapes everywhere:
     B  sequences of a batch             V  words of the vocabulary
     N  positions of a sequence          L  layers
     D  width of the residual stream     E  experts; where tokens leave, the tokens that leave
-    H  potentials (heads) per token     T  tokens: of a batch, B · N, or of a split
-    K  what a token hands to others     A  running tokens, those that have not left
+    H  heads, with a potential each     T  tokens: of a batch, B · N, or of a split
+    P  BK-Core's values per head        A  running tokens, those that have not left
+    K  what a token hands to others     M  what a token takes from others
 """
 
 from earlyexit.calibration.certificate import Certificate, certify

@@ -134,8 +134,8 @@ class Study:
     def train(
         self,
         seed: int,
-        model: dict | None = None,
-        training: dict | None = None,
+        model: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
         max_tokens: int = 0,
         *,
         fit_tokens: int = 0,
@@ -171,9 +171,10 @@ class Study:
         """
         if name not in RECIPES:
             raise ValueError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
-        frozen = RECIPES[name].get("freeze_backbone")
+        recipe = RECIPES[name]
+        frozen = recipe.training.get("freeze_backbone")
         backbone = self.twin(seed, max_tokens=max_tokens) if frozen else None
-        trained = self.train(seed, None, RECIPES[name], max_tokens, backbone=backbone)
+        trained = self.train(seed, recipe.model, recipe.training, max_tokens, backbone=backbone)
         return self.with_gates(seed, trained)
 
     def twin(self, seed: int, n_layers: int | None = None, max_tokens: int = 0, **model) -> Trained:

@@ -64,8 +64,21 @@ def test_every_profile_has_a_plan_a_model_and_a_training(name):
     with torch.device("meta"):
         model = EarlyExitLanguageModel.from_config(study.model_config())
     assert model.config == profile.model
-    for recipe in profile.parameters("03_threshold_sweep").recipes:
-        assert study.training_config(1, **RECIPES[recipe]).epochs == profile.training.epochs
+    for name in profile.parameters("03_threshold_sweep").recipes:
+        recipe = RECIPES[name]
+        assert study.training_config(1, **recipe.training).epochs == profile.training.epochs
+        assert study.model_config(**recipe.model).d_model == profile.model.d_model
+
+
+def test_a_recipe_changes_the_model_as_well_as_its_training(monkeypatch):
+    study, calls = Study("03_threshold_sweep", {"profile": "smoke", "device": "cpu"}), []
+    monkeypatch.setattr(study, "train", lambda *args, **_: calls.append(args))
+    monkeypatch.setattr(study, "with_gates", lambda seed, trained: trained)
+    study.recipe(0, "tokens, values kept", 1000)
+    study.recipe(0, "joint", 1000)
+    assert calls == [
+        (0, {"left_behind": "kept"}, {"exit_sampling": "tokens"}, 1000), (0, {}, {}, 1000)
+    ]  # fmt: skip
 
 
 PUBLISHED = sorted(project().results.glob("*/model_seed*.safetensors"))

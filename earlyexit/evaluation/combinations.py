@@ -32,7 +32,7 @@ from earlyexit.evaluation.systems import (
 )
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.training.systems import EXITS, REFERENCE, SYSTEMS
+from earlyexit.training.systems import CONTROLS, EXITS, REFERENCE, SYSTEMS
 
 MEASURES = {
     "positions": "speedup_layers",
@@ -45,21 +45,50 @@ DEARER = 1.15  # speedup in FLOPs over that in time, above which a verdict menti
 
 
 def full_depth_table(models: Models, fit: Batches, test: Batches) -> pd.DataFrame:
-    """Measure every system as trained, without early exit.
+    """Measure every system and control as trained, without early exit.
 
     Args:
         fit: batches; on the first, the positions that a sparse core keeps are counted.
         test: batches that are scored.
 
     Returns:
-        Columns system, kept (share of positions that BK-Core visits), and those of :func:`run_policy`.
+        Columns system, control (whether it is one), kept (share of positions that sparse cores visit; 1
+        without any), and those of :func:`run_policy`.
     """
-    parts = []
+    parts, controls = [], {control.name for control in CONTROLS}
     for name, model in models.items():
         kept = np.mean(kept_shares(model, fit[:1]) or [1.0])
         full = sweep(model, test, [None]).drop(columns="threshold")
-        parts.append(pd.DataFrame({"system": [name], "kept": kept}).join(full))
+        row = {"system": [name], "control": name in controls, "kept": kept}
+        parts.append(pd.DataFrame(row).join(full))
     return pd.concat(parts, ignore_index=True)
+
+
+def worth_of_parts(alone: pd.DataFrame, epsilon: float) -> str:
+    """Say by how much mixing and depth matter: what the reference loses without each.
+
+    One matters if in no seed the control without it is within ε of the reference: where it is, a model
+    that lacks it would itself count as matched.
+
+    Args:
+        alone: tables of :func:`full_depth_table`, stacked over the seeds, with the controls.
+        epsilon: the matched quality loss.
+    """
+    of = alone.pivot(index="seed", columns="system", values="perplexity")
+    plain, lines = of[REFERENCE.name], []
+    for control, lost in zip(CONTROLS, ("mixing", "depth"), strict=True):
+        loss = of[control.name] / plain - 1
+        ends = "" if len(loss) == 1 else f", by seed {loss.min():+.1%} to {loss.max():+.1%}"
+        verdict = (
+            f"{lost} matters at this budget"
+            if (loss > epsilon).all()
+            else f"**{lost} does not matter at this budget**, and what is saved of it says little"
+        )
+        lines.append(
+            f"- {control.name}: perplexity {of[control.name].mean():.1f} against {plain.mean():.1f}"
+            f" ({loss.mean():+.1%}{ends}; more than {epsilon:.0%} would matter): {verdict}."
+        )
+    return "\n".join(lines)
 
 
 def act_conversion(

@@ -34,8 +34,8 @@ def against_twin(
     Returns:
         One row per exit: exit, perplexity; and the same in all rows: last_vs_twin (document mean) with
         half of its 95 % interval and p_value, gate_speedup_layers, gate_loss_own (against the same
-        model at full depth), gate_loss_twin, and left_behind: the relative increase of perplexity that
-        the states of exited tokens cause in a real run.
+        model at full depth), gate_loss_twin, left_behind: the relative increase of perplexity that the
+        states of exited tokens cause in a real run, and real_loss_twin, the loss of that run.
     """
     try:
         policy = fitted_policy(model, fit, "gate", epsilon)
@@ -55,6 +55,7 @@ def against_twin(
             "gate_loss_own": traced["quality_loss"],
             "gate_loss_twin": traced["perplexity"] / np.exp(twin.full_nll) - 1,
             "left_behind": real["perplexity"] / traced["perplexity"] - 1,
+            "real_loss_twin": real["perplexity"] / np.exp(twin.full_nll) - 1,
         }
     )
 

@@ -27,7 +27,7 @@ from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import exit_state
 from earlyexit.exits.statistics import layers_executed
-from earlyexit.training.systems import REFERENCE, System
+from earlyexit.training.systems import System
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Models = Mapping[str, EarlyExitModel]
@@ -149,11 +149,13 @@ def candidate_policies(
 ) -> dict[str, list[ExitPolicy | None]]:
     """Return a system's policies by kind: full depth, one threshold per share, and static exits.
 
+    A system without exits has full depth alone.
+
     Args:
         x: token ids ``(B, N)`` whose scores set the thresholds.
         shares: shares of these scores that pass each threshold.
     """
-    if system is REFERENCE:
+    if not system.exits:
         return {FULL: [None]}
     layers = range(model.n_layers - 1)
     return {

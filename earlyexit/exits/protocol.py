@@ -5,8 +5,9 @@ of model is one file that implements it; layers in which tokens decide one by on
 
 A layer has three steps, so that a token that has left still takes part in the one that joins tokens:
 
-* ``contribution`` makes what every token hands to those after it (BK potentials, keys and values) from
-  what the layer reads of its state. Of exited tokens this is all that is ever computed again;
+* ``contribution`` makes what every token hands to those after it (BK-Core's potentials and values, or
+  keys and values) from what the layer reads of its state. Of exited tokens this is
+  all that is ever computed again;
 * ``mix`` makes what the running tokens take from the contributions of all;
 * ``update`` makes the new states of the running tokens.
 """

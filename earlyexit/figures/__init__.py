@@ -18,7 +18,7 @@ from earlyexit.figures.guarantees import (
 from earlyexit.figures.memory_profiling import memory
 from earlyexit.figures.speedup_breakdown import (
     break_even, break_even_map, compaction, compaction_efficiency, compaction_speedups,
-    layer_equivalents, output_head_times, output_heads, over_batch_sizes, part_times,
+    layer_equivalents, left_behind, output_head_times, output_heads, over_batch_sizes, part_times,
     predicted_measured, propagation, propagation_by, run_parts, speedups, throughput, time_by_part)
 from earlyexit.figures.study import (
     coloured_html, coloured_text, depth_by_class, depth_by_position, front, loss_against)

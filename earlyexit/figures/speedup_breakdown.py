@@ -178,6 +178,26 @@ def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes) -> None:
     style.percent(ax.yaxis)
 
 
+@style.panel(PAGE * 0.65, 2.3)
+def left_behind(table: pd.DataFrame, *, ax: Axes) -> None:
+    """Draw loss over wall-clock speedup with intervals, a curve per thing that exited tokens hand on.
+
+    The table is that of :func:`earlyexit.evaluation.left_behind.compare_ways`; a curve's points are its
+    policies.
+    """
+    for k, (way, rows) in enumerate(table.dropna(subset="epsilon").groupby("way", sort=False)):
+        rows = rows.sort_values("speedup_time")
+        xerr = style.whiskers(rows["speedup_time"], rows["low"], rows["high"])
+        label = f"{way} (in use)" if rows["in_use"].any() else way
+        points = style.look(k) | {"capsize": 2, "label": label}
+        ax.errorbar(rows["speedup_time"], rows["quality_loss"], xerr=xerr, **points)
+    ax.axhline(0, **REFERENCE)
+    ax.axvline(1, **REFERENCE)
+    ax.set(xlabel="wall-clock speedup (90 % interval)", ylabel="quality loss, validation")
+    ax.xaxis.set_major_formatter("{x:g}×")
+    style.percent(ax.yaxis)
+
+
 def output_heads(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     """Draw milliseconds per batch of each output head, scoring and predicting, in two panels.
 

@@ -29,7 +29,7 @@ Panels = Sequence[Axes] | np.ndarray | None  # axes of a composed picture; None:
 SMALL = 7  # font size in points of a number beside a bar or line
 REFERENCE = {"color": "0.35", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
 BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # box behind a number
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X<"  # one more than colours: a curve beyond them looks like no other
 SETTINGS = ("threshold", "epsilon", "exit_layer", "depth", "price")
 
 

@@ -1,8 +1,9 @@
 """A block of a ResNet-BK language model mixes positions, applies experts, and has an exit.
 
-It computes ``h + experts(LN(h) + mixing)``: BK-Core carries the past to a token, and sparse experts
-transform it. What an exited token still contributes to deeper layers is only its potentials
-``v = W · LN(h)``, which the experts have no part in, so keeping the recursion fed costs O(D · H).
+It computes ``h + m + experts(LN(h) + m)``: mixing carries the past to a token as m, and sparse experts
+transform it. What an exited token still hands to deeper layers is its contribution, at most one
+product of LN(h), in which the experts have no part: for BK-Core potentials and values,
+O(D · H (1 + P)) a layer.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from earlyexit.nn.unembedding import LinearUnembedding
 
 
 class MoEResNetBKLayer(nn.Module):
-    """This layer mixes positions by BK-Core, then transforms each by sparse experts.
+    """This layer mixes positions, by BK-Core unless another mixing is named, and applies experts.
 
-    From the normalised input u ``(B, N, D)`` it makes potentials v = W_v u ``(B, N, H)``, resolvent
-    features ``(B, N, 2H)`` and their projection m ``(B, N, D)``; it returns
-    ``m·s + experts(u + m·s)`` with a learned scale s.
+    From the normalised input u ``(B, N, D)`` it makes what each token hands on ``(B, N, K)``, of that
+    what each takes from the past ``(B·N, M)``, and reads it as m; it returns ``m + experts(u + m)``. See
+    :mod:`earlyexit.nn.mixing`.
 
     Args:
         d_model, n_seq, num_experts, top_k, dropout_p: see :class:`earlyexit.nn.config.ModelConfig`.

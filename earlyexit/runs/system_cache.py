@@ -13,7 +13,7 @@ from earlyexit.runs import cache
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.profiles import Profile
 from earlyexit.training.config import GatesConfig, TrainingConfig
-from earlyexit.training.systems import CALIBRATION_RATE, REFERENCE, Budget, System
+from earlyexit.training.systems import CALIBRATION_RATE, Budget, System
 
 
 class Source(Protocol):
@@ -40,11 +40,12 @@ def train_system(study: Source, system: System, seed: int, budget: Budget) -> Tr
         "ACT": {"ponder_weight": budget.ponder_weight},
     }
     changes = {key: value for part in system.parts for key, value in options[part].items()}
+    changes |= system.changes
     # The same for all: tokens cannot exit singly where blocks exit, nor where halting decides.
     training = {
         "epochs": budget.epochs, "batch_size": budget.batch_size, "exit_sampling": "one"
     }  # fmt: skip
-    if system is REFERENCE or "ACT" in system.parts:  # ACT's head reads averages: exits come later
+    if not system.exits or "ACT" in system.parts:  # ACT's head reads averages: exits come later
         training["exit_loss_weight"] = 0.0
     return study.train(
         seed, changes, training, budget.tokens,
@@ -57,9 +58,9 @@ def with_exits(
 ) -> Trained:
     """Return the system with exits: with learned gates, or converted from ACT and calibrated.
 
-    The reference is returned unchanged.
+    A system without exits is returned unchanged.
     """
-    if system is REFERENCE:
+    if not system.exits:
         return trained
     if system.convert is None:
         steps = min(GatesConfig().steps, max(50, budget.gate_tokens // 10))

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from earlyexit.checked import Checked, Count, Dropout, Limit, Positive, Share, Weight
 
-# Ways of training exits, as changes to a profile's training.
-RECIPES: dict[str, dict] = {
-    "joint": {},
-    "frozen": {"exit_sampling": "one", "exit_loss_weight": 1.0, "freeze_backbone": True},
-    "joint, one exit a step": {"exit_sampling": "one"},
-    "joint, weight 1.5": {"exit_loss_weight": 1.5},
-    "joint, weight ramped up": {"exit_ramp": 0.5},
-    "joint, self-distilled": {
-        "exit_sampling": "one", "exit_loss_weight": 1.5, "distillation": 0.5
-    },
-    "joint, layer dropout": {"exit_sampling": "one", "layer_dropout": 0.2},
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe is a way of training exits: what it changes in a profile's training and in its model."""
+
+    training: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+
+ONE, TOKENS = {"exit_sampling": "one"}, {"exit_sampling": "tokens"}
+RECIPES: dict[str, Recipe] = {
+    "joint": Recipe(),
+    "frozen": Recipe(ONE | {"exit_loss_weight": 1.0, "freeze_backbone": True}),
+    "joint, one exit a step": Recipe(ONE),
+    "joint, weight 1.5": Recipe({"exit_loss_weight": 1.5}),
+    "joint, weight ramped up": Recipe({"exit_ramp": 0.5}),
+    "joint, self-distilled": Recipe(ONE | {"exit_loss_weight": 1.5, "distillation": 0.5}),
+    "joint, layer dropout": Recipe(ONE | {"layer_dropout": 0.2}),
+    # Only where tokens exit in training do deeper layers learn from what is left behind.
+    "tokens": Recipe(TOKENS),
+    "tokens, values kept": Recipe(TOKENS, {"left_behind": "kept"}),
+    "tokens, potentials only": Recipe(TOKENS, {"left_behind": "potentials"}),
+}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""The systems that are compared: each idea alone, in pairs, and all together."""
+"""The systems that are compared: each idea alone, in pairs, and all together; and their controls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
 from earlyexit.models.act_multi_scale import ACTMultiScaleLanguageModel, convert_act_multi_scale
@@ -18,15 +19,19 @@ class System:
 
     Attributes:
         name: in tables and legends.
-        parts: of "ACT", "multi-scale", "sparse", those it has; all but the reference have exits.
+        parts: of "ACT", "multi-scale", "sparse", those it has.
         kind: class of the model.
         convert: from the ACT model to its early-exit form; None where exits have learned gates.
+        exits: whether its exits are trained, so that tokens may leave early.
+        changes: changes to the profile's model, beside those of its parts.
     """
 
     name: str
     parts: frozenset[str] = field(default_factory=frozenset)
     kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel
     convert: Callable[[EarlyExitLanguageModel], EarlyExitLanguageModel] | None = None
+    exits: bool = True
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def criterion(self) -> str:
@@ -34,7 +39,7 @@ class System:
         return "agreement" if self.convert else "gate"
 
 
-REFERENCE = System("plain")
+REFERENCE = System("plain", exits=False)
 EXITS = System("exits")
 
 SYSTEMS = (
@@ -61,12 +66,19 @@ SYSTEMS = (
     ),
 )  # fmt: skip
 
+# The reference without what exits and sparse cores are to save: where its absence costs nothing, saving
+# it is no achievement.
+CONTROLS = (
+    System("no mixing", exits=False, changes={"mixing": "none"}),
+    System("one layer", exits=False, changes={"n_layers": 1}),
+)
+
 CALIBRATION_RATE = 3e-3  # of exits that start as copies of a trained head
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget is what every system gets, the reference included.
+    """The budget is what every system gets, the reference and the controls included.
 
     Attributes:
         tokens: training tokens, 0: the whole split; epochs: passes over them.

@@ -36,6 +36,7 @@ def test_every_exit_against_a_twin(subject, other):
     twin_perplexity = np.exp(twin.nll[:, -1].mean(dtype=float))
     assert row["gate_loss_twin"] == pytest.approx(traced["perplexity"] / twin_perplexity - 1)
     assert row["left_behind"] == pytest.approx(real["perplexity"] / traced["perplexity"] - 1)
+    assert row["real_loss_twin"] == pytest.approx(real["perplexity"] / twin_perplexity - 1)
     gap = by_document(subject.test.nll[:, -1] - twin.nll[:, -1], twin.document).mean()
     assert row["last_vs_twin"] == pytest.approx(np.expm1(gap))
     assert twin_row(twin).to_dict("records") == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,6 +16,7 @@ from conftest import SIZES
 from earlyexit import figures
 from earlyexit.cost.parts import policy_flops, run_flops
 from earlyexit.cost.system_times import sparse_times, system_times
+from earlyexit.evaluation.combinations import full_depth_table, worth_of_parts
 from earlyexit.evaluation.systems import (
     candidate_policies,
     cheapest_within,
@@ -28,7 +30,8 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
 from earlyexit.models.multi_scale import MultiScaleLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel
-from earlyexit.training.systems import EXITS, REFERENCE, SYSTEMS
+from earlyexit.runs.system_cache import train_system, with_exits
+from earlyexit.training.systems import CONTROLS, EXITS, REFERENCE, SYSTEMS, Budget
 
 
 @pytest.fixture
@@ -82,7 +85,8 @@ def test_thresholds_are_quantiles_of_the_scores(make_model, batch):
         assert layers.is_monotonic_decreasing and layers.iloc[0] > layers.iloc[-1]
     kinds = candidate_policies(EXITS, model, batch[0][0], [0.5])
     assert [len(group) for group in kinds.values()] == [1, 1, 2]
-    assert candidate_policies(REFERENCE, model, batch[0][0], [0.5]) == {"full depth": [None]}
+    for system in (REFERENCE, *CONTROLS):
+        assert candidate_policies(system, model, batch[0][0], [0.5]) == {"full depth": [None]}
 
 
 def test_choosing_is_by_the_reference_if_it_can_be_reached():
@@ -129,6 +133,34 @@ def test_every_system_sweeps_and_is_drawn(batch):
     alone = curves[curves["policy"] == "full depth"]
     figures.combinations(curves[curves["policy"] == "adaptive"], alone, 0.05)
     plt.close("all")
+
+
+def test_controls_are_trained_as_the_reference_and_differ_in_one_thing_each():
+    calls = []
+    study = SimpleNamespace(train=lambda *args, **options: calls.append((args, options)))
+    budget = Budget(1000, 1.0, 8, 100, 100, 100)
+    for system in (REFERENCE, *CONTROLS):
+        train_system(study, system, 0, budget)
+        assert with_exits(study, system, 0, "as it is", budget) == "as it is"
+    changes = [args[1] for args, _ in calls]
+    assert changes == [{}, {"mixing": "none"}, {"n_layers": 1}]
+    like_reference = [((args[0], *args[2:]), options) for args, options in calls]
+    assert like_reference == 3 * like_reference[:1]
+    assert like_reference[0][0][1]["exit_loss_weight"] == 0
+
+
+def test_controls_stand_in_the_table_and_say_what_mixing_and_depth_are_worth(make_model, batch):
+    models = {s.name: make_model(**s.changes) for s in (REFERENCE, EXITS, *CONTROLS)}
+    table = full_depth_table(models, batch, batch)
+    assert table["control"].tolist() == [False, False, True, True]
+    found = [  # two seeds: without mixing it is always much worse, with one layer only once
+        table.assign(seed=seed, perplexity=[100.0, 100.0, 120.0, one_layer])
+        for seed, one_layer in enumerate((110.0, 104.0))
+    ]
+    mixing, depth = worth_of_parts(pd.concat(found), 0.05).splitlines()
+    assert "120.0 against 100.0 (+20.0%" in mixing and "mixing matters" in mixing
+    assert "by seed +4.0% to +10.0%" in depth and "**depth does not matter" in depth
+    assert "by seed" not in worth_of_parts(found[0], 0.05)
 
 
 def test_sparse_times_say_what_could_be_gained():

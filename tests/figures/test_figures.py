@@ -69,6 +69,10 @@ PROPAGATION = pd.concat(
         pd.DataFrame({"by": ["all"], "value": [0], "cost": [0.1]}),
     ]
 )
+WAYS = interval(
+    between(grid(way=["full depth", "kept"], epsilon=[np.nan, 0.05]), *SPEEDUPS, "quality_loss"),
+    "speedup_time",
+).assign(in_use=[False, False, True, True])
 HEADS = between(
     grid(head=["tied", "full"]),
     *(f"{task}{exits}_ms" for task in ("scoring", "prediction") for exits in ("", "_exits")),
@@ -138,6 +142,7 @@ CASES = {
     "exit_quality": ((EXITS,), 3),
     "front": ((CURVES, CLAIMS), 3),
     "layer_equivalents": ((SHARES,), 1),
+    "left_behind": ((WAYS,), 1),
     "leak": ((between(grid(model=["causal"], future=["true", "replaced"]), "perplexity"),), 1),
     "lines": ((MEMORY, "batch", "rest_mib", "execution", "batch", "MiB"), 1),
     "loss_against": ((CURVES, CLAIMS, "speedup_time"), 1),

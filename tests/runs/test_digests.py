@@ -240,7 +240,7 @@ def test_a_training_depends_on_neither_the_text_reader_nor_running_with_exits():
 @pytest.mark.parametrize(
     ("file", "name"),
     [
-        ("training/train.py", "_schedule"),
+        ("training/optimizer.py", "factor"),
         ("nn/bk_core.py", "BKCore"),
         ("corpus/windows.py", "windows"),
         ("models/resnet_bk.py", "EarlyExitLanguageModel"),
