@@ -107,7 +107,7 @@ class ThresholdSweep(Common):
     epsilons: Positives = (0.01, 0.02, 0.05, 0.08)
     epsilon: Positive = 0.05
     recipes: Annotated[tuple[Recipe, ...], _some] = (
-        "joint", "frozen", "joint, one exit a step", "joint, weight 1.5"
+        "joint", "frozen", "joint, one exit a step", "joint, weight 0.3"
     )  # fmt: skip
     recipe_tokens: Limit = 200_000
     recipe_seeds: Count = 1

@@ -22,7 +22,7 @@ RECIPES: dict[str, Recipe] = {
     "joint": Recipe(),
     "frozen": Recipe(ONE | {"exit_loss_weight": 1.0, "freeze_backbone": True}),
     "joint, one exit a step": Recipe(ONE),
-    "joint, weight 1.5": Recipe({"exit_loss_weight": 1.5}),
+    "joint, weight 0.3": Recipe({"exit_loss_weight": 0.3}),
     "joint, weight ramped up": Recipe({"exit_ramp": 0.5}),
     "joint, self-distilled": Recipe(ONE | {"exit_loss_weight": 1.5, "distillation": 0.5}),
     "joint, layer dropout": Recipe(ONE | {"layer_dropout": 0.2}),
