@@ -250,14 +250,15 @@ def test_training_reaches_the_target_share_and_learns(corpus):
         assert shares == pytest.approx([keep] * 2, abs=0.15)
 
 
-def test_the_importance_learns_what_matters():
-    """Only some positions carry what must be remembered: the scores find them."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_importance_learns_what_matters(seed):
+    """Only some positions carry what must be remembered: the scores find them, from any start."""
+    torch.manual_seed(seed)
     layer = MoEResNetBKLayer(8, 16, bk_heads=4, dropout_p=0.0)
     layer.mixing = SparseMixing(ModelConfig(vocab_size=2, d_model=8, bk_heads=4))
     layer.train()
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
-    for _ in range(250):
+    for _ in range(300):
         u = torch.randn(16, 16, 8)
         marked = torch.rand(16, 16) < 0.5
         u[..., 0] = torch.where(marked, 1.0, -1.0)
@@ -271,7 +272,7 @@ def test_the_importance_learns_what_matters():
         loss.backward()
         optimizer.step()
     score = layer.contribution.importance(u)[..., 0]
-    assert score[marked].mean() > score[~marked].mean() + 0.5
+    assert score[marked].mean() > score[~marked].mean() + 3  # the noise of the mask has scale 1
 
 
 def test_keep_one_is_the_plain_model(make_tokens):
