@@ -80,7 +80,7 @@ def sparse_times(
             "projection": partial(dense.mixing.read, flat, features),
             "experts": partial(dense.moe, u),
         }
-        norm = {"norm": partial(dense.mixing.normalise, features[:, 2 * heads :])}
+        norm = {"norm": partial(dense.mixing.readable, features)}
         layers = {"dense": partial(dense, u), "sparse": partial(sparse, u)}
         ms = median_ms(interleaved_times(layers | calls | norm, device, repeats))
         parts = sum(ms[name] for name in calls)  # the norm is a part of the projection

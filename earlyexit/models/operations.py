@@ -109,7 +109,7 @@ def _recomputed(config: ModelConfig, sparse: bool) -> int:
 
 def _launches(config: ModelConfig) -> int:
     """Return the operations that a layer starts beside its experts: norm, mixing, router, sum."""
-    resolvent = 6 if not config.bk_values else 6 + COMBINE + 6  # RMS, gate, SiLU, products, sum
+    resolvent = 6 if not config.bk_values else 6 + COMBINE + 4  # RMS, gate, SiLU, product
     return {"attention": 7, "none": 4}.get(config.mixing, resolvent)
 
 
@@ -147,15 +147,18 @@ def _mixing(config: ModelConfig) -> dict[str, dict[str, float]]:
                 "flops": 2 * d * d, "thin_flops": 2 * d, "bytes": FLOAT * (d + 6 * d),
             },
         }  # fmt: skip
-    projection = {
-        "thin_flops": 2 * 2 * h * d + 2 * d, "bytes": FLOAT * (2 * h + 6 * d),
-    }  # fmt: skip
     if values:
-        projection["thin_flops"] += 2 * 2 * values * d  # the gate's product, and that of the values
-        projection["elementwise_flops"] = (COMBINE + RMS + SILU + 1) * values + d  # and the sum
-        # Combined (7 rows of H·P), normalised (2), gated (2 + 3) and projected (1); two products read
-        # or write rows of D, and their sum three.
-        projection["bytes"] += FLOAT * (16 * values + 5 * d)
+        projection = {
+            "thin_flops": 2 * 2 * values * d + 2 * d,  # the gate's product, and that of the values
+            "elementwise_flops": (COMBINE + RMS + SILU + 1) * values,
+            # Combined (7 rows of H·P), normalised (2), gated (1 + 2 + 3) and projected (1); the gate
+            # reads one more row of D.
+            "bytes": FLOAT * (16 * values + 7 * d),
+        }
+    else:
+        projection = {
+            "thin_flops": 2 * 2 * h * d + 2 * d, "bytes": FLOAT * (2 * h + 6 * d),
+        }  # fmt: skip
     return {
         "contribution": contribution,
         "BK-Core": {
@@ -226,5 +229,6 @@ def _mixing_parameters(config: ModelConfig) -> dict[str, int]:
         return {"projection": 0}
     if config.mixing == "attention":
         return {"contribution": (d + 1) * width, "attention": d * d, "projection": d * d + d}
-    projection = 2 * h * d + d + 1 + 2 * values * (d + 1)  # two products, two weights of the sum
+    # The product and a scale; with values also the gate's product, and two weights that combine them.
+    projection = (values or 2 * h) * d + d + 1 + values * (d + 2)
     return {"contribution": (d + 1) * width, "BK-Core": 2 * h, "projection": projection}

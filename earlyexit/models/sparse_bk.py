@@ -14,9 +14,9 @@ Training samples the mask, m_i = [s_i + logistic noise > 0], and differentiates 
 binary concrete distribution of Maddison et al. 2017 and Jang et al. 2017, straight-through). The noise
 fades over the training, so that it ends with the mask that will be used. Were i kept, it would hold
 g′_i = 1/(α_i − t² g_{i−1}) and y′_i = g′_i (b_i − t y_{i−1}) instead of g_{i−1} and y_{i−1}. The
-derivative with respect to m_i is the difference that this makes in what is read, g and the normalised
-values, exact up to the next kept position; what it changes in the recursion beyond is left out. A loss
-(kept share − target)² on the mask without noise holds the share.
+derivative with respect to m_i is the difference that this makes in what is read, the normalised values
+or without values g, exact up to the next kept position; what it changes in the recursion beyond is left
+out. A loss (kept share − target)² on the mask without noise holds the share.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def starts(heads: int, where: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return potentials, their units and the widths η that heads start with, ``(H,)`` each.
 
     Below the edge a potential is learned in units of itself: a step of the optimiser then moves κ of a
-    head that remembers hundred tokens as much, relative to itself, as κ of one that remembers two.
+    head that remembers a hundred tokens as much, relative to itself, as κ of one that remembers two.
 
     Args:
         where: ``"below"`` the band's edge, in the ``"band"``, or ``"both"``, half of the heads each.
@@ -82,7 +82,7 @@ class ResolventMixing(nn.Module):
     """This layer mixes positions by BK-Core.
 
     From normed states u ``(…, D)`` it makes potentials v and values b, all of what a token hands on
-    ``(…, H + H·P)``. What BK-Core makes of them is read as
+    ``(…, H + H·P)``. Of what BK-Core makes of them the values alone are read, the diagonal g is not:
 
         m = s · (W (RMS(w_r ⊙ Re y + w_i ⊙ Im y) ⊙ SiLU(W_g u)) + c),
 

@@ -58,18 +58,15 @@ def slow_features(mixing: SparseMixing, given, mask):
             if keep:
                 g = 1 / (row[:heads] - 2 * t - 1j * core.eta - t**2 * g)
                 y = g[:, None] * (row[heads:].view(heads, values) - t[:, None] * y)
-            states.append(torch.cat([g.real, g.imag, *normalised(mixing, y)]))
+            states.append(normalised(mixing, y) if values else torch.cat([g.real, g.imag]))
         out.append(torch.stack(states))
     return torch.stack(out)
 
 
 def normalised(mixing: SparseMixing, y):
     """Each head's combined values over their root mean square."""
-    if not y.numel():
-        return []
-    real, imaginary = mixing.combine.unflatten(-1, y.shape)
-    z = real * y.real + imaginary * y.imag
-    return z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    z = mixing.real.view_as(y.real) * y.real + mixing.imag.view_as(y.imag) * y.imag
+    return (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()).flatten()
 
 
 def features(mixing: SparseMixing, given, mask):
@@ -108,8 +105,9 @@ def test_features_are_those_of_the_loop(kind, values):
 @pytest.mark.parametrize("values", VALUES)
 def test_gradients_of_the_contribution_and_of_the_physics_are_those_of_the_loop(values):
     mixing, given = make_mixing(values), some_given(values, 2, 9).requires_grad_()
-    mask, weight = some_mask("half", (2, 9)), torch.randn(2, 9, 6 + 3 * values).double()
-    inputs = (given, *mixing.bk_core.parameters(), *([mixing.combine] if values else []))
+    mask, weight = some_mask("half", (2, 9)), torch.randn(2, 9, 3 * values or 6).double()
+    combined = (mixing.real, mixing.imag) if values else ()
+    inputs = (given, *mixing.bk_core.parameters(), *combined)
     found = torch.autograd.grad((weight * features(mixing, given, mask)).sum(), inputs)
     truth = torch.autograd.grad((weight * slow_features(mixing, given, mask)).sum(), inputs)
     for a, b in zip(found, truth, strict=True):
@@ -120,7 +118,7 @@ def test_gradients_of_the_contribution_and_of_the_physics_are_those_of_the_loop(
 def test_the_mask_gets_the_change_that_keeping_a_position_makes(values):
     """Up to the next kept position: the difference of the features with and without it."""
     mixing, given = make_mixing(values), some_given(values, 1, 8)
-    weight = torch.randn(1, 8, 6 + 3 * values).double()
+    weight = torch.randn(1, 8, 3 * values or 6).double()
     mask = torch.tensor([[1.0, 0, 0, 1, 1, 0, 0, 0]]).double().requires_grad_()
     out = features(mixing, given, mask)
     assert torch.equal(out, features(mixing, given, mask.detach()))
@@ -252,14 +250,15 @@ def test_training_reaches_the_target_share_and_learns(corpus):
         assert shares == pytest.approx([keep] * 2, abs=0.15)
 
 
-def test_the_importance_learns_what_matters():
-    """Only some positions carry what must be remembered: the scores find them."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_importance_learns_what_matters(seed):
+    """Only some positions carry what must be remembered: the scores find them, from any start."""
+    torch.manual_seed(seed)
     layer = MoEResNetBKLayer(8, 16, bk_heads=4, dropout_p=0.0)
     layer.mixing = SparseMixing(ModelConfig(vocab_size=2, d_model=8, bk_heads=4))
     layer.train()
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
-    for _ in range(250):
+    for _ in range(300):
         u = torch.randn(16, 16, 8)
         marked = torch.rand(16, 16) < 0.5
         u[..., 0] = torch.where(marked, 1.0, -1.0)
@@ -273,7 +272,7 @@ def test_the_importance_learns_what_matters():
         loss.backward()
         optimizer.step()
     score = layer.contribution.importance(u)[..., 0]
-    assert score[marked].mean() > score[~marked].mean() + 0.5
+    assert score[marked].mean() > score[~marked].mean() + 3  # the noise of the mask has scale 1
 
 
 def test_keep_one_is_the_plain_model(make_tokens):

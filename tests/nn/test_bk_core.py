@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earlyexit.nn.bk_core import (
+    FLOOR,
     BKCore,
     causal_action,
     causal_features,
@@ -352,6 +353,25 @@ def test_with_values_the_core_gives_the_diagonal_and_the_action(causal):
     torch.testing.assert_close(found, torch.cat([g.real, g.imag, y.flatten(2)], -1).float())
     found.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in core.parameters())
+
+
+@torch.no_grad()
+def test_heads_start_with_the_widths_they_are_given_and_by_default_over_a_decade():
+    widths = torch.tensor([3e-5, 1e-3, 0.3, 20.0])
+    torch.testing.assert_close(BKCore(4, widths=widths).eta, widths, rtol=1e-5, atol=0)
+    default = BKCore(4).eta
+    assert (default.diff() > 0).all() and default[-1] / default[0] == pytest.approx(10, rel=1e-4)
+
+
+@torch.no_grad()
+def test_no_width_falls_below_its_floor_and_nothing_overflows_there():
+    core = BKCore(4, n_values=1, widths=torch.tensor([0.0, FLOOR, 1.0, 1.0]))
+    assert (core.eta >= FLOOR).all() and core.eta[0] <= 3 * FLOOR
+    core.eta_raw.fill_(-200)
+    assert torch.equal(core.eta, torch.full((4,), FLOOR))
+    band = torch.full((1, 512, 4), 2.0)  # where one site is at resonance
+    out = core(torch.cat([band, torch.randn(1, 512, 4)], dim=-1))
+    assert out.isfinite().all() and (out[..., :8].abs() <= 1 / FLOOR).all()
 
 
 @pytest.mark.parametrize("values", [0, 3])

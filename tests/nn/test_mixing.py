@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from earlyexit.nn.bk_core import causal_action
+from earlyexit.nn.bk_core import causal_action, causal_resolvent
 from earlyexit.nn.config import ModelConfig
-from earlyexit.nn.mixing import HEAD_WIDTH, MIXINGS
+from earlyexit.nn.mixing import HEAD_WIDTH, MIXINGS, starts
 
 D, B, N = 2 * HEAD_WIDTH, 3, 11
 KINDS = {
@@ -106,23 +106,105 @@ def test_no_mixing_has_nothing_to_learn_and_adds_nothing():
 def test_the_resolvent_reads_what_its_docstring_says():
     layer, u, (H, P) = make("resolvent"), states(), (4, 3)
     v, b = layer.contribution(u).split([H, H * P], dim=-1)
-    g, y = causal_action(v, b.unflatten(-1, (H, P)), layer.bk_core.eta, layer.bk_core.t)
-    w_r, w_i = layer.combine.view(2, H, P)
+    _, y = causal_action(v, b.unflatten(-1, (H, P)), layer.bk_core.eta, layer.bk_core.t)
+    w_r, w_i = layer.real.view(H, P), layer.imag.view(H, P)
     z = w_r * y[:, :, 0] + w_i * y[:, :, 1]
     z = (z / z.square().mean(dim=-1, keepdim=True).add(1e-6).sqrt()).flatten(2)
     gate = u @ layer.gate_proj.weight.T
-    z = (z * gate * gate.sigmoid()) @ layer.values_proj.weight.T
-    diagonal = torch.cat([g.real, g.imag], -1) @ layer.output_proj.weight.T
-    truth = layer.bk_scale * (z + diagonal + layer.output_proj.bias)
-    torch.testing.assert_close(whole(layer, u), truth, rtol=1e-5, atol=1e-5)
+    z = (z * gate * gate.sigmoid()) @ layer.output_proj.weight.T
+    truth = layer.bk_scale * (z + layer.output_proj.bias)
+    torch.testing.assert_close(whole(layer, u), truth, rtol=1e-10, atol=1e-10)
 
 
 def test_the_diagonal_alone_reads_as_the_original_does():
     layer, u = make("diagonal"), states()
     features = layer.bk_core(layer.contribution(u))
     assert features.shape == (B, N, 8)
-    assert not hasattr(layer, "values_proj")
     torch.testing.assert_close(whole(layer, u), layer.bk_scale * layer.output_proj(features))
+
+
+# ---------------------------------------------------------------------- where heads start
+
+
+def factor(potential: torch.Tensor, width: torch.Tensor, t: float = 1.0) -> torch.Tensor:
+    """−t g of every head ``(H,)``, by which a state is multiplied per token of one potential."""
+    t = torch.full_like(potential, t)
+    medium = potential.expand(1, 4096, -1)  # so long that it does not matter how it begins
+    return (-t * causal_resolvent(medium, width, t))[0, -1]
+
+
+def decay_rates(potential: torch.Tensor) -> torch.Tensor:
+    """κ of potentials below the band's edge, 2 cosh κ = 2 − v."""
+    return torch.acosh(1 - potential.double() / 2)
+
+
+def test_heads_below_the_edge_sum_over_one_to_a_hundred_tokens_without_a_phase():
+    potential, _, width = starts(8, "below")
+    assert (potential < 0).all()
+    kappa, damping = decay_rates(potential), width.double() / -potential
+    assert kappa[[0, -1]].tolist() == pytest.approx([0.01, 2], rel=1e-2)
+    found = factor(potential, width)
+    assert ((-found.abs().log() - kappa).abs() <= damping**2 * kappa).all()
+    assert (found.angle().abs() <= damping * kappa).all()  # over 1/κ tokens, less than a third
+
+
+def test_heads_in_the_band_oscillate_with_a_phase_of_their_own():
+    potential, _, width = starts(8, "band")
+    assert ((potential > 0) & (potential < 4)).all()
+    found, wave_number = factor(potential, width), torch.acos(1 - potential / 2)
+    assert ((found.angle().abs() - wave_number).abs() <= width**2).all()
+    assert (found.angle().abs().diff() > 0.1).all() and (found.abs() < 1).all()
+    below, _, below_width = starts(8, "below")
+    turns = [(f.angle().abs() / -f.abs().log()).max() for f in (factor(below, below_width), found)]
+    assert turns[0] < 0.3 < 1 < turns[1]  # radians while a state decays
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5, 16])
+def test_half_of_the_heads_may_start_on_either_side_of_the_edge(heads):
+    both, below, band = (starts(heads, where) for where in ("both", "below", "band"))
+    assert all(part.shape == (heads,) for parts in (both, below, band) for part in parts)
+    assert all((width > 0).all() and (unit > 0).all() for _, unit, width in (both, below, band))
+    assert [int((v < 0).sum()) for v, *_ in (both, below, band)] == [heads // 2, heads, 0]
+
+
+def test_a_step_moves_every_decay_by_the_same_share():
+    potential, unit, _ = starts(8, "below")
+    kappa, step = decay_rates(potential), 0.1
+    moved = decay_rates(potential + step * unit) / kappa - 1
+    assert ((-0.6 * step < moved) & (moved < -0.3 * step)).all()  # κ ∝ √|v| where it is small
+    same = potential + step * unit.mean()  # control: in one unit for all, the slow cross the edge
+    assert (same > 0).any()
+
+
+@pytest.mark.parametrize("where", ["below", "both", "band"])
+def test_a_layer_starts_where_it_is_told(where):
+    config = ModelConfig(2, d_model=D, bk_heads=8, bk_values=2, bk_starts=where)
+    layer, (potential, unit, width) = MIXINGS["resolvent"](config), starts(8, where)
+    given = layer.contribution(torch.zeros(D))
+    assert torch.equal(given[:8], potential)
+    torch.testing.assert_close(layer.bk_core.eta, width, rtol=1e-5, atol=0)
+    layer.contribution(torch.ones(D))[:8].sum().backward()
+    torch.testing.assert_close(layer.contribution.bias.grad[:8], unit)
+
+
+@pytest.mark.parametrize("where", ["below", "both"])
+def test_without_values_heads_start_in_the_band(where):
+    config = ModelConfig(2, d_model=D, bk_heads=8, bk_values=0, bk_starts=where)
+    given = MIXINGS["resolvent"](config).contribution(torch.zeros(D))
+    assert torch.equal(given, starts(8, "band")[0])
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_a_contribution_is_its_affine_map_of_potentials_in_units_of_their_head(kind):
+    layer, u = make(kind), states()
+    product, heads = layer.contribution, 0 if kind == "attention" else 4
+    weight, offset = product.affine()
+    torch.testing.assert_close(product(u), u @ weight.T + offset)
+    plain = u @ product.weight.T + product.bias
+    start, unit, _ = starts(4, "band" if kind == "diagonal" else "below")
+    potentials = (start + unit * plain[..., :4])[..., :heads]
+    torch.testing.assert_close(product(u)[..., :heads], potentials)
+    torch.testing.assert_close(product(u)[..., heads:], plain[..., heads:])
 
 
 def test_attention_equals_the_formula():
