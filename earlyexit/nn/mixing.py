@@ -22,7 +22,7 @@ HEAD_WIDTH = 16  # of an attention head
 # to token; in one dimension disorder localises it (Anderson 1958), so it forgets soon and tells nearby
 # words apart. Below the edge (v < 0) it decays as e^{−κ}, 2 cosh κ = 2 − v/t, without a phase to be
 # scrambled: it sums over 1/κ tokens.
-DECAYS = (1e-2, 2.0)  # κ of the heads below the edge
+DECAYS = (3e-3, 2.0)  # κ of the heads below the edge
 DAMPING = 0.3  # their η over |v|
 BAND = (0.5, 3.5)  # potentials of the heads in the band, in units of t = 1
 WIDTHS = (0.05, 0.5)  # their η

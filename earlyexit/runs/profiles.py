@@ -25,7 +25,7 @@ TEXT = CorpusConfig()
 GATES = GatesConfig()
 MODEL = ModelConfig(10_000, output_head="adaptive")
 TRAINING = TrainingConfig(
-    batch_size=16, optimizer="muon", learning_rate=1e-2, exit_sampling="all", exit_loss_weight=1.5
+    batch_size=16, optimizer="muon", learning_rate=2e-2, exit_sampling="all", exit_loss_weight=1.5
 )
 
 
@@ -154,7 +154,8 @@ PROFILES = {
             "wikitext2",
             "the original's configuration on WikiText-2, three seeds, hours",
             corpus=CorpusConfig("wikitext-2"),
-            training=replace(TRAINING, epochs=8.0),
+            model=replace(MODEL, dropout_p=0.0),
+            training=replace(TRAINING, epochs=4.0),
             gates=GatesConfig(hidden=16),
             certify_tokens=0,
             seeds=(0, 1, 2),
