@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FLOOR = 1e-5  # of the widths η; it keeps |g| ≤ 1/η far from overflow
+FLOOR = 1e-6  # of the widths η; it keeps |g| ≤ 1/η far from overflow
 
 # ---------------------------------------------------------------------- compiled loops
 
