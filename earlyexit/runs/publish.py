@@ -25,7 +25,7 @@ from earlyexit.runs.profiles import PROFILES, Profile
 from earlyexit.runs.provenance import Record
 
 # The profiles whose results the README may quote; the first has the original's text.
-QUOTED = ("wikitext2", "wikitext2-d256", "cpu", "recipes", "combinations")
+QUOTED = ("wikitext2", "wikitext2-wide", "cpu", "recipes", "ablation", "combinations")
 EPSILON = 0.05  # the tolerated quality loss that the blocks quote
 
 TEXTS = {
@@ -93,12 +93,13 @@ def block(template: str, profile: str, root: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "answer": partial(block, "answer.md", "wikitext2"),
-    "answer-wide": partial(block, "answer.md", "wikitext2-d256"),
+    "answer-wide": partial(block, "answer.md", "wikitext2-wide"),
     "answer-default": partial(block, "answer.md", "cpu"),
     "claims": partial(block, "claims.md", "wikitext2"),
+    "depth": partial(block, "depth.md", "wikitext2"),
     "guarantee": partial(block, "guarantee.md", "wikitext2"),
     "text": partial(block, "text.md", "wikitext2"),
-    "text-wide": partial(block, "text.md", "wikitext2-d256"),
+    "text-wide": partial(block, "text.md", "wikitext2-wide"),
     "text-default": partial(block, "text.md", "cpu"),
     "products": partial(block, "products.md", "combinations"),
     "status": status_block,
