@@ -198,7 +198,7 @@ def test_a_check_of_the_most_probable_word_costs_the_clusters_that_it_opens(
     make_model, make_tokens, make_policy, monkeypatch, criterion
 ):
     """With the shares that were opened in the place of the usual ones, products agree exactly."""
-    model, x = make_model(7, **ADAPTIVE), make_tokens(8, 11)
+    model, x = make_model(3, **ADAPTIVE), make_tokens(8, 11)
     y = x.flip(0)
     policy = make_policy(model, x, criterion)
     exits = model.predict(x, policy)[1].flatten()

@@ -184,7 +184,7 @@ def test_a_loader_that_can_be_read_once_is_not_taken_for_an_empty_one(make_model
 def test_nan_weights_are_no_result(make_model, ragged, policy):
     model = make_model()
     with torch.no_grad():
-        model.blocks[0].bk_layer.v_proj.weight[0, 0] = math.nan
+        model.blocks[0].bk_layer.mixing.contribution.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         EarlyExitEvaluator(model, "cpu").evaluate_policy(ragged, policy)
 
