@@ -161,7 +161,7 @@ PROFILES = {
             seeds=(0, 1, 2),
             notebooks={
                 "01_build": {
-                    "memory_tokens": 0, "depths": (1, 2, 3, 4, 6, 8), "depth_tokens": 0,
+                    "memory_tokens": 60_000, "depths": (1, 2, 3, 4, 6, 8), "depth_tokens": 0,
                 },
                 "03_threshold_sweep": {
                     "recipes": ("joint",), "recipe_tokens": 0, "recipe_seeds": 3,
@@ -186,7 +186,7 @@ PROFILES = {
             seeds=(0, 1),
             notebooks={
                 "01_build": {
-                    "memory_tokens": 0, "depths": (1, 3, 6), "depth_tokens": 0,
+                    "memory_tokens": 60_000, "depths": (1, 3, 6), "depth_tokens": 0,
                 },
                 "03_threshold_sweep": {
                     "recipes": ("joint",), "recipe_tokens": 0, "recipe_eval": 100_000,
