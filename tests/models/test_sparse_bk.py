@@ -238,14 +238,14 @@ def test_generation_step_by_step_is_the_whole_window(make_sparse, make_tokens, v
 def test_training_reaches_the_target_share_and_learns(corpus):
     for keep in (0.3, 0.7):
         torch.manual_seed(0)
-        sizes = SIZES | {"keep": keep, "n_layers": 2}
+        sizes = SIZES | {"keep": keep, "n_layers": 2, "sparsity_weight": 20.0}
         model = SparseBKLanguageModel(**sizes)
-        config = TrainingConfig(epochs=6, batch_size=8, learning_rate=1e-2)
+        config = TrainingConfig(epochs=10, batch_size=8, learning_rate=1e-2)
         history = train(model, corpus, config, "cpu")
         assert history[-1]["train_nll"] < history[0]["train_nll"]
         trace = collect_trace(model, corpus.splits["fit"], corpus.eos_id)
         assert trace.n_layers == 2
-        x = torch.as_tensor(corpus.splits["train"].ids[:120].reshape(10, 12)).long()
+        x = torch.as_tensor(corpus.splits["train"].ids.reshape(-1, 12)).long()  # its mean is held
         shares = kept_shares(model, [(x, x)])
         assert shares == pytest.approx([keep] * 2, abs=0.15)
 
@@ -256,14 +256,15 @@ def test_the_importance_learns_what_matters(seed):
     torch.manual_seed(seed)
     layer = MoEResNetBKLayer(8, 16, bk_heads=4, dropout_p=0.0)
     layer.mixing = SparseMixing(ModelConfig(vocab_size=2, d_model=8, bk_heads=4))
+    torch.nn.init.zeros_(layer.mixing.contribution.importance.weight)  # nothing is told apart
     layer.train()
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
-    for _ in range(300):
-        u = torch.randn(16, 16, 8)
-        marked = torch.rand(16, 16) < 0.5
+    for _ in range(200):
+        u = torch.randn(64, 16, 8)
+        marked = torch.rand(64, 16) < 0.5
         u[..., 0] = torch.where(marked, 1.0, -1.0)
         u[..., 1:] = torch.where(marked[..., None], u[..., 1:], 3 * u[..., 1:])  # noise elsewhere
-        position = torch.arange(16).expand(16, 16)
+        position = torch.arange(16).expand(64, 16)
         last = torch.where(marked, position, -1).cummax(dim=1).values
         wanted = u[..., 1].gather(1, last.clamp_min(0)) * (last >= 0)  # the last marked value
         loss = (layer(u)[..., 2] - wanted).square().mean()

@@ -129,7 +129,7 @@ def test_the_diagonal_alone_reads_as_the_original_does():
 def factor(potential: torch.Tensor, width: torch.Tensor, t: float = 1.0) -> torch.Tensor:
     """−t g of every head ``(H,)``, by which a state is multiplied per token of one potential."""
     t = torch.full_like(potential, t)
-    medium = potential.expand(1, 4096, -1)  # so long that it does not matter how it begins
+    medium = potential.expand(1, 8192, -1)  # so long that it does not matter how it begins
     return (-t * causal_resolvent(medium, width, t))[0, -1]
 
 
@@ -182,7 +182,7 @@ def test_a_layer_starts_where_it_is_told(where):
     layer, (potential, unit, width) = MIXINGS["resolvent"](config), starts(8, where)
     given = layer.contribution(torch.zeros(D))
     assert torch.equal(given[:8], potential)
-    torch.testing.assert_close(layer.bk_core.eta, width, rtol=1e-5, atol=0)
+    torch.testing.assert_close(layer.bk_core.eta, width, rtol=1e-5, atol=0)  # above the floor
     layer.contribution(torch.ones(D))[:8].sum().backward()
     torch.testing.assert_close(layer.contribution.bias.grad[:8], unit)
 
