@@ -199,6 +199,8 @@ def test_a_check_of_the_most_probable_word_costs_the_clusters_that_it_opens(
 ):
     """With the shares that were opened in the place of the usual ones, products agree exactly."""
     model, x = make_model(3, **ADAPTIVE), make_tokens(8, 11)
+    with torch.no_grad():  # the scores of clusters vary more than those of words: some are opened
+        model.blocks[0].exit_classifier.unembedding.softmax.head.weight[-2:] *= 3
     y = x.flip(0)
     policy = make_policy(model, x, criterion)
     exits = model.predict(x, policy)[1].flatten()
