@@ -107,9 +107,9 @@ class ThresholdSweep(Common):
     epsilons: Positives = (0.01, 0.02, 0.05, 0.08)
     epsilon: Positive = 0.05
     recipes: Annotated[tuple[Recipe, ...], _some] = (
-        "joint", "frozen", "joint, one exit a step", "joint, weight 0.3"
+        "joint", "frozen", "joint, weight 0.3"
     )  # fmt: skip
-    recipe_tokens: Limit = 200_000
+    recipe_tokens: Limit = 100_000
     recipe_seeds: Count = 1
     recipe_eval: Limit = 20_000
     shallow_depths: Counts = (2,)
@@ -128,7 +128,7 @@ class SpeedupBreakdown(Common):
     thresholds: Shares = (0.1, 0.2, 0.4, 0.7, 0.9)
     wide_windows: Count = 32
     mean_depths: Depths = (2.0, 3.0, 4.0, 5.0, 6.0)
-    output_head_tokens: Limit = 200_000
+    output_head_tokens: Limit = 100_000
     head_tokens: Count = 20_000
     prices: Literal["all", "few"] = "all"
     panels: Annotated[tuple[Pair, ...], _some] = ((4, 1), (4, 32), (8, 32))
@@ -139,7 +139,7 @@ class SpeedupBreakdown(Common):
 class MemoryProfiling(Common):
     batch_size: Count = 32
     batch_sizes: Counts = (1, 4, 16, 64)
-    lengths: Counts = (128, 512, 2048, 8192)
+    lengths: Counts = (128, 512, 2048)
     resident_runs: Limit = 0
     epsilon: Positive = 0.05
 

@@ -123,7 +123,9 @@ PROFILES = {
             model=ModelConfig(10_000, dropout_p=0.0, output_head="linear"),
             gates=GatesConfig(max_tokens=40_000),
             max_eval_tokens=20_000,
-            notebooks={"03_threshold_sweep": {"recipes": tuple(RECIPES)}},
+            notebooks={
+                "03_threshold_sweep": {"recipes": tuple(RECIPES), "recipe_tokens": 200_000}
+            },
         ),
         Profile(
             "ablation",
