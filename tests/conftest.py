@@ -19,6 +19,7 @@ from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 torch.set_num_threads(1)  # on tensors this small a second thread only gets in the way
 
+DATA_HASH = "0" * 64
 VOCABULARY = 53  # a width that no other matrix has, so that projections to it can be counted
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -139,6 +140,7 @@ def make_split(name: str, documents: int, length: int, seed: int, vocabulary: in
         ids.ravel().astype(np.int32),
         document.astype(np.int32),
         np.full(ids.size, 3, np.int32),
+        DATA_HASH,
     )
 
 
@@ -151,4 +153,4 @@ def corpus() -> Corpus:
         name: make_split(name, 40 if name == "train" else 7, 30 - (name != "train"), i, VOCABULARY)
         for i, name in enumerate(("train", "fit", "certify", "valid", "test"))
     }
-    return Corpus(CorpusConfig(), tokenizer, splits, "0" * 64)
+    return Corpus(CorpusConfig(), tokenizer, splits, DATA_HASH)

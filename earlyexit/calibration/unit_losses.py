@@ -30,6 +30,8 @@ class WindowLosses:
         layers: mean layers executed per token of each candidate ``(candidates,)``.
         n_layers: layers of the model.
         model_hash, data_hash: hashes of the weights and of the text.
+        n_seq: length of the windows; cut: length to which documents were cut, 0: whole.
+        split: name of the split.
     """
 
     gaps: np.ndarray
@@ -39,6 +41,9 @@ class WindowLosses:
     n_layers: int
     model_hash: str = ""
     data_hash: str = ""
+    n_seq: int = 0
+    cut: int = 0
+    split: str = "certify"
 
     def per_unit(self, unit: Unit) -> np.ndarray:
         """Return the mean gap per token of each unit ``(units, candidates)``.
@@ -104,4 +109,7 @@ def window_losses(
         model.n_layers,
         model.fingerprint(),
         split.data_hash,
+        model.n_seq,
+        split.cut,
+        split.name,
     )

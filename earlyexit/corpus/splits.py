@@ -23,6 +23,7 @@ class Split:
         characters: (T,) int32, number of characters that the token stands for, without white space
             and ``<eos>``; an unknown word counts with its own length.
         data_hash: hash of the corpus that the split is from; "" if there is none.
+        cut: number of tokens to which longer documents were cut; 0: documents are whole.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Split:
     document: np.ndarray
     characters: np.ndarray
     data_hash: str = ""
+    cut: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -76,7 +78,8 @@ class Split:
         while n > fewest and lengths[chosen].sum() > max_tokens:
             n -= 1
             chosen = _spread(n, total)
-        return self._beginnings(_common_length(lengths[chosen], max_tokens), chosen)
+        length = _common_length(lengths[chosen], max_tokens)
+        return self._beginnings(length if length < lengths[chosen].max() else 0, chosen)
 
     def truncate(self, max_length: int) -> Split:
         """Cut every document to its first ``max_length`` tokens; 0 keeps all of them.
@@ -89,13 +92,13 @@ class Split:
         return self._beginnings(max_length) if max_length else self
 
     def _beginnings(self, length: int, chosen: np.ndarray | slice = slice(None)) -> Split:
-        """Keep the first ``length`` tokens of the chosen documents."""
+        """Keep the first ``length`` tokens of the chosen documents; 0 keeps all of them."""
         starts, lengths = self.spans()
         wanted = np.zeros_like(lengths)
-        wanted[chosen] = length
+        wanted[chosen] = length or self.n_tokens
         keep = np.arange(self.n_tokens) - np.repeat(starts, lengths) < np.repeat(wanted, lengths)
         kept = {k: getattr(self, k)[keep] for k in ("ids", "document", "characters")}
-        return replace(self, **kept)
+        return replace(self, **kept, cut=min(filter(None, (self.cut, length)), default=0))
 
 
 def _spread(n: int, total: int) -> np.ndarray:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from earlyexit.atomic import atomic_path
+from earlyexit.checked import Checked, Weight
 from earlyexit.exits.criteria import CRITERIA, Criterion
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class ExitPolicy:
 
     Raises:
         ValueError: the criterion is unknown, there is no threshold, a threshold is NaN or out of
-            bounds, or the decay is negative or not allowed for the criterion.
+            bounds, or the decay is negative, infinite or not allowed for the criterion.
     """
 
     criterion: str
@@ -45,8 +51,11 @@ class ExitPolicy:
         for threshold in self.thresholds:
             if threshold != self.rule.never:
                 check_threshold(threshold, self.rule)
-        if not self.decay >= 0 or (self.decay and not self.rule.may_decay):
-            raise ValueError(f"decay={self.decay} must be ≥ 0, and 0 for {self.criterion!r}")
+        object.__setattr__(self, "decay", float(self.decay))
+        if not 0 <= self.decay < math.inf:
+            raise ValueError(f"decay={self.decay} must be ≥ 0 and finite")
+        if self.decay and not self.rule.may_decay:
+            raise ValueError(f"decay={self.decay} must be 0 for {self.criterion!r}")
 
     @classmethod
     def constant(cls, threshold: float, n_layers: int, criterion: str = "max_probability"):
@@ -94,22 +103,31 @@ class ExitPolicy:
         return np.where(passed.any(axis=1), passed.argmax(axis=1), scores.shape[1])
 
     def to_dict(self) -> dict:
-        """Return the policy as plain JSON, with null for a threshold that no score reaches."""
-        thresholds = [t if math.isfinite(t) else None for t in self.thresholds]
+        """Return the policy as plain JSON, with null for a threshold that no score reaches.
+
+        Raises:
+            ValueError: a threshold is infinite that every score reaches; JSON has no word for it.
+        """
+        thresholds = [None if t == self.rule.never else t for t in self.thresholds]
+        if -self.rule.never in thresholds:
+            raise ValueError(
+                f"threshold {-self.rule.never} of {self.criterion!r} cannot be saved: give a finite one"
+            )
         return {"criterion": self.criterion, "thresholds": thresholds, "decay": self.decay}
 
     @classmethod
-    def from_dict(cls, data: dict) -> ExitPolicy:
+    def from_dict(cls, data: object) -> ExitPolicy:
         """Make the policy that :meth:`to_dict` gave.
 
         Raises:
-            ValueError: a field is missing or unknown, or the class refuses its value.
+            ValueError: a field is missing, unknown or of a wrong type, or the class refuses its value.
         """
-        if set(data) != {"criterion", "thresholds", "decay"} or data["criterion"] not in CRITERIA:
-            raise ValueError(f"not an exit policy: {data}")
-        never = CRITERIA[data["criterion"]].never
-        thresholds = tuple(never if t is None else t for t in data["thresholds"])
-        return cls(data["criterion"], thresholds, data["decay"])
+        form = _Form(**exact_fields(data, _Form))
+        if form.criterion not in CRITERIA:
+            raise ValueError(f"unknown criterion {form.criterion!r}; known: {', '.join(CRITERIA)}")
+        never = CRITERIA[form.criterion].never
+        thresholds = tuple(never if t is None else t for t in form.thresholds)
+        return cls(form.criterion, thresholds, form.decay)
 
     def save(self, path: str | Path) -> None:
         """Write the policy as JSON."""
@@ -119,7 +137,45 @@ class ExitPolicy:
     @classmethod
     def load(cls, path: str | Path) -> ExitPolicy:
         """Read what :meth:`save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return read_document(path, cls.from_dict)
+
+
+@dataclass(frozen=True)
+class _Form(Checked):
+    """This is a policy as it stands in JSON; null is a threshold that no score reaches."""
+
+    criterion: str
+    thresholds: Annotated[tuple[float | None, ...], Field(strict=False, min_length=1)]
+    decay: Weight
+
+
+def exact_fields(data: object, kind: type) -> dict[str, Any]:
+    """Return a JSON object that has the fields of a dataclass, no more and no fewer.
+
+    Raises:
+        ValueError: it is no object, or fields are missing or unknown; the message names them.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{data!r:.80} is not a JSON object with named fields")
+    names = {field.name for field in fields(kind)}
+    wrong = {"missing": sorted(names - set(data)), "unknown": sorted(set(data) - names)}
+    if told := "; ".join(
+        f"{what}: {', '.join(map(str, some))}" for what, some in wrong.items() if some
+    ):
+        raise ValueError(f"fields {told}")
+    return data
+
+
+def read_document(path: str | Path, make: Callable[[object], T]) -> T:
+    """Read a JSON file, and make of it what ``make`` does.
+
+    Raises:
+        ValueError: the file holds no JSON, or ``make`` refuses it; the message names the file.
+    """
+    try:
+        return make(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def check_threshold(threshold: float, criterion: Criterion) -> float:

@@ -78,8 +78,8 @@ def load(
     certified = path.with_name("certificate.json")
     if certified.is_file():
         _check_bytes(certified)
-        certificate = Certificate.load(certified)
         try:
+            certificate = Certificate.load(certified)
             if certificate.check(model, corpus):
                 return Published(model, corpus, certificate, certificate.policy)
         except ValueError as error:

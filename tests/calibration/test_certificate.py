@@ -7,8 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from earlyexit.calibration.audit import PROCEDURES, audit, synthetic_units
+from earlyexit.calibration.bounds import METHODS
 from earlyexit.calibration.certificate import (
     CEILING,
     Certificate,
@@ -19,6 +22,8 @@ from earlyexit.calibration.certificate import (
 )
 from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.unit_losses import WindowLosses, window_losses
+from earlyexit.corpus.splits import Split
+from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 
 POLICIES = [ExitPolicy.constant(t, 3, "saturation") for t in (0.99, 0.9, 0.5)]
@@ -80,21 +85,202 @@ def test_nan_and_tokens_are_refused():
         losses([0.0]).per_unit("token")
 
 
-def test_file_round_trip_and_what_it_covers(tmp_path, caplog, make_model, corpus):
-    model, text = make_model(), replace(corpus.splits["certify"], data_hash="d")
-    measured = replace(losses([0.0, 0.02, 0.2]), model_hash=model.fingerprint())
-    found = decide(POLICIES, measured, 0.05, 0.05)
-    found.save(tmp_path / "c.json")
-    json.loads((tmp_path / "c.json").read_text())
-    loaded = Certificate.load(tmp_path / "c.json")
-    assert loaded == found
-    assert loaded.check(model, text) is True
-    assert loaded.check(model, replace(text, data_hash="other")) is False
-    assert "nothing is certified" in caplog.text
+TEXT = "d"
+LENGTHS = (29, 30, 12, 3)  # of the documents of a text
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+def text(name="test", lengths=LENGTHS) -> Split:
+    """Documents of these lengths, from the certified text."""
+    document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return Split(name, np.full(len(document), 2, np.int32), document, np.ones_like(document), TEXT)
+
+
+def certificate_of(model, cut=0, **changes) -> Certificate:
+    measured = replace(
+        losses([0.0, 0.02, 0.2]),
+        model_hash=model.fingerprint(), data_hash=TEXT, n_seq=model.n_seq, cut=cut, **changes,
+    )  # fmt: skip
+    return decide(POLICIES, measured, 0.05, 0.05)
+
+
+def test_it_covers_what_is_read_as_it_was_certified(model, corpus, caplog):
+    found = certificate_of(model)
+    assert found.check(model, text()) and found.check(model, text("certify"))
+    assert found.check(model, text(), policy=found.policy, n_seq=model.n_seq) is True
+    assert found.check(model, replace(corpus, data_hash=TEXT)) is True
+    assert not caplog.text
+    for other in ("other", ""):
+        assert found.check(model, replace(text(), data_hash=other)) is False
+        assert "nothing is certified" in caplog.text
+    nowhere = replace(found, data_hash="", digest="")
+    assert nowhere.check(model, replace(text(), data_hash="")) is False
+
+
+def test_another_model_is_refused(model):
+    found = certificate_of(model)
     with torch.no_grad():
         model.gates.gates[0].bias += 1e-3
     with pytest.raises(ValueError, match="certify again"):
-        loaded.check(model, text)
+        found.check(model, text())
+
+
+@pytest.mark.parametrize("name", ["train", "fit", "valid", "unheard of"])
+def test_a_split_that_was_fitted_to_is_refused(model, name):
+    with pytest.raises(ValueError, match=f"split '{name}'.* give 'certify' or 'test'"):
+        certificate_of(model).check(model, text(name))
+    with pytest.raises(ValueError, match=f"losses on '{name}'"):
+        certificate_of(model, split=name)
+
+
+@pytest.mark.parametrize(
+    ("certified", "given", "covered"),
+    [(0, 0, True), (16, 16, True), (64, 64, True),
+     (0, 64, True), (64, 0, True),  # no document is so long: both read whole documents
+     (0, 16, False), (16, 0, False), (16, 8, False), (8, 16, False), (0, 30, False)],
+)  # fmt: skip
+def test_documents_are_cut_as_they_were_certified(model, certified, given, covered):
+    found, part = certificate_of(model, certified), text().truncate(given)
+    if covered:
+        assert found.check(model, part) is True
+        return
+    with pytest.raises(
+        ValueError, match=f"truncate\\({certified}\\)" if certified else "are whole"
+    ):
+        found.check(model, part)
+
+
+def test_a_limited_split_tells_whether_documents_were_cut(model):
+    found, many = certificate_of(model), text(lengths=(30,) * 20)
+    assert many.limit(300).cut == 0 and found.check(model, many.limit(300))
+    assert many.truncate(20).limit(300).cut == 20 and many.limit(80).truncate(25).cut == 10
+    with pytest.raises(ValueError, match="documents cut to 10 tokens"):
+        found.check(model, many.limit(80))
+
+
+def test_another_policy_and_other_windows_are_refused(model):
+    found = certificate_of(model)
+    moved = replace(found.policy, thresholds=(0.89, *found.policy.thresholds[1:]))
+    with pytest.raises(ValueError, match=r"0\.89.* is not certified"):
+        found.check(model, text(), policy=moved)
+    for n_seq in (model.n_seq - 1, model.n_seq + 1, 0):
+        with pytest.raises(ValueError, match=f"n_seq={n_seq}: .* windows of {model.n_seq} tokens"):
+            found.check(model, text(), n_seq=n_seq)
+
+
+def test_what_was_measured_is_bound(model, corpus):
+    """The certificate gets windows, cut and text from the split that was run."""
+    part = replace(corpus.splits["certify"], data_hash=TEXT).truncate(12)
+    measured = window_losses(model, part, 1, [ExitPolicy.static(model.n_layers, model.n_layers)])
+    assert (measured.n_seq, measured.cut, measured.split) == (model.n_seq, 12, "certify")
+    found = decide([ExitPolicy.static(model.n_layers, model.n_layers)], measured, 2.0, 0.3)
+    assert found.check(model, part) is True
+    with pytest.raises(ValueError, match=r"truncate\(12\)"):
+        found.check(model, replace(corpus.splits["certify"], data_hash=TEXT))
+
+
+@st.composite
+def certificates(draw) -> Certificate:
+    rule = CRITERIA[draw(st.sampled_from(sorted(CRITERIA)))]
+    number = st.floats(-1e9, 1e9)
+    threshold = st.floats(*(max(-5, min(5, b)) for b in rule.bounds)) | st.just(rule.never)
+    thresholds = draw(st.lists(threshold, min_size=1, max_size=5))
+    layers, candidates = len(thresholds), draw(st.integers(1, 99))
+    delta = draw(st.floats(0.001, 0.999))
+    return Certificate(
+        policy=ExitPolicy(rule.name, tuple(thresholds)),
+        epsilon=draw(st.floats(1e-12, 1e12)), delta=delta,
+        unit=draw(st.sampled_from(["document", "window"])), n=draw(st.integers(2, 10**9)),
+        longest_unit=draw(st.integers(1, 10**9)), ceiling=draw(st.floats(1e-12, 1e12)),
+        clipped_share=draw(st.floats(0, 1)), method=draw(st.sampled_from(sorted(METHODS))),
+        p_value=draw(st.floats(0, delta)), bound=draw(number), mean_gap=draw(number),
+        token_gap=draw(number), layers=draw(st.floats(1, layers)), n_layers=layers,
+        smallest_level=draw(number), candidates=candidates,
+        accepted=draw(st.integers(1, candidates)), model_hash=draw(st.text()),
+        data_hash=draw(st.text()), n_seq=draw(st.integers(0, 10**6)), cut=draw(st.integers(0, 99)),
+    )  # fmt: skip
+
+
+ONE_FOLDER = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@ONE_FOLDER
+@given(found=certificates())
+def test_a_certificate_survives_its_file(tmp_path, found):
+    found.save(tmp_path / "c.json")
+    assert Certificate.load(tmp_path / "c.json") == found
+    text = (tmp_path / "c.json").read_text()
+    json.loads(text, parse_constant=lambda s: pytest.fail(f"{s} is not JSON"))
+
+
+WRONG = (
+    "x", "", -3, -0.5, 0.5, 1e-9, 10**400, math.nan, math.inf, None, True, [], [1], {}, {"a": 1},
+)  # fmt: skip
+
+
+@ONE_FOLDER
+@given(found=certificates(), data=st.data())
+def test_a_file_that_was_edited_is_refused_in_one_line(tmp_path, found, data):
+    path, edited = tmp_path / "c.json", json.loads(found.to_json())
+    place = edited["policy"] if data.draw(st.booleans()) else edited
+    key, value = data.draw(st.sampled_from(sorted(place))), data.draw(st.sampled_from(WRONG))
+    if isinstance(place[key], list) and data.draw(st.booleans()):
+        place, key = place[key], 0
+    before, place[key] = place[key], value
+    path.write_text(json.dumps(edited))
+    if type(before) is not bool and before == value and type(value) is not bool:
+        assert Certificate.load(path) == found
+        return
+    with pytest.raises(ValueError, match=r"c\.json: ") as refused:
+        Certificate.load(path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [({"epsilon": "x"}, "epsilon='x': must be a number"), ({"epsilon": 1e-9}, "a field was changed"),
+     ({"layers": -3}, "layers=-3: must be ≥ 1"), ({"bound": math.nan}, "must be a finite number"),
+     ({"n": 2.5}, "n=2.5: must be a whole number"), ({"unit": "token"}, "must be 'document' or"),
+     ({"method": "guess"}, "method='guess': known are"), ({"digest": ""}, "digest=''"),
+     ({"p_value": 0.5}, "p_value=0.5 above delta=0.05"), ({"more": 1}, "unknown: more"),
+     ({"accepted": 9}, "accepted=9 of candidates=3"), ({"layers": 9.0}, "layers=9.0 of n_layers=3"),
+     ({"policy": 3}, "3 is not a JSON object"), ({"digest": "0" * 16}, "has digest '0000"),
+     ({"policy": ExitPolicy.constant(0.9, 99).to_dict()}, "99 thresholds for n_layers=3"),
+     ({"policy": ExitPolicy.constant(0.91, 3, "saturation").to_dict()}, "a field was changed")],
+)  # fmt: skip
+def test_a_wrong_field_is_named(model, edit, told):
+    given = json.loads(certificate_of(model).to_json()) | edit
+    with pytest.raises(ValueError) as refused:
+        Certificate.from_dict(given)
+    assert told in str(refused.value)
+
+
+def test_no_certificate_at_all_is_refused(model, tmp_path):
+    given = json.loads(certificate_of(model).to_json())
+    for name in given:
+        with pytest.raises(ValueError, match=f"missing: {name}"):
+            Certificate.from_dict({k: v for k, v in given.items() if k != name})
+    for text in ("", "3", "[]", "null", "{", "[" * 100_000, "\ufeff{}"):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ValueError, match=r"c\.json: "):
+            Certificate.load(tmp_path / "c.json")
+
+
+def test_a_changed_copy_is_refused_unless_made_on_purpose(model):
+    found = certificate_of(model)
+    for change in ({"epsilon": 1e-9}, {"policy": POLICIES[2]}, {"cut": 8}):
+        with pytest.raises(ValueError, match="a field was changed"):
+            replace(found, **change)
+        assert replace(found, **change, digest="").digest != found.digest
+    object.__setattr__(found, "epsilon", 1e-9)
+    with pytest.raises(ValueError, match="a field was changed"):
+        found.check(model, text())
 
 
 def test_splits_keep_to_their_roles(make_model, corpus):

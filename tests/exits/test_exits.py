@@ -99,11 +99,67 @@ def test_a_token_leaves_at_the_first_layer_that_passes(name, layers, data):
 def test_a_policy_survives_its_file(tmp_path_factory, name, data):
     rule = CRITERIA[name]
     values = st.floats(*(max(-5, min(5, b)) for b in rule.bounds)) | st.just(rule.never)
-    policy = ExitPolicy(name, tuple(data.draw(st.lists(values, min_size=1, max_size=5))))
+    decay = data.draw(st.floats(0, 1e9) | st.integers(0, 9)) if rule.may_decay else 0
+    policy = ExitPolicy(name, tuple(data.draw(st.lists(values, min_size=1, max_size=5))), decay)
     path = tmp_path_factory.mktemp("policy") / "policy.json"
     policy.save(path)
     assert ExitPolicy.load(path) == policy
     json.loads(path.read_text(), parse_constant=lambda s: pytest.fail(f"{s} is not JSON"))
+
+
+WRONG = (
+    "x",
+    "",
+    "0.5",
+    -3,
+    1e9,
+    10**400,
+    math.nan,
+    math.inf,
+    None,
+    True,
+    [],
+    {},
+    ["0.5"],
+    [True],
+    [[]],
+)
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: f"{value!r:.9}")
+@pytest.mark.parametrize("field", ["criterion", "thresholds", "decay"])
+def test_a_wrong_field_in_a_file_is_refused_in_one_line(tmp_path, field, value):
+    document = ExitPolicy("margin", (0.5, 0.25)).to_dict() | {field: value}
+    if (field, value) == ("decay", 1e9):
+        assert ExitPolicy.from_dict(document).decay == value
+        return
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"p\.json: ") as refused:
+        ExitPolicy.load(tmp_path / "p.json")
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_policy_is_refused(tmp_path):
+    document = ExitPolicy("margin", (0.5, 0.25)).to_dict()
+    for name in document:
+        with pytest.raises(ValueError, match=f"missing: {name}$"):
+            ExitPolicy.from_dict({k: v for k, v in document.items() if k != name})
+    with pytest.raises(ValueError, match=r"unknown: layers$"):
+        ExitPolicy.from_dict(document | {"layers": 2})
+    for other in (None, 3, [], "policy"):
+        with pytest.raises(ValueError, match="is not a JSON object"):
+            ExitPolicy.from_dict(other)
+    for text in ("", "{", "[" * 100_000, "\ufeff{}"):
+        (tmp_path / "p.json").write_text(text)
+        with pytest.raises(ValueError, match=r"p\.json: "):
+            ExitPolicy.load(tmp_path / "p.json")
+
+
+def test_a_threshold_that_json_cannot_hold_is_refused_when_saved(tmp_path):
+    always = ExitPolicy.constant(math.inf, 2, "gate")  # null would read back as never
+    with pytest.raises(ValueError, match="threshold inf of 'gate' cannot be saved"):
+        always.save(tmp_path / "p.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_static_policies_name_their_layer():
@@ -135,7 +191,7 @@ def test_impossible_policies_are_refused(tmp_path):
         ExitPolicy("intuition", (0.5,))
     with pytest.raises(ValueError, match="threshold"):
         ExitPolicy("entropy", ())
-    for decay in (-1.0, math.nan):
+    for decay in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="decay"):
             ExitPolicy("margin", (0.5,), decay)
     with pytest.raises(ValueError, match="decay"):
