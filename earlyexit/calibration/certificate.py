@@ -62,7 +62,7 @@ class Certificate(Checked):
         policy: the certified policy.
         epsilon, delta: tolerated quality loss, and the probability with which it may be broken.
         unit, n: what the units are, and how many there were.
-        longest_unit: tokens of the longest unit, which shows whether documents were cut.
+        longest_unit: tokens of the longest unit.
         ceiling: B in nats; clipped_share: share of units above it.
         method: the test; p_value: its p-value for the certified policy.
         bound: upper bound (1 − δ) on the policy's mean clipped loss, nats; only the certified level is

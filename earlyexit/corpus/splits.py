@@ -98,7 +98,7 @@ class Split:
         wanted[chosen] = length or self.n_tokens
         keep = np.arange(self.n_tokens) - np.repeat(starts, lengths) < np.repeat(wanted, lengths)
         kept = {k: getattr(self, k)[keep] for k in ("ids", "document", "characters")}
-        return replace(self, **kept, cut=min(filter(None, (self.cut, length)), default=0))
+        return replace(self, **kept, cut=int(min(filter(None, (self.cut, length)), default=0)))
 
 
 def _spread(n: int, total: int) -> np.ndarray:

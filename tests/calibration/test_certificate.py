@@ -174,7 +174,7 @@ def test_another_policy_and_other_windows_are_refused(model):
 
 def test_what_was_measured_is_bound(model, corpus):
     """The certificate gets windows, cut and text from the split that was run."""
-    part = replace(corpus.splits["certify"], data_hash=TEXT).truncate(12)
+    part = replace(corpus.splits["certify"], data_hash=TEXT).truncate(np.int64(12))
     measured = window_losses(model, part, 1, [ExitPolicy.static(model.n_layers, model.n_layers)])
     assert (measured.n_seq, measured.cut, measured.split) == (model.n_seq, 12, "certify")
     found = decide([ExitPolicy.static(model.n_layers, model.n_layers)], measured, 2.0, 0.3)
