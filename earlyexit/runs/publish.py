@@ -92,15 +92,11 @@ def block(template: str, profile: str, root: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "answer": partial(block, "answer.md", "wikitext2"),
-    "answer-wide": partial(block, "answer.md", "wikitext2-wide"),
-    "answer-default": partial(block, "answer.md", "cpu"),
-    "claims": partial(block, "claims.md", "wikitext2"),
+    "answer": partial(block, "answer.md", "cpu"),
+    "claims": partial(block, "claims.md", "cpu"),
     "depth": partial(block, "depth.md", "wikitext2"),
-    "guarantee": partial(block, "guarantee.md", "wikitext2"),
-    "text": partial(block, "text.md", "wikitext2"),
-    "text-wide": partial(block, "text.md", "wikitext2-wide"),
-    "text-default": partial(block, "text.md", "cpu"),
+    "guarantee": partial(block, "guarantee.md", "cpu"),
+    "text": partial(block, "text.md", "cpu"),
     "products": partial(block, "products.md", "combinations"),
     "status": status_block,
 }
