@@ -22,9 +22,11 @@ from earlyexit.exits.statistics import layers_executed
 
 Thresholds = Literal["global", "per_layer", "decaying"]
 DECAYS = (0.0, 1.0, 2.0, 4.0, 8.0)  # temperatures tried for decaying thresholds
-SWEEPS = 8  # over all pairs of layers; most searches settle within three
-PRICES = np.logspace(-2, 4, 25)  # of a nat, over the cost of full depth
-SPREAD = 48  # thresholds tried over a layer's whole range where two layers move together
+PRICES = (-2, 4)  # decades of the price of a nat, over the cost of full depth
+BISECTIONS = 16  # of this price
+SWEEPS = 8  # over the layers; most descents settle within three
+SPREAD = {2: 48, 3: 7}  # levels tried over a layer's range where so many layers move together
+MANY = 10  # layers above which no three thresholds move together: there are too many triples
 ROUNDING = 1e-12  # relative; the sums of the search and of the read-outs may differ by it
 
 
@@ -105,9 +107,9 @@ def fit_policy(
         cheapest = trace.sweep(criterion).query("layers < @trace.n_layers")["quality_loss"]
         least = f"{cheapest.min():.2%}" if len(cheapest) else "none"
         raise Unreachable(
-            f"no policy of {criterion!r} leaves early within {epsilon:.2%} on the {trace.split} part;"
-            f" the smallest loss of any that does is {least}: allow more, train the exits longer, or"
-            " run full depth"
+            f"no policy of {criterion!r} costs less than full depth within {epsilon:.2%} on the"
+            f" {trace.split} part; the smallest loss of any that leaves early is {least}: allow more,"
+            " train the exits longer, or run full depth"
         )
     return policy
 
@@ -117,7 +119,7 @@ def fit_policy_to_cost(
 ) -> ExitPolicy:
     """Return the policy of least loss on the trace whose mean cost is at most ``cost``.
 
-    Its thresholds are per layer.
+    Its thresholds are per layer. Where all tokens leave at one exit, its check is still paid.
 
     Args:
         trace: a trace of the fit part, never of the test split.
@@ -145,12 +147,11 @@ def fit_policy_to_cost(
     return policy
 
 
-def mean_cost(
-    trace: ExitTrace, policy: ExitPolicy, costs: ExitCosts | Sequence[float]
-) -> float:
+def mean_cost(trace: ExitTrace, policy: ExitPolicy, costs: ExitCosts | Sequence[float]) -> float:
     """Return the mean cost per token of a policy on the trace."""
     executed = layers_executed(trace.exit_layers(policy), trace.n_layers)
-    return float(ExitCosts.of(costs).paid(policy)[executed - 1].mean())
+    shares = np.bincount(executed - 1, minlength=trace.n_layers) / trace.n_tokens
+    return float(shares @ ExitCosts.of(costs).paid(policy))  # exact where all leave at one exit
 
 
 def _checked_costs(trace: ExitTrace, costs: ExitCosts | Sequence[float]) -> ExitCosts:
@@ -190,9 +191,9 @@ def _per_layer(trace, criterion, costs, merit: Merit) -> ExitPolicy | None:
     table = _Table(trace, criterion, costs)
     _, single = table.one_threshold(merit)
     starts = [*table.statics(), *([] if single is None else [table.levels(single)])]
-    scores = [float(merit(*table.totals(levels))) for levels in starts]
-    best = starts[int(np.argmin(scores))]
-    found = [table.descend(start, merit) for start in [best, *table.around(merit)]]
+    best = min(starts, key=lambda levels: table.score(levels, merit))
+    moved = 3 if trace.n_layers <= MANY else 2
+    found = [table.descend(start, merit, moved) for start in [best, *table.around(merit)]]
     score, levels = min(found, key=lambda pair: pair[0])
     return table.policy(levels) if np.isfinite(score) else None
 
@@ -305,15 +306,12 @@ class _Table:
         nll, cost = np.full(axes, nll_then.sum()), np.full(axes, cost_then.sum())
         place, cells = np.zeros(tokens, dtype=np.int64), []
         for axis, (layer, grid) in enumerate(zip(layers, grids, strict=True)):
-
-            def count(weights=None):
-                found = np.bincount(place[rows], weights, minlength=int(np.prod(cells)))
-                return found.reshape(*cells, *[1] * (len(axes) - len(cells)))
-
+            wide = [1] * (len(axes) - axis - 1)  # layers that a token has not reached yet
             rows = np.flatnonzero(first > layer)
             if self.checks[layer]:
-                checked = (grid > 0).reshape(-1, *[1] * (len(axes) - axis - 1))
-                cost += self.checks[layer] * checked * _beyond(count(), axis)
+                checked = (grid > 0).reshape(-1, *wide)
+                reached = _counts(place[rows], [*cells, 1, *wide])
+                cost += self.checks[layer] * checked * _beyond(reached, axis)
             cells.append(len(grid) + 1)
             level = np.zeros(len(self.values[layer]) + 2, dtype=np.int64)
             level[grid + 1] = 1
@@ -323,8 +321,8 @@ class _Table:
                 (nll, self.nll[rows, layer], nll_then),
                 (cost, paid[layer], cost_then),
             ):
-                gained = count(now - then[rows]).cumsum(axis=axis)[upto]
-                total += _beyond(gained, axis)
+                gained = _counts(place[rows], [*cells, *wide], now - then[rows])
+                total += _beyond(gained.cumsum(axis=axis)[upto], axis)
         return nll / tokens, cost / tokens
 
     def exits(self, levels: np.ndarray) -> np.ndarray:
@@ -334,36 +332,50 @@ class _Table:
             first[self.ranks[:, layer] <= levels[layer]] = layer
         return first
 
-    def grid(self, layer: int, level: int, whole: bool) -> np.ndarray:
+    def grid(self, layer: int, level: int, moved: int) -> np.ndarray:
         """Return levels to try: all of them, or some over the range and closer ones near ``level``."""
         top = len(self.values[layer])
-        if whole:
+        if moved == 1:
             return np.arange(top + 1)
-        steps = 2 ** np.arange(int(top).bit_length())
-        spread = np.linspace(0, top, SPREAD).astype(int)
+        steps = 2 ** np.arange(0, int(top).bit_length(), moved - 1)
+        spread = np.linspace(0, top, SPREAD[moved]).astype(int)
         tried = np.concatenate([spread, [level], level - steps, level + steps])
         return np.unique(tried[(tried >= 0) & (tried <= top)])
 
     def around(self, merit: Merit) -> list[np.ndarray]:
-        """Return the levels that are best at a price of a nat, on both sides of the merit's limit."""
-        levels, path = np.zeros(len(self.values), dtype=int), []
-        for price in PRICES * self.leaving[-1]:
-            levels = self.descend(levels, lambda nll, cost, p=price: cost + p * nll, pairs=False)[1]
-            path.append(levels)
-        kept = np.isfinite([float(merit(*self.totals(levels))) for levels in path])
-        turn = int((kept[1:] != kept[:-1]).argmax()) if len(set(kept)) > 1 else 0
-        return path[turn : turn + 2]
+        """Return the levels that are best at a price of a nat, on both sides of the merit's limit.
 
-    def descend(self, levels, merit: Merit, pairs: bool = True) -> tuple[float, np.ndarray]:
-        """Move one layer's threshold, then two layers' together, until the merit no longer falls."""
+        The price is bisected; at its lowest, all tokens leave as cheaply as they can.
+        """
+        low, high = np.log10(self.leaving[-1]) + np.array(PRICES)
+        cheap, good = (self.at_price(price, self.statics()[-1]) for price in (low, high))
+        cheap_keeps = self.score(cheap, merit) < np.inf
+        sides = {cheap_keeps: cheap, self.score(good, merit) < np.inf: good}
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            levels = self.at_price(middle, good)
+            keeps = self.score(levels, merit) < np.inf
+            sides[keeps] = levels
+            low, high = (middle, high) if keeps == cheap_keeps else (low, middle)
+        return list(sides.values())
+
+    def at_price(self, price: float, start: np.ndarray) -> np.ndarray:
+        """Return the levels of least mean cost + 10^price · NLL, one layer moved at a time."""
+        return self.descend(start, lambda nll, cost: cost + 10**price * nll, moved=1)[1]
+
+    def score(self, levels: np.ndarray, merit: Merit) -> float:
+        """Return the merit of one policy."""
+        return float(merit(*self.totals(levels)))
+
+    def descend(self, levels, merit: Merit, moved: int) -> tuple[float, np.ndarray]:
+        """Move the thresholds of up to ``moved`` layers at a time until the merit no longer falls."""
         levels, every = np.array(levels), range(len(levels))
-        moves = [*combinations(every, 1), *(combinations(every, 2) if pairs else ())]
-        score = float(merit(*self.totals(levels)))
+        moves = [layers for n in range(moved) for layers in combinations(every, n + 1)]
+        score = self.score(levels, merit)
         for _ in range(SWEEPS):
             before = score
             for layers in moves:
-                whole = pairs and len(layers) == 1
-                grids = [self.grid(i, levels[i], whole) for i in layers]
+                grids = [self.grid(i, levels[i], len(layers)) for i in layers]
                 scores = merit(*self.totals(levels, layers, grids))
                 top = np.unravel_index(scores.argmin(), scores.shape)
                 if scores[top] < score:
@@ -372,6 +384,11 @@ class _Table:
             if not score < before - ROUNDING * abs(before):
                 break
         return score, levels
+
+
+def _counts(place: np.ndarray, shape: list[int], weights: np.ndarray | None = None) -> np.ndarray:
+    """Count the tokens at each place of an array of this shape, or sum up their weights."""
+    return np.bincount(place, weights, minlength=int(np.prod(shape))).reshape(shape)
 
 
 def _beyond(counts: np.ndarray, axes: int) -> np.ndarray:
