@@ -26,7 +26,7 @@ PRICES = (-2, 4)  # decades of the price of a nat, over the cost of full depth
 BISECTIONS = 16  # of this price
 SWEEPS = 8  # over the layers; most descents settle within three
 SPREAD = {2: 48, 3: 7}  # levels tried over a layer's range where so many layers move together
-MANY = 10  # layers above which no three thresholds move together: there are too many triples
+MANY = 10  # layers above which one start and pairs must do: there are too many triples
 ROUNDING = 1e-12  # relative; the sums of the search and of the read-outs may differ by it
 
 
@@ -190,10 +190,15 @@ def _per_layer(trace, criterion, costs, merit: Merit) -> ExitPolicy | None:
     """Descend from the best static exit or single threshold, and from both neighbours on the hull."""
     table = _Table(trace, criterion, costs)
     _, single = table.one_threshold(merit)
-    starts = [*table.statics(), *([] if single is None else [table.levels(single)])]
-    best = min(starts, key=lambda levels: table.score(levels, merit))
-    moved = 3 if trace.n_layers <= MANY else 2
-    found = [table.descend(start, merit, moved) for start in [best, *table.around(merit)]]
+    simple = [*table.statics(), *([] if single is None else [table.levels(single)])]
+
+    def best(starts: list[np.ndarray]) -> np.ndarray:
+        return min(starts, key=lambda levels: table.score(levels, merit))
+
+    starts, moved = [best(simple), *table.around(merit)], 3
+    if trace.n_layers > MANY:
+        starts, moved = [best(starts)], 2
+    found = [table.descend(start, merit, moved) for start in starts]
     score, levels = min(found, key=lambda pair: pair[0])
     return table.policy(levels) if np.isfinite(score) else None
 
