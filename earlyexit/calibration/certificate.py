@@ -29,7 +29,7 @@ from pydantic import Field
 
 from earlyexit.atomic import atomic_path
 from earlyexit.calibration.bounds import METHODS, fixed_sequence, smallest_level, upper_bound
-from earlyexit.calibration.thresholds import Thresholds, Unreachable, fit_policy
+from earlyexit.calibration.thresholds import ExitCosts, Thresholds, Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.calibration.unit_losses import Unit, WindowLosses, window_losses
 from earlyexit.checked import Checked, Count, Limit, Positive, Probability, Share
@@ -246,7 +246,7 @@ def propose(
     epsilons: Sequence[float],
     criterion: str = "gate",
     thresholds: Thresholds = "per_layer",
-    costs: Sequence[float] | None = None,
+    costs: ExitCosts | Sequence[float] | None = None,
 ) -> list[ExitPolicy]:
     """Fit a candidate to each ε on the fit part, and order them safest first.
 
@@ -301,7 +301,7 @@ def certify(
     delta: float = 0.05,
     criterion: str = "gate",
     thresholds: Thresholds = "per_layer",
-    costs: Sequence[float] | None = None,
+    costs: ExitCosts | Sequence[float] | None = None,
     unit: Unit = "document",
     method: str = "betting",
 ) -> Certificate:

@@ -1,8 +1,15 @@
-"""A policy is fitted on a trace of the fit part: to a tolerated quality loss ε, or to a cost."""
+"""A policy is fitted on a trace of the fit part: to a tolerated quality loss ε, or to a cost.
+
+Both fits are the same search, with loss and cost changing places: one of them is least while the other
+keeps to a limit. A threshold is an index into a layer's distinct scores, 0 where nobody may leave (and
+nothing is checked), so a histogram of the tokens' ranks answers for thousands of policies at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -14,12 +21,51 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import layers_executed
 
 Thresholds = Literal["global", "per_layer", "decaying"]
-SWEEPS = 4  # coordinate descent over the layers' thresholds settles within a few
 DECAYS = (0.0, 1.0, 2.0, 4.0, 8.0)  # temperatures tried for decaying thresholds
+PRICES = (-2, 4)  # decades of the price of a nat, over the cost of full depth
+BISECTIONS = 16  # of this price
+SWEEPS = 8  # over the layers; most descents settle within three
+SPREAD = {2: 48, 3: 7}  # levels tried over a layer's range where so many layers move together
+MANY = 10  # layers above which one start and pairs must do: there are too many triples
+ROUNDING = 1e-12  # relative; the sums of the search and of the read-outs may differ by it
 
 
 class Unreachable(ValueError):
     """No policy of this criterion keeps to the limit; the message says what the best one does."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExitCosts:
+    """What a token pays, in one unit: for leaving at an exit, and for every check on the way.
+
+    Attributes:
+        leaving: cost per token of leaving at exit 0 … L − 1, without any check ``(L,)``.
+        checks: price of the check after each layer ``(L,)``, of every token that reaches it; a policy
+            that makes no check there does not pay it.
+
+    Raises:
+        ValueError: the two have different lengths.
+    """
+
+    leaving: np.ndarray
+    checks: np.ndarray
+
+    def __post_init__(self):
+        if self.leaving.shape != self.checks.shape:
+            raise ValueError(f"{self.leaving.size} exits have {self.checks.size} prices of checks")
+
+    @classmethod
+    def of(cls, costs: ExitCosts | Sequence[float]) -> ExitCosts:
+        """Return the costs; numbers ``(L,)`` are what leaving costs, and their checks are free."""
+        if isinstance(costs, ExitCosts):
+            return costs
+        leaving = np.asarray(costs, dtype=float)
+        return cls(leaving, np.zeros_like(leaving))
+
+    def paid(self, policy: ExitPolicy) -> np.ndarray:
+        """Return the cost per token of leaving at each exit ``(L,)``, with the policy's checks."""
+        checked = [policy.checks(layer) for layer in range(len(self.checks))]
+        return self.leaving + np.cumsum(self.checks * checked)
 
 
 def fit_policy(
@@ -27,7 +73,7 @@ def fit_policy(
     criterion: str = "gate",
     epsilon: float = 0.05,
     thresholds: Thresholds = "per_layer",
-    costs: Sequence[float] | None = None,
+    costs: ExitCosts | Sequence[float] | None = None,
 ) -> ExitPolicy:
     """Return the cheapest policy whose quality loss on the trace is at most ``epsilon``.
 
@@ -35,150 +81,324 @@ def fit_policy(
         trace: a trace of the fit part, never of the test split.
         criterion: a key of ``CRITERIA``.
         epsilon: tolerated quality loss ε > 0 (perplexity over full depth − 1).
-        thresholds: one ``"global"`` threshold, one ``"per_layer"`` (Lagrangian, coordinate descent),
-            or one ``"decaying"`` with the position (CALM, eq. 5).
-        costs: cost of leaving at exit 0 … L − 1, by default layers executed; see
-            :func:`earlyexit.cost.parts.exit_costs`.
+        thresholds: one ``"global"`` threshold, one ``"per_layer"``, or one ``"decaying"`` with the
+            position (CALM, eq. 5). Only thresholds per layer can skip a check.
+        costs: cost of leaving at exit 0 … L − 1, by default layers executed; with prices of checks
+            from :func:`earlyexit.cost.parts.policy_costs`.
 
     Raises:
         ValueError: ε is not positive, the trace is of the test split, or costs have another length.
-        Unreachable: only full depth keeps to ε.
+        Unreachable: no policy within ε is cheaper than full depth without checks.
     """
     refuse_test(trace.split)
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon} must be > 0: it is the tolerated quality loss")
-    costs = np.arange(1.0, trace.n_layers + 1) if costs is None else np.asarray(costs, dtype=float)
-    if costs.shape != (trace.n_layers,):
-        raise ValueError(f"{costs.size} costs for {trace.n_layers} exits")
-    fit = {"global": _global, "per_layer": _per_layer, "decaying": _decaying}[thresholds]
-    policy = fit(trace, criterion, epsilon, costs)
-    if policy is None:
+    costs = _checked_costs(trace, np.arange(1.0, trace.n_layers + 1) if costs is None else costs)
+    limit = trace.full_nll + np.log1p(epsilon)
+
+    def merit(limit: float) -> Merit:
+        return lambda nll, cost: np.where(nll <= limit, cost, np.inf)
+
+    def keeps(policy: ExitPolicy) -> bool:
+        return trace.evaluate(policy)["quality_loss"] <= epsilon
+
+    policy = _best(trace, criterion, thresholds, costs, limit, merit, keeps)
+    if policy is None or not mean_cost(trace, policy, costs) < costs.leaving[-1]:
         cheapest = trace.sweep(criterion).query("layers < @trace.n_layers")["quality_loss"]
         least = f"{cheapest.min():.2%}" if len(cheapest) else "none"
         raise Unreachable(
-            f"no policy of {criterion!r} leaves early within {epsilon:.2%} on the {trace.split} part;"
-            f" the smallest loss of any that does is {least}: allow more, train the exits longer, or"
-            " run full depth"
+            f"no policy of {criterion!r} costs less than full depth within {epsilon:.2%} on the"
+            f" {trace.split} part; the smallest loss of any that leaves early is {least}: allow more,"
+            " train the exits longer, or run full depth"
         )
     return policy
 
 
 def fit_policy_to_cost(
-    trace: ExitTrace, criterion: str, cost: float, costs: Sequence[float]
+    trace: ExitTrace, criterion: str, cost: float, costs: ExitCosts | Sequence[float]
 ) -> ExitPolicy:
     """Return the policy of least loss on the trace whose mean cost is at most ``cost``.
 
-    Its thresholds are per layer.
+    Its thresholds are per layer. Where all tokens leave at one exit, its check is still paid.
 
     Args:
         trace: a trace of the fit part, never of the test split.
         cost: cost per token, in the unit of ``costs``; see :func:`fit_policy`.
 
     Raises:
-        ValueError: the trace is of the test split.
-        Unreachable: even leaving at exit 0 costs more.
+        ValueError: the trace is of the test split, or costs have another length.
+        Unreachable: even leaving at the cheapest exit costs more.
     """
     refuse_test(trace.split)
-    costs = np.asarray(costs, dtype=float)
+    costs = _checked_costs(trace, costs)
 
-    def affordable(policy: ExitPolicy) -> bool:
+    def merit(limit: float) -> Merit:
+        return lambda nll, spent: np.where(spent <= limit, nll, np.inf)
+
+    def keeps(policy: ExitPolicy) -> bool:
         return mean_cost(trace, policy, costs) <= cost
 
-    path = _path(trace, criterion, costs, lambda policy: not affordable(policy))
-    found = [p for p in path if affordable(p)]
-    if not found:
+    policy = _best(trace, criterion, "per_layer", costs, cost, merit, keeps)
+    if policy is None:
+        least = costs.leaving[0] + costs.checks[0]
         raise Unreachable(
-            f"no policy of {criterion!r} costs {cost:.4g} or less: exit 0 costs {costs[0]:.4g}"
+            f"no policy of {criterion!r} costs {cost:.4g} or less: exit 0 costs {least:.4g}"
         )
-    return min(found, key=lambda p: trace.evaluate(p)["quality_loss"])
+    return policy
 
 
-def mean_cost(trace: ExitTrace, policy: ExitPolicy, costs: np.ndarray) -> float:
+def mean_cost(trace: ExitTrace, policy: ExitPolicy, costs: ExitCosts | Sequence[float]) -> float:
     """Return the mean cost per token of a policy on the trace."""
-    return float(costs[layers_executed(trace.exit_layers(policy), trace.n_layers) - 1].mean())
+    executed = layers_executed(trace.exit_layers(policy), trace.n_layers)
+    shares = np.bincount(executed - 1, minlength=trace.n_layers) / trace.n_tokens
+    return float(shares @ ExitCosts.of(costs).paid(policy))  # exact where all leave at one exit
 
 
-def _global(trace, criterion, epsilon, costs, decay: float = 0.0) -> ExitPolicy | None:
-    rule, layers = CRITERIA[criterion], trace.n_layers
-    scores = trace.score(criterion)[:, : layers - 1]
-    grid = np.unique(np.quantile(scores, np.linspace(0, 1, 100 if decay else 400)))
-    best, cheapest = None, costs[-1]
-    if not decay:  # the sweep answers all thresholds at once; only the extremes are run through
-        sweep = trace.sweep(criterion, grid)
-        grid = sweep[sweep["quality_loss"] <= epsilon]["threshold"].to_numpy()
-        grid = np.concatenate([grid[:3], grid[-3:]]) if len(grid) > 6 else grid
-    for threshold in grid:
-        policy = ExitPolicy(
-            criterion, (float(threshold),) * (layers - 1) + (rule.never,), decay=decay
-        )
-        cost = mean_cost(trace, policy, costs)
-        if cost < cheapest and trace.evaluate(policy)["quality_loss"] <= epsilon:
-            best, cheapest = policy, cost
-    return best
+def _checked_costs(trace: ExitTrace, costs: ExitCosts | Sequence[float]) -> ExitCosts:
+    costs = ExitCosts.of(costs)
+    if costs.leaving.shape != (trace.n_layers,):
+        raise ValueError(f"{costs.leaving.size} costs for {trace.n_layers} exits")
+    return costs
 
 
-def _decaying(trace, criterion, epsilon, costs) -> ExitPolicy | None:
-    fitted = (_global(trace, criterion, epsilon, costs, decay) for decay in DECAYS)
-    return _cheapest(trace, fitted, costs)
+# ---------------------------------------------------------------------------- search
+
+# What is minimised, given arrays of the mean NLL and the mean cost of many policies.
+Merit = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _per_layer(trace, criterion, epsilon, costs) -> ExitPolicy | None:
-    """Return the cheapest on the path of prices that keeps to ε, or a global threshold."""
-
-    def within(policy: ExitPolicy) -> bool:
-        return trace.evaluate(policy)["quality_loss"] <= epsilon
-
-    found = [p for p in _path(trace, criterion, costs, within) if within(p)]
-    best = _cheapest(trace, [*found, _global(trace, criterion, epsilon, costs)], costs)
-    return best if best and mean_cost(trace, best, costs) < costs[-1] else None
-
-
-def _cheapest(trace, policies: Iterable[ExitPolicy | None], costs) -> ExitPolicy | None:
-    found = (policy for policy in policies if policy is not None)
-    return min(found, key=lambda policy: mean_cost(trace, policy, costs), default=None)
+def _best(trace, criterion, thresholds, costs, limit, merit, keeps) -> ExitPolicy | None:
+    """Return the policy of least ``merit(limit)`` that really keeps to the limit, if there is one."""
+    search = {"global": _one_threshold, "per_layer": _per_layer, "decaying": _decaying}[thresholds]
+    for slack in (ROUNDING, -ROUNDING):
+        policy = search(trace, criterion, costs, merit(limit + slack * abs(limit)))
+        if policy is not None and keeps(policy):
+            return policy
+    return None
 
 
-def _path(trace, criterion, costs, cheaper: Callable[[ExitPolicy], bool]) -> Iterator[ExitPolicy]:
-    """Bisect over the price λ of a nat, and yield the policy that is best at each price.
+def _one_threshold(trace, criterion, costs, merit: Merit, decay: float = 0.0) -> ExitPolicy | None:
+    return _Table(trace, criterion, costs, decay).one_threshold(merit)[1]
 
-    After each policy ``cheaper`` says whether the next one may spend less.
+
+def _decaying(trace, criterion, costs, merit: Merit) -> ExitPolicy | None:
+    found = [_Table(trace, criterion, costs, decay).one_threshold(merit) for decay in DECAYS]
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _per_layer(trace, criterion, costs, merit: Merit) -> ExitPolicy | None:
+    """Descend from the best static exit or single threshold, and from both neighbours on the hull."""
+    table = _Table(trace, criterion, costs)
+    _, single = table.one_threshold(merit)
+    simple = [*table.statics(), *([] if single is None else [table.levels(single)])]
+
+    def best(starts: list[np.ndarray]) -> np.ndarray:
+        return min(starts, key=lambda levels: table.score(levels, merit))
+
+    starts, moved = [best(simple), *table.around(merit)], 3
+    if trace.n_layers > MANY:
+        starts, moved = [best(starts)], 2
+    found = [table.descend(start, merit, moved) for start in starts]
+    score, levels = min(found, key=lambda pair: pair[0])
+    return table.policy(levels) if np.isfinite(score) else None
+
+
+class _Table:
+    """The trace as ranks: what T tokens lose and cost under any thresholds of one criterion.
+
+    ``levels`` ``(L − 1,)`` are a policy: k lets the k best distinct scores of a layer leave, 0 none.
+
+    Attributes:
+        ranks: of a token's score among the layer's distinct scores, 1 the best ``(T, L − 1)``; a
+            missing score comes after all of them.
+        values: the distinct scores of each layer, best first.
+        nll: NLL in nats ``(T, L)``.
     """
-    low, high = np.log10(costs[-1]) - 2, np.log10(costs[-1]) + 4
-    policy = None
-    for _ in range(18):
-        middle = (low + high) / 2
-        policy = _at_price(trace, criterion, 10**middle, costs, policy)
-        yield policy
-        low, high = (low, middle) if cheaper(policy) else (middle, high)
+
+    def __init__(self, trace: ExitTrace, criterion: str, costs: ExitCosts, decay: float = 0.0):
+        self.criterion, self.rule, self.decay = criterion, CRITERIA[criterion], decay
+        self.sign = 1.0 if self.rule.exit_above else -1.0
+        scores = trace.score(criterion)[:, :-1]
+        if decay:  # score ≥ 0.9 λ + 0.1 exp(−τ t / N), solved for λ
+            falling = np.exp(-decay * trace.position / trace.n_seq)[:, None]
+            scores = (scores - 0.1 * falling) / 0.9
+        self.scores, self.nll = scores, np.asfortranarray(trace.nll, dtype=np.float64)
+        early = np.arange(trace.n_layers) < trace.n_layers - 1  # a check at the last saves nothing
+        checks = costs.checks * early
+        self.leaving = costs.leaving + np.cumsum(checks * self.rule.streak)  # a streak never skips
+        self.checks = checks * (not self.rule.streak)
+        self.values, ranks = [], []
+        for column in scores.T:
+            values, rank = self._ranked(column)
+            self.values.append(values)
+            ranks.append(rank)
+        self.ranks = np.array(ranks, dtype=np.int64).reshape(-1, len(scores)).T
+
+    def _ranked(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, index = np.unique(-self.sign * scores, return_inverse=True)
+        known = values[~np.isnan(values)]
+        return -self.sign * known, index.reshape(scores.shape) + 1
+
+    def policy(self, levels: np.ndarray) -> ExitPolicy:
+        """Return the policy of these levels."""
+        thresholds = [
+            values[level - 1] if level else self.rule.never
+            for values, level in zip(self.values, levels, strict=True)
+        ]
+        return ExitPolicy(self.criterion, (*thresholds, self.rule.never))
+
+    def levels(self, policy: ExitPolicy) -> np.ndarray:
+        """Return the levels by which the same tokens leave."""
+        pairs = zip(self.values, policy.thresholds, strict=False)
+        return np.array([int(self.rule.passes(v, np.asarray(t, v.dtype)).sum()) for v, t in pairs])
+
+    def statics(self) -> list[np.ndarray]:
+        """Return the levels by which all tokens leave at one exit, for each of them."""
+        full = np.array([len(values) for values in self.values], dtype=int)
+        return [*np.diag(full), np.zeros_like(full)]
+
+    def one_threshold(self, merit: Merit) -> tuple[float, ExitPolicy | None]:
+        """Return the best policy with the same threshold at every layer, and its merit.
+
+        A token has left by exit l when its best score up to l passes: cumulative sums of what leaving
+        at l rather than at l + 1 changes answer for all thresholds.
+        """
+        values, ranks = self._ranked(self.scores)
+        best = np.minimum.accumulate(ranks, axis=1)
+        paid = self.leaving + np.cumsum(self.checks)
+        nll = np.full(len(values) + 1, self.nll[:, -1].sum())
+        cost = np.full(len(values) + 1, len(ranks) * paid[-1])
+        for layer, rank in enumerate(best.T):
+            change = self.nll[:, layer] - self.nll[:, layer + 1]
+            left = np.bincount(rank, minlength=len(nll) + 1)[: len(nll)]
+            nll += np.bincount(rank, change, minlength=len(nll) + 1)[: len(nll)].cumsum()
+            cost += left.cumsum() * (paid[layer] - paid[layer + 1])
+        cost[0] = len(ranks) * self.leaving[-1]  # nobody may leave, so nobody is checked
+        score = merit(nll / len(ranks), cost / len(ranks))
+        low, high = self.rule.bounds
+        score[1:][(values < low) | (values > high)] = np.inf
+        top = int(score.argmin())
+        if not np.isfinite(score[top]):
+            return np.inf, None
+        threshold = float(values[top - 1]) if top else self.rule.never
+        if self.decay:  # rounding must not turn the token away that the threshold was made for
+            threshold = max(threshold - ROUNDING, low)
+        thresholds = (threshold,) * (len(paid) - 1) + (self.rule.never,)
+        return float(score[top]), ExitPolicy(self.criterion, thresholds, decay=self.decay)
+
+    def totals(self, levels, layers=(), grids=()) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean NLL and mean cost where ``layers`` take every combination of levels in ``grids``.
+
+        The other layers keep their ``levels``. With f the exit at which those let a token leave, it
+        leaves at the first of ``layers`` before f whose level reaches its rank: histograms of these
+        ranks, summed up to each level or beyond it, count all combinations at once.
+
+        Args:
+            levels: of all layers ``(L − 1,)``.
+            layers: the layers that vary, in order.
+            grids: levels of each of them, ascending from 0.
+
+        Returns:
+            Two arrays with one axis per layer that varies.
+        """
+        tokens = len(self.nll)
+        fixed = np.array(levels)
+        fixed[list(layers)] = 0
+        first = self.exits(fixed)
+        paid = self.leaving + np.cumsum(self.checks * np.append(fixed > 0, False))
+        nll_then, cost_then = self.nll[np.arange(tokens), first], paid[first]
+        axes = [len(grid) for grid in grids]
+        nll, cost = np.full(axes, nll_then.sum()), np.full(axes, cost_then.sum())
+        place, cells = np.zeros(tokens, dtype=np.int64), []
+        for axis, (layer, grid) in enumerate(zip(layers, grids, strict=True)):
+            wide = [1] * (len(axes) - axis - 1)  # layers that a token has not reached yet
+            rows = np.flatnonzero(first > layer)
+            if self.checks[layer]:
+                checked = (grid > 0).reshape(-1, *wide)
+                reached = _counts(place[rows], [*cells, 1, *wide])
+                cost += self.checks[layer] * checked * _beyond(reached, axis)
+            cells.append(len(grid) + 1)
+            level = np.zeros(len(self.values[layer]) + 2, dtype=np.int64)
+            level[grid + 1] = 1
+            place[rows] = place[rows] * cells[-1] + level.cumsum()[self.ranks[rows, layer]]
+            upto = (*[slice(None)] * axis, slice(-1))
+            for total, now, then in (
+                (nll, self.nll[rows, layer], nll_then),
+                (cost, paid[layer], cost_then),
+            ):
+                gained = _counts(place[rows], [*cells, *wide], now - then[rows])
+                total += _beyond(gained.cumsum(axis=axis)[upto], axis)
+        return nll / tokens, cost / tokens
+
+    def exits(self, levels: np.ndarray) -> np.ndarray:
+        """Return where each token leaves ``(T,)``, L − 1 for all that run to the end."""
+        first = np.full(len(self.nll), len(levels), dtype=np.int64)
+        for layer in reversed(range(len(levels))):
+            first[self.ranks[:, layer] <= levels[layer]] = layer
+        return first
+
+    def grid(self, layer: int, level: int, moved: int) -> np.ndarray:
+        """Return levels to try: all of them, or some over the range and closer ones near ``level``."""
+        top = len(self.values[layer])
+        if moved == 1:
+            return np.arange(top + 1)
+        steps = 2 ** np.arange(0, int(top).bit_length(), moved - 1)
+        spread = np.linspace(0, top, SPREAD[moved]).astype(int)
+        tried = np.concatenate([spread, [level], level - steps, level + steps])
+        return np.unique(tried[(tried >= 0) & (tried <= top)])
+
+    def around(self, merit: Merit) -> list[np.ndarray]:
+        """Return the levels that are best at a price of a nat, on both sides of the merit's limit.
+
+        The price is bisected; at its lowest, all tokens leave as cheaply as they can.
+        """
+        low, high = np.log10(self.leaving[-1]) + np.array(PRICES)
+        cheap, good = (self.at_price(price, self.statics()[-1]) for price in (low, high))
+        cheap_keeps = self.score(cheap, merit) < np.inf
+        sides = {cheap_keeps: cheap, self.score(good, merit) < np.inf: good}
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            levels = self.at_price(middle, good)
+            keeps = self.score(levels, merit) < np.inf
+            sides[keeps] = levels
+            low, high = (middle, high) if keeps == cheap_keeps else (low, middle)
+        return list(sides.values())
+
+    def at_price(self, price: float, start: np.ndarray) -> np.ndarray:
+        """Return the levels of least mean cost + 10^price · NLL, one layer moved at a time."""
+        return self.descend(start, lambda nll, cost: cost + 10**price * nll, moved=1)[1]
+
+    def score(self, levels: np.ndarray, merit: Merit) -> float:
+        """Return the merit of one policy."""
+        return float(merit(*self.totals(levels)))
+
+    def descend(self, levels, merit: Merit, moved: int) -> tuple[float, np.ndarray]:
+        """Move the thresholds of up to ``moved`` layers at a time until the merit no longer falls."""
+        levels, every = np.array(levels), range(len(levels))
+        moves = [layers for n in range(moved) for layers in combinations(every, n + 1)]
+        score = self.score(levels, merit)
+        for _ in range(SWEEPS):
+            before = score
+            for layers in moves:
+                grids = [self.grid(i, levels[i], len(layers)) for i in layers]
+                scores = merit(*self.totals(levels, layers, grids))
+                top = np.unravel_index(scores.argmin(), scores.shape)
+                if scores[top] < score:
+                    score = float(scores[top])
+                    levels[list(layers)] = [g[i] for g, i in zip(grids, top, strict=True)]
+            if not score < before - ROUNDING * abs(before):
+                break
+        return score, levels
 
 
-def _at_price(trace, criterion, price, costs, start=None) -> ExitPolicy:
-    """Minimise mean cost + price · NLL over the thresholds, one layer at a time.
+def _counts(place: np.ndarray, shape: list[int], weights: np.ndarray | None = None) -> np.ndarray:
+    """Count the tokens at each place of an array of this shape, or sum up their weights."""
+    return np.bincount(place, weights, minlength=int(np.prod(shape))).reshape(shape)
 
-    With the other thresholds fixed, each token that reaches exit l gains or loses a known amount by
-    leaving there; the best threshold is where the sorted gains sum to their maximum.
-    """
-    rule, layers = CRITERIA[criterion], trace.n_layers
-    sign = 1.0 if rule.exit_above else -1.0
-    scores = trace.score(criterion)
-    value = costs + price * trace.nll.astype(np.float64)  # (T, L): what leaving at each exit costs
-    thresholds = list(start.thresholds) if start else [rule.never] * layers
-    rows = np.arange(trace.n_tokens)
-    for _ in range(SWEEPS):
-        before = list(thresholds)
-        for layer in range(layers - 1):
-            passed = rule.passes(scores, np.asarray(thresholds, dtype=scores.dtype))
-            passed[:, layer], passed[:, -1] = False, True
-            reaches = ~passed[:, :layer].any(axis=1)
-            gain = value[rows, passed.argmax(axis=1)] - value[:, layer]
-            score, gain = scores[reaches, layer], gain[reaches]
-            order = np.argsort(-sign * score, kind="stable")
-            total = np.cumsum(gain[order])
-            ranked = score[order]
-            ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], len(ranked) > 0))
-            top = ends[total[ends].argmax()] if len(ends) else 0  # equal scores leave together
-            leave = len(ends) and total[top] > 0
-            thresholds[layer] = float(ranked[top]) if leave else rule.never
-        if thresholds == before:
-            break
-    return ExitPolicy(criterion, tuple(thresholds))
+
+def _beyond(counts: np.ndarray, axes: int) -> np.ndarray:
+    """Sum over the cells after each one, along the first ``axes`` axes."""
+    for axis in range(axes):
+        after = np.flip(np.flip(counts, axis).cumsum(axis=axis), axis)
+        counts = after[(*[slice(None)] * axis, slice(1, None))]
+    return counts

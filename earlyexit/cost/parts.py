@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from earlyexit.calibration.thresholds import ExitCosts
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.operations import FLOAT, Operations, flops, norm, weighted_sum
 from earlyexit.exits.policy import ExitPolicy
@@ -235,6 +236,14 @@ def exit_costs(model: ExitModel | Operations, criterion: str) -> np.ndarray:
     rows = np.eye(layers, layers + 1)
     rows[-1] = np.roll(rows[-1], 1)  # leaving at the last layer is no early exit
     return np.array([policy_flops(model, row, criterion, stops=False)["total"] for row in rows])
+
+
+def policy_costs(model: ExitModel | Operations, criterion: str) -> ExitCosts:
+    """Return :func:`exit_costs` in two: leaving at each exit, and every check on the way there."""
+    stated = model.operations()
+    checks = [flops(check_amounts(stated, criterion, k)) for k in range(stated.n_layers - 1)]
+    checks = stated.positions * [*checks, 0.0]
+    return ExitCosts(exit_costs(stated, criterion) - np.cumsum(checks), checks)
 
 
 # ---------------------------------------------------------------------- what takes time

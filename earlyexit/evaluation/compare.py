@@ -20,7 +20,7 @@ from torch import Tensor
 
 from earlyexit.calibration.thresholds import Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
-from earlyexit.cost.parts import exit_costs, policy_flops
+from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops
 from earlyexit.cost.timing import interleaved_times, time_columns
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
 from earlyexit.exits.api import EarlyExitModel
@@ -108,7 +108,7 @@ def fitted_policy(
     Raises:
         Unreachable: only full depth stays within ε.
     """
-    return fit_policy(trace, criterion, epsilon, costs=exit_costs(model, criterion))
+    return fit_policy(trace, criterion, epsilon, costs=policy_costs(model, criterion))
 
 
 def nearest_policy(

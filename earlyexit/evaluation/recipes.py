@@ -10,7 +10,7 @@ import pandas as pd
 from earlyexit.calibration.bounds import paired_interval
 from earlyexit.calibration.thresholds import Unreachable, fit_policy_to_cost
 from earlyexit.calibration.trace import ExitTrace, by_document
-from earlyexit.cost.parts import exit_costs, policy_flops
+from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops
 from earlyexit.evaluation.compare import fitted_policy, run_row
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
@@ -85,7 +85,7 @@ def equal_cost(
     """
     cost, last = exit_costs(shallow, "depth")[-1], model.n_layers - 1
     try:
-        policy = fit_policy_to_cost(fit, "gate", cost, exit_costs(model, "gate"))
+        policy = fit_policy_to_cost(fit, "gate", cost, policy_costs(model, "gate"))
     except Unreachable:  # the shallow model is cheaper than the cheapest exit, the first
         policy = ExitPolicy.static(0, model.n_layers)
     exits = test.exit_layers(policy)

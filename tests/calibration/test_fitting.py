@@ -1,13 +1,22 @@
-"""Fitting: the epsilon is kept, brute force does no better, and the test split stays unseen."""
+"""Fitting: the limit is kept, no rival and no brute force does better, the test split stays unseen."""
 
-from itertools import product
+from dataclasses import replace
+from itertools import combinations, product
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from earlyexit.calibration.thresholds import Unreachable, fit_policy, fit_policy_to_cost, mean_cost
+from earlyexit.calibration.thresholds import (
+    ExitCosts,
+    Unreachable,
+    fit_policy,
+    fit_policy_to_cost,
+    mean_cost,
+)
 from earlyexit.calibration.trace import ExitTrace
-from earlyexit.cost.parts import exit_costs, policy_flops
+from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 
@@ -93,3 +102,173 @@ def test_exit_costs_are_those_of_the_cost_table(make_model):
         costs = exit_costs(model, name)
         full = policy_flops(model, [0] * model.n_layers + [1], name)
         assert costs[-1] == full["total"] and (np.diff(costs) > 0).all(), name
+
+
+# ---------------------------------------------------------------------------- what the search must beat
+
+
+def gated_trace(seed: int, layers: int, noise: float, tokens: int) -> ExitTrace:
+    """Like a real trace: a deeper exit is worse for some tokens, and each gate is biased in its way."""
+    rng = np.random.default_rng(seed)
+    useful = rng.random((tokens, layers - 1)) < rng.uniform(0.2, 0.7, layers - 1)
+    gain = rng.exponential(0.3, useful.shape) * useful + rng.normal(0, 0.1, useful.shape)
+    ahead = np.pad(gain[:, ::-1].cumsum(axis=1)[:, ::-1], ((0, 0), (0, 1)))
+    nll = (rng.exponential(4, (tokens, 1)) + ahead).astype(np.float32)
+    blur = rng.normal(0, noise, ahead.shape) + rng.normal(0, 0.5, layers)
+    gate = (np.exp(blur) * np.abs(ahead)).astype(np.float32)
+    return ExitTrace(
+        "fit", np.arange(tokens) // 20, np.arange(tokens) % 20, np.zeros(tokens, int), nll, ahead,
+        np.zeros((tokens, layers), int), {"gate": gate, "agreement": np.exp(-gate)}, 20,
+    )  # fmt: skip
+
+
+def single_thresholds(trace: ExitTrace, costs: ExitCosts) -> np.ndarray:
+    """Loss and cost of the gate with one threshold, run through one after another ``(n, 2)``."""
+    values = np.unique(trace.scores["gate"][:, :-1])
+    values = values[:: max(1, len(values) // 300)]
+    policies = [ExitPolicy.constant(t, trace.n_layers, "gate") for t in values]
+    policies = [replace(p, thresholds=(*p.thresholds[:-1], -np.inf)) for p in policies]
+    return np.array([loss_and_cost(trace, p, costs) for p in policies])
+
+
+def loss_and_cost(trace: ExitTrace, policy: ExitPolicy, costs: ExitCosts) -> tuple[float, float]:
+    return trace.evaluate(policy)["quality_loss"], mean_cost(trace, policy, costs)
+
+
+def mixtures(trace: ExitTrace, costs: ExitCosts) -> np.ndarray:
+    """Expected loss and cost where a coin sends tokens to one of two exits, or all to one ``(n, 2)``.
+
+    Every exit but the last is paid with its own check: thresholds cannot leave without one.
+    """
+    nll = trace.nll.mean(axis=0, dtype=float)
+    paid = costs.leaving + costs.checks
+    share, points = np.linspace(0, 1, 51), []
+    for i, j in combinations(range(trace.n_layers), 2):
+        stays = paid[j] + costs.checks[i] * (share > 0)  # who stays was checked at i, too
+        spent = share * paid[i] + (1 - share) * stays
+        loss = np.expm1(share * nll[i] + (1 - share) * nll[j] - trace.full_nll)
+        points.append(np.stack([loss, spent], axis=1))
+    return np.concatenate(points)
+
+
+SETTINGS = {
+    "seed": st.integers(0, 10_000),
+    "layers": st.sampled_from([2, 3, 4, 6, 8]),
+    "noise": st.floats(0, 1.5),
+    "price": st.sampled_from([0.0, 0.02, 0.3]),
+    "part": st.floats(0, 1),
+}
+
+
+@settings(max_examples=12, deadline=None)
+@given(**SETTINGS)
+def test_no_threshold_static_exit_or_coin_is_better_at_a_cost(seed, layers, noise, price, part):
+    trace = gated_trace(seed, layers, noise, tokens=1500)
+    costs = ExitCosts(np.arange(1.0, layers + 1), np.append([price] * (layers - 1), 0))
+    rivals = np.concatenate([single_thresholds(trace, costs), mixtures(trace, costs)])
+    cost = np.interp(part, [0, 1], [1 + price, layers])
+    for budget in {cost, rivals[:, 1][rivals[:, 1] >= cost].min()}:  # also exactly a rival's
+        policy = fit_policy_to_cost(trace, "gate", budget, costs)
+        loss, spent = loss_and_cost(trace, policy, costs)
+        assert spent <= budget
+        within = rivals[:, 1] <= budget * (1 - 1e-9 * (budget > cost))  # but for rounding
+        assert loss <= rivals[within, 0].min(initial=np.inf) + 1e-9
+
+
+@settings(max_examples=12, deadline=None)
+@given(**SETTINGS)
+def test_no_threshold_static_exit_or_coin_is_cheaper_within_epsilon(
+    seed, layers, noise, price, part
+):
+    trace = gated_trace(seed, layers, noise, tokens=1500)
+    costs = ExitCosts(np.arange(1.0, layers + 1), np.append([price] * (layers - 1), 0))
+    rivals = np.concatenate([single_thresholds(trace, costs), mixtures(trace, costs)])
+    epsilon = 0.003 + 0.2 * part
+    best = rivals[rivals[:, 0] <= epsilon, 1].min()
+    try:
+        policy = fit_policy(trace, "gate", epsilon, costs=costs)
+    except Unreachable:
+        assert best >= costs.leaving[-1]
+        return
+    loss, spent = loss_and_cost(trace, policy, costs)
+    assert loss <= epsilon and spent <= best + 1e-9
+
+
+def test_a_single_threshold_is_the_best_of_all():
+    trace, costs = gated_trace(3, 4, 0.5, 800), ExitCosts(np.arange(1.0, 5), np.array([0.1] * 4))
+    for epsilon in (0.01, 0.05):
+        policy = fit_policy(trace, "gate", epsilon, "global", costs)
+        assert len(set(policy.thresholds[:-1])) == 1
+        slow = [
+            mean_cost(trace, p, costs)
+            for t in np.unique(trace.scores["gate"][:, :-1])
+            if trace.evaluate(p := ExitPolicy("gate", (t,) * 3 + (-np.inf,)))["quality_loss"]
+            <= epsilon
+        ]
+        assert mean_cost(trace, policy, costs) == pytest.approx(min(slow), abs=1e-12)
+
+
+@pytest.mark.parametrize("price", [0.0, 0.05])
+def test_finds_what_brute_force_finds(price):
+    """Both fits over every pair of thresholds of a small trace, checks skipped or not."""
+    costs = ExitCosts(np.array([1.0, 2.0, 3.5]), np.array([price, price, 0]))
+    for seed in range(5):
+        trace = gated_trace(seed, 3, 0.5, tokens=60)
+        pairs = product(*(np.append(trace.scores["gate"][:, i], -np.inf) for i in (0, 1)))
+        every = [ExitPolicy("gate", (*pair, -np.inf)) for pair in pairs]
+        reads = np.array([loss_and_cost(trace, p, costs) for p in every])
+        for budget in (1.5, 2.2, 3.0):
+            found = loss_and_cost(trace, fit_policy_to_cost(trace, "gate", budget, costs), costs)
+            assert found[0] == pytest.approx(reads[reads[:, 1] <= budget, 0].min(), abs=1e-9)
+        within = reads[reads[:, 0] <= 0.05, 1].min()
+        cheapest = mean_cost(trace, fit_policy(trace, "gate", 0.05, costs=costs), costs)
+        assert cheapest == pytest.approx(within)
+
+
+def test_a_check_that_does_not_pay_is_skipped():
+    trace, layers = gated_trace(1, 4, 0.3, 2000), np.arange(1.0, 5)
+    free = fit_policy(trace, "gate", 0.05, costs=layers)
+    dear = ExitCosts(layers, np.array([0, 5.0, 0, 0]))
+    policy = fit_policy(trace, "gate", 0.05, costs=dear)
+    assert free.checks(1) and not policy.checks(1)
+    assert mean_cost(trace, policy, dear) == mean_cost(trace, policy, layers)
+    charged = ExitCosts(layers + np.cumsum(dear.checks), np.zeros(4))  # whether made or not
+    assert mean_cost(trace, policy, charged) > 5
+    with pytest.raises(Unreachable):  # full depth needs no check
+        fit_policy(trace, "gate", 0.05, costs=ExitCosts(layers, np.array([5.0] * 3 + [0])))
+
+
+def test_a_streak_pays_every_check():
+    trace = gated_trace(1, 4, 0.3, 500)
+    costs = ExitCosts(np.arange(1.0, 5), np.array([0.1, 0.2, 0.3, 0]))
+    never = ExitPolicy.constant(np.inf, 4, "patience")
+    assert mean_cost(trace, never, costs) == pytest.approx(4.6)
+    policy = fit_policy_to_cost(trace, "patience", 3.8, costs)
+    assert mean_cost(trace, policy, costs) <= 3.8
+
+
+def test_a_gate_that_says_the_opposite_loses_to_a_coin():
+    """A known-bad control: no threshold can be as good, so the rivals above do decide something."""
+    trace, costs = gated_trace(2, 2, 0.0, 2000), ExitCosts.of([1.0, 2.0])
+    ahead = trace.nll[:, :1] - trace.nll[:, 1:]
+    wrong = replace(trace, scores={"gate": np.exp(-ahead).astype(np.float32) * np.ones((1, 2))})
+    loss, _ = loss_and_cost(wrong, fit_policy_to_cost(wrong, "gate", 1.5, costs), costs)
+    coins = mixtures(wrong, costs)
+    assert loss > coins[coins[:, 1] <= 1.5, 0].min()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_costs_of_a_policy_are_those_of_its_run(make_model, criterion):
+    """Leaving and checks, priced apart, add up to the account of any policy, skipped checks too."""
+    model, rule, shares = make_model(), CRITERIA[criterion], np.array([0.5, 0.2, 0.0, 0.3])
+    costs = policy_costs(model, criterion)
+    for skipped in range(2):
+        thresholds = [rule.never if k == skipped else rule.bounds[0] for k in range(2)]
+        policy = ExitPolicy(criterion, (*thresholds, rule.never))
+        spent = policy_flops(model, shares, policy, stops=False)["total"]
+        assert costs.paid(policy) @ [0.5, 0.2, 0.3] == pytest.approx(spent)
+
+
+def test_prices_belong_to_exits():
+    with pytest.raises(ValueError, match="3 exits have 2 prices"):
+        ExitCosts(np.ones(3), np.ones(2))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from earlyexit.calibration.thresholds import Unreachable, fit_policy
-from earlyexit.cost.parts import exit_costs, policy_flops
+from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops
 from earlyexit.evaluation import compare as tables
 from earlyexit.evaluation.compare import COLUMNS, SETTINGS, Candidate, compare
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
@@ -81,17 +81,17 @@ def test_full_depth_against_itself_saves_nothing(subject, make_policy):
 
 def test_policies_are_fitted_to_flops_and_left_out_where_unreachable(subject):
     model, trace = subject.model, subject.fit
-    costs = exit_costs(model, "gate")
+    costs = policy_costs(model, "gate")
     assert tables.fitted_policy(model, trace, "gate", EPSILON) == fit_policy(
         trace, "gate", EPSILON, costs=costs
     )
     with pytest.raises(Unreachable):
         tables.fitted_policy(model, trace, "entropy", 1e-9)
     assert tables.fitted(model, trace, ["entropy"], [1e-9]) == []
-    found = tables.fitted(model, trace, ["entropy", "gate"], [EPSILON, 2 * EPSILON])
+    found = tables.fitted(model, trace, ["agreement", "gate"], [EPSILON, 2 * EPSILON])
     assert [(c.criterion, c.setting, c.value) for c in found] == [
         (name, "epsilon", epsilon)
-        for name in ("entropy", "gate")
+        for name in ("agreement", "gate")
         for epsilon in (EPSILON, 2 * EPSILON)
     ]
     assert found[2].policy == tables.fitted_policy(model, trace, "gate", EPSILON)
