@@ -84,12 +84,12 @@ class Build(Common):
     memory_tokens: Limit = 20_000
     depths: Counts = (1, 2, 4)
     controls: Annotated[tuple[Control, ...], _list] = tuple(CONTROLS)
-    depth_tokens: Limit = 60_000
+    depth_tokens: Limit = 400_000
     depth_seeds: Count = 1
     changes: Annotated[tuple[Changed, ...], _some] = (
         "as it is", "heads start in the band", "values not gated", "AdamW"
     )  # fmt: skip
-    ablation_tokens: Limit = 60_000
+    ablation_tokens: Limit = 120_000
     ablation_epochs: Weight = 0.0
     ablation_seeds: Count = 1
 
