@@ -113,18 +113,8 @@ class Study:
     def model_config(
         self, kind: type[EarlyExitLanguageModel] = EarlyExitLanguageModel, **changes
     ) -> ModelConfig:
-        """Return the configuration of the profile's model, with changes, for ``kind``.
-
-        Raises:
-            ValueError: an adaptive head would be trained in bfloat16 on a CPU.
-        """
+        """Return the configuration of the profile's model, with changes, for ``kind``."""
         config = replace(self.profile.model, vocab_size=self.corpus.vocab_size)
-        bf16 = self.profile.training.bf16
-        if bf16 and config.output_head == "adaptive" and self.device.type == "cpu":
-            raise ValueError(
-                "torch's adaptive softmax does not train in bfloat16 on a CPU: set bf16=false, or"
-                " output_head='linear'"
-            )
         return kind.config_type(**config.base() | changes)
 
     def training_config(self, seed: int, **changes) -> TrainingConfig:

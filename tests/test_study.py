@@ -37,13 +37,6 @@ def test_a_study_refuses_what_it_cannot_mean(parameters, remedy):
         Study("01_build", {"profile": "smoke", "device": "cpu"} | parameters)
 
 
-def test_an_adaptive_head_is_refused_where_it_cannot_train():
-    study = Study("01_build", {"profile": "smoke", "device": "cpu", "overrides": {"bf16": True}})
-    study.corpus = SimpleNamespace(vocab_size=500)
-    with pytest.raises(ValueError, match="bf16=false"):
-        study.model_config()
-
-
 def test_a_study_records_all_parameters_of_its_notebook_and_nothing_else():
     variables = {"profile": "smoke", "device": "cpu", "leak_tokens": 9, "__name__": "__main__"}
     recorded = Study("01_build", variables).outputs.record.parameters
@@ -60,7 +53,6 @@ def test_every_profile_has_a_plan_a_model_and_a_training(name):
     assert len(plan.steps) == 8 and all(step.minutes for step in plan.steps)
     study = Study("01_build", {"profile": name, "device": "cpu"})
     study.corpus = SimpleNamespace(vocab_size=profile.corpus.vocab_size)
-    study.device = torch.device("cuda" if profile.training.bf16 else "cpu")
     with torch.device("meta"):
         model = EarlyExitLanguageModel.from_config(study.model_config())
     assert model.config == profile.model

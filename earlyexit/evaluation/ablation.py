@@ -48,7 +48,7 @@ class WithDiagonal(ResolventMixing):
         return super().read(u, features) + self.diagonal_proj(F.normalize(diagonal, dim=-1))
 
 
-class WithoutGateModel(EarlyExitLanguageModel):
+class UngatedModel(EarlyExitLanguageModel):
     """This model has :class:`WithoutGate` in every layer."""
 
     mixing: type[ResolventMixing] = WithoutGate
@@ -59,13 +59,13 @@ class WithoutGateModel(EarlyExitLanguageModel):
             block.bk_layer.mixing = self.mixing(self.config)
 
 
-class WithoutNormModel(WithoutGateModel):
+class UnnormedModel(UngatedModel):
     """This model has :class:`WithoutNorm` in every layer."""
 
     mixing = WithoutNorm
 
 
-class WithDiagonalModel(WithoutGateModel):
+class DiagonalModel(UngatedModel):
     """This model has :class:`WithDiagonal` in every layer."""
 
     mixing = WithDiagonal
@@ -94,9 +94,9 @@ LAYER: dict[str, Change] = {
     "8 heads of 8 values": Change({"bk_heads": 8, "bk_values": 8}),
     "32 heads of 2 values": Change({"bk_heads": 32, "bk_values": 2}),
     "2 values a head": Change({"bk_values": 2}),
-    "values not gated": Change(kind=WithoutGateModel),
-    "values not normalised": Change(kind=WithoutNormModel),
-    "diagonal read as well": Change(kind=WithDiagonalModel),
+    "values not gated": Change(kind=UngatedModel),
+    "values not normalised": Change(kind=UnnormedModel),
+    "diagonal read as well": Change(kind=DiagonalModel),
 } | {name: Change(model) for name, model in CONTROLS.items()}
 
 TRAINING: dict[str, Change] = {

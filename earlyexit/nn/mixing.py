@@ -20,7 +20,7 @@ HEAD_WIDTH = 16  # of an attention head
 
 # Where BK-Core starts. Above the band's lower edge (0 < v < 4t) a state oscillates as e^{ik} from token
 # to token; in one dimension disorder localises it (Anderson 1958), so it forgets soon and tells nearby
-# words apart. Below the edge (v < 0) it decays as e^{−κ}, 2 cosh κ = 2 − v/t, without a phase to be
+# words apart. Below the edge (v < 0) it decays as e^{−κ}, 4 sinh² κ/2 = −v/t, without a phase to be
 # scrambled: it sums over 1/κ tokens.
 DECAYS = (3e-3, 2.0)  # κ of the heads below the edge
 DAMPING = 0.3  # their η over |v|
@@ -39,7 +39,7 @@ def starts(heads: int, where: str) -> tuple[Tensor, Tensor, Tensor]:
         where: ``"below"`` the band's edge, in the ``"band"``, or ``"both"``, half of the heads each.
     """
     below = {"below": heads, "both": heads // 2, "band": 0}[where]
-    depth = 2 * torch.cosh(torch.logspace(*map(math.log10, DECAYS), below)) - 2
+    depth = 4 * torch.sinh(torch.logspace(*map(math.log10, DECAYS), below) / 2) ** 2
     inside = heads - below
     potential = torch.cat([-depth, torch.linspace(*BAND, inside)])
     unit = torch.cat([depth, torch.full((inside,), QUIET)])

@@ -144,16 +144,21 @@ class AdaptiveUnembedding(nn.Module):
     ) -> Tensor:
         """Return the mean NLL over the targets that are not ``IGNORE``, with gradients.
 
-        Raises:
-            ValueError: a teacher is given; this head never makes the probabilities of all words.
+        A teacher supplies its share of the target among the head's columns, frequent words and clusters;
+        inside a cluster the word is the whole target.
         """
+        head, cutoffs = self.softmax.head, self.softmax.cutoffs
+        cluster = torch.bucketize(targets, targets.new_tensor(cutoffs[:-1]), right=True)
+        column = torch.where(cluster > 0, cutoffs[0] + cluster - 1, targets)
         if teacher is not None:
-            raise ValueError("distillation needs output_head='linear'")
-        scored = targets != IGNORE
-        if not scored.any():
-            return (features * 0).sum()
-        with torch.autocast(features.device.type, torch.bfloat16, enabled=bf16):
-            return self.softmax(features[scored], targets[scored]).loss.float()
+            teacher = teacher._replace(unembedding=teacher.unembedding.softmax.head)
+        loss = linear_cross_entropy(features, head.weight, head.bias, column, bf16, teacher)
+        count = (targets != IGNORE).sum().clamp_min(1)
+        for index, (narrow, words) in enumerate(self.softmax.tail):
+            rows = (cluster == index + 1).nonzero().squeeze(1)
+            inside = narrow(features[rows]), words.weight, None, targets[rows] - cutoffs[index]
+            loss = loss + len(rows) / count * linear_cross_entropy(*inside, bf16)
+        return loss
 
     @staticmethod
     def _parts(rows: Tensor, width: int) -> Iterator[slice]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from earlyexit.training.config import TrainingConfig
+from earlyexit.training.muon import Muon
 
 END = 0.05  # of the peak learning rate, at the last step
 
@@ -16,8 +17,8 @@ END = 0.05  # of the peak learning rate, at the last step
 class Optimizer:
     """An optimizer steps all weights of a model, each kind by its own rule, under one schedule.
 
-    Muon (Jordan et al. 2024, with the step size of Liu et al. 2025, arXiv:2502.16982) makes the update
-    of a matrix orthogonal; embeddings, routers, vectors and numbers are left to AdamW.
+    :class:`Muon` makes the update of a matrix orthogonal; embeddings, routers, vectors and numbers are
+    left to AdamW.
 
     Args:
         parameters: names and weights to train.
@@ -37,12 +38,10 @@ class Optimizer:
             {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+            torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
         ]
         if muon:
-            self.parts.append(
-                torch.optim.Muon(muon, rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-            )
+            self.parts.append(Muon(muon, rate, decay))
         self.schedules = [
             torch.optim.lr_scheduler.LambdaLR(part, lambda step: factor(step, total, config.warmup))
             for part in self.parts

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from earlyexit.corpus.windows import IGNORE
 from earlyexit.cost.memory import peak_tensor_bytes
 from earlyexit.exits.readers import Predictions, Reader, Scores
-from earlyexit.nn.cross_entropy import linear_cross_entropy, logit_chunks, softmax_
+from earlyexit.nn.cross_entropy import Teacher, linear_cross_entropy, logit_chunks, softmax_
 from earlyexit.nn.unembedding import AdaptiveUnembedding, LinearUnembedding, token_nll
 
 CPU = torch.device("cpu")
@@ -75,9 +75,12 @@ def test_token_nll_is_cross_entropy_per_token(chunked, bias):
     torch.testing.assert_close(token_nll(*args, targets), truth.detach())
 
 
-def test_chunks_cover_every_row_once(chunked):
+@torch.no_grad()
+@pytest.mark.parametrize("reuse", [False, True])
+def test_chunks_cover_every_row_once(chunked, reuse):
     features, weight, bias, _ = problem(True)
-    parts = list(logit_chunks(features, weight, bias))
+    chunks = logit_chunks(features, weight, bias, reuse)
+    parts = [(part, logits.clone() if reuse else logits) for part, logits in chunks]
     rows = torch.cat([torch.arange(len(features))[part] for part, _ in parts])
     assert rows.tolist() == list(range(len(features)))
     torch.testing.assert_close(
@@ -134,6 +137,24 @@ def test_every_head_gives_exact_normalised_probabilities(chunked, kind):
     torch.testing.assert_close(rows.log_softmax(dim=-1), log_p)
 
 
+def test_a_teacher_of_an_adaptive_head_predicts_frequent_words_and_clusters(chunked):
+    """Truth: cross-entropy to a mixture in the head's columns, and to the word inside a cluster."""
+    head, features, targets = unembedding(AdaptiveUnembedding)
+    other, inputs = AdaptiveUnembedding(8, 60), [features, *head.parameters()]
+    found = head.loss(features, targets, teacher=Teacher(features.detach(), other, 0.3))
+    scored, (first, *_) = targets != IGNORE, head.softmax.cutoffs
+    log_p, y = head(features)[scored], targets[scored]
+    column = torch.where(y < first, y, first + (y >= head.softmax.cutoffs[1]).long())
+    columns = head.softmax.head(features[scored]).log_softmax(-1)
+    taught = other.softmax.head(features.detach()[scored]).softmax(-1)
+    hard = columns.gather(1, column[:, None]).squeeze(1)
+    inside = log_p.gather(1, y[:, None]).squeeze(1) - hard
+    truth = -(0.7 * hard + 0.3 * (taught * columns).sum(-1) + inside).mean()
+    torch.testing.assert_close(found, truth)
+    for a, b in zip(grads(found, *inputs), grads(truth, *inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_heads_loss_is_cross_entropy_with_its_gradients(kind):
     head, features, targets = unembedding(kind)
@@ -186,6 +207,3 @@ def test_an_adaptive_head_scores_without_the_vocabulary():
 def test_an_adaptive_head_that_cannot_be_is_refused(width, words):
     with pytest.raises(ValueError, match="output_head='linear'"):
         AdaptiveUnembedding(width, words)
-    head, features, targets = unembedding(AdaptiveUnembedding)
-    with pytest.raises(ValueError, match="distillation"):
-        head.loss(features, targets, teacher=object())

@@ -276,8 +276,10 @@ def test_a_broken_state_is_never_kept(make_model, corpus, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_bfloat16_learns_too(make_model, corpus):
-    history = train(make_model(), corpus, TrainingConfig(**FAST | {"epochs": 3}, bf16=True), "cpu")
+@pytest.mark.parametrize("head", ["linear", "adaptive"])
+def test_bfloat16_learns_too(make_model, corpus, head):
+    config = TrainingConfig(**FAST | {"epochs": 3}, bf16=True)
+    history = train(make_model(output_head=head), corpus, config, "cpu")
     assert history[-1]["perplexity_2"] < 0.8 * history[0]["perplexity_2"]
 
 
