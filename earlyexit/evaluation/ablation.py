@@ -48,10 +48,10 @@ class WithDiagonal(ResolventMixing):
         return super().read(u, features) + self.diagonal_proj(F.normalize(diagonal, dim=-1))
 
 
-class UngatedModel(EarlyExitLanguageModel):
-    """This model has :class:`WithoutGate` in every layer."""
+class OtherMixingModel(EarlyExitLanguageModel):
+    """This model has another mixing in every layer, named by its subclasses."""
 
-    mixing: type[ResolventMixing] = WithoutGate
+    mixing: type[ResolventMixing]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,13 +59,19 @@ class UngatedModel(EarlyExitLanguageModel):
             block.bk_layer.mixing = self.mixing(self.config)
 
 
-class UnnormedModel(UngatedModel):
+class UngatedModel(OtherMixingModel):
+    """This model has :class:`WithoutGate` in every layer."""
+
+    mixing = WithoutGate
+
+
+class UnnormedModel(OtherMixingModel):
     """This model has :class:`WithoutNorm` in every layer."""
 
     mixing = WithoutNorm
 
 
-class DiagonalModel(UngatedModel):
+class DiagonalModel(OtherMixingModel):
     """This model has :class:`WithDiagonal` in every layer."""
 
     mixing = WithDiagonal
