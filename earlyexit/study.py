@@ -20,6 +20,7 @@ from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.devices import resolve_device
 from earlyexit.evaluation.ablation import Change
+from earlyexit.evaluation.depth import losses_by_document, size
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.figures.style import use_style
 from earlyexit.models.checkpoints import checkpoint_about
@@ -27,7 +28,7 @@ from earlyexit.models.operations import operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
-from earlyexit.runs.artifacts import Outputs, read_table, remedy, run_label
+from earlyexit.runs.artifacts import MissingResult, Outputs, read_table, remedy, run_label
 from earlyexit.runs.cache import NotTrained, Trained
 from earlyexit.runs.parameters import as_dict, read_parameters
 from earlyexit.runs.paths import project
@@ -37,6 +38,9 @@ from earlyexit.runs.published import model_path
 from earlyexit.training.config import RECIPES, TrainingConfig
 
 WITHOUT_EXITS = {"exit_loss_weight": 0.0, "exit_sampling": "one"}  # the training of a twin
+LOSSES = [  # columns of a table of models trained alone, without those that name them
+    *("split", "document", "tokens", "nll", "model", "parameters", "flops_per_token", "seconds")
+]
 LARGEST_PUBLISHED = 8_000_000  # bytes of one model's weights among the results
 
 
@@ -176,15 +180,49 @@ class Study:
         depth = {"n_layers": n_layers or self.profile.model.n_layers}
         return self.train(seed, depth | model, WITHOUT_EXITS, max_tokens)
 
-    def changed(self, seed: int, change: Change, max_tokens: int, epochs: float) -> Trained:
-        """Return the twin with a change to the model or its training.
+    def alone(
+        self,
+        table: str,
+        seed: int,
+        change: Change,
+        max_tokens: int = 0,
+        epochs: float = 0.0,
+        splits: Sequence[str] = ("fit", "test"),
+    ) -> pd.DataFrame:
+        """Return the losses by document of a model trained alone, without exits.
+
+        They are read from ``table``, as the last run of this notebook published it, if its rows are
+        about the same model: then nothing is trained again.
 
         Args:
+            change: what differs from the profile's model.
             epochs: passes over the data; 0: the profile's.
+
+        Returns:
+            Those of :func:`~earlyexit.evaluation.depth.losses_by_document` on ``splits``, with columns
+            model (its digest), parameters, flops_per_token and seconds (of the training).
         """
-        passes = {"epochs": epochs} if epochs else {}
-        training = WITHOUT_EXITS | passes | change.training
-        return self.train(seed, change.model, training, max_tokens, kind=change.kind)
+        changes = WITHOUT_EXITS | ({"epochs": epochs} if epochs else {}) | change.training
+        name = cache.model_name(
+            self.corpus,
+            self.model_config(change.kind, **change.model),
+            self.training_config(seed, **changes),
+            max_tokens=self._most_tokens(max_tokens),
+            made=change.kind,
+        )
+        scored = [self.split(split) for split in splits]
+        try:
+            rows = read_table(self.label, table).query("model == @name")
+        except MissingResult:
+            rows = pd.DataFrame({"tokens": []})
+        if rows["tokens"].sum() == sum(split.n_tokens for split in scored):
+            return rows[LOSSES]
+        trained = self.train(seed, change.model, changes, max_tokens, kind=change.kind)
+        losses = pd.concat(
+            losses_by_document(trained.model, split, self.corpus.eos_id) for split in scored
+        )
+        about = {"model": name, "seconds": trained.seconds} | size(trained.model)
+        return losses.assign(**about)[LOSSES]
 
     def build(self, seed: int) -> Trained:
         """Return the profile's model with gates, trained now unless it is in the cache."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from earlyexit.calibration.thresholds import Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
+from earlyexit.corpus.splits import Split
 from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops
 from earlyexit.cost.timing import interleaved_times, time_columns
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
@@ -35,7 +36,7 @@ SPEEDUPS = (
     "speedup_time_low",
     "speedup_time_high",
 )
-QUALITY = ("perplexity", "quality_loss", "tokens")
+QUALITY = ("perplexity", "quality_loss", "twin_loss", "tokens")
 COLUMNS = ("criterion", *SETTINGS, *QUALITY, *SPEEDUPS, "exited_early")
 ORACLE_POINTS = 400  # number of prices that the oracle's front is searched over
 
@@ -127,65 +128,90 @@ def compare(
     loaders: Mapping[str, Iterable],
     batch: tuple[Tensor, Tensor],
     repeats: int,
-    shallow: Mapping[int, EarlyExitModel] | None = None,
+    alone: Mapping[int, float] | None = None,
 ) -> pd.DataFrame:
     """Run every candidate in compacted execution and tabulate the results.
+
+    Models trained alone stand beside them. Their weights are not needed: how long a model takes depends
+    on its sizes, so models of their depths with new weights are timed.
 
     Args:
         loaders: criterion of a policy → pairs of token ids and targets ``(B, N)`` on which its quality
             is compared with full depth. ``"depth"`` is for static exits and shallow models.
         batch: token ids and targets ``(B, N)`` on which all runs are timed, interleaved.
         repeats: number of timed runs of each.
-        shallow: depth → a model of fewer layers, run at its full depth.
+        alone: depth → perplexity of a model trained alone, over the tokens of ``loaders["depth"]``.
 
     Returns:
-        One row per candidate and shallow model, with ``COLUMNS``.
+        One row per candidate and model trained alone, with ``COLUMNS``. ``twin_loss`` is against the
+        model trained alone that is as deep; NaN without one, or over other tokens.
     """
-    (x, y), shallow, evaluator = batch, shallow or {}, evaluator_of(model)
+    (x, y), alone, evaluator = batch, alone or {}, evaluator_of(model)
+    others = {depth: of_depth(model, depth) for depth in alone}
     runs = {c: lambda p=c.policy: model.nll(x, y, p) for c in candidates}
-    runs |= {depth: lambda m=other: m.nll(x, y) for depth, other in shallow.items()}
+    runs |= {depth: lambda m=other: m.nll(x, y) for depth, other in others.items()}
     seconds = interleaved_times({None: lambda: model.nll(x, y)} | runs, x.device, repeats)
     distinct = {id(part): part for part in loaders.values()}
-    full = {k: evaluator.evaluate_policy(part)["perplexity"] for k, part in distinct.items()}
+    full = {k: evaluator.evaluate_policy(part) for k, part in distinct.items()}
     rows = [
         c.key
-        | run_row(model, c.policy, part := loaders[c.policy.criterion], full[id(part)])
+        | run_row(
+            model, c.policy, part := loaders[c.policy.criterion], full[id(part)]["perplexity"]
+        )
         | time_columns(seconds[None], seconds[c])
         for c in candidates
     ]
-    part, whole = loaders["depth"], exit_costs(model, "depth")[-1]
+    cost, whole = exit_costs(model, "depth")[-1], full[id(loaders["depth"])]
     rows += [
-        {"criterion": "shallow twin", "depth": depth}
-        | run_row(other, None, part, full[id(part)])
+        {
+            "criterion": "trained alone",
+            "depth": depth,
+            "perplexity": alone[depth],
+            "exited_early": 0.0,
+        }
+        | {"quality_loss": alone[depth] / whole["perplexity"] - 1, "tokens": whole["total_tokens"]}
         | time_columns(seconds[None], seconds[depth])
         | {
             "speedup_layers": model.n_layers / depth,
-            "speedup_flops": whole / exit_costs(other, "depth")[-1],
+            "speedup_flops": cost / exit_costs(other, "depth")[-1],
         }
-        for depth, other in shallow.items()
+        for depth, other in others.items()
     ]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    same = table["tokens"] == whole["total_tokens"]
+    twin = alone.get(model.n_layers, math.nan)
+    return table.assign(twin_loss=(table["perplexity"] / twin - 1).where(same))
 
 
-def oracle(model: EarlyExitModel, trace: ExitTrace, epsilons: Sequence[float]) -> pd.DataFrame:
-    """Choose exits by hindsight about the last layer's prediction, on the trace.
+def of_depth(model: EarlyExitModel, depth: int) -> EarlyExitModel:
+    """Return a model without gates, with new weights, that differs from ``model`` in depth."""
+    config = replace(model.config, n_layers=depth, gate_hidden=None)
+    return type(model).from_config(config).to(next(model.parameters()).device).eval()
+
+
+def oracle(
+    model: EarlyExitModel, trace: ExitTrace, epsilons: Sequence[float], loss: str = "kl"
+) -> pd.DataFrame:
+    """Choose exits by hindsight, on the trace.
 
     Nothing is run, so the table has no time, and its FLOPs contain no checks.
+
+    Args:
+        loss: what hindsight knows, ``"kl"``: the last layer's prediction, or ``"nll"``: the target.
 
     Returns:
         One row per ε, with ``COLUMNS``.
     """
-    front, whole = trace.oracle("kl", n_points=ORACLE_POINTS), exit_costs(model, "depth")
-    rows = []
+    front, whole = trace.oracle(loss, n_points=ORACLE_POINTS), exit_costs(model, "depth")
+    harm, rows = trace.kl if loss == "kl" else trace.nll, []
     for epsilon in epsilons:
         within = front[front["quality_loss"] <= epsilon]
         price = within.loc[within["speedup_layers"].idxmax(), "price"]
-        exits = (np.arange(trace.n_layers) + price * trace.kl).argmin(axis=1)
-        found = trace.read_out(exits)
+        exits = (np.arange(trace.n_layers) + price * harm).argmin(axis=1)
         rows.append(
-            found
+            trace.read_out(exits)
             | {
-                "criterion": "oracle (kl)",
+                "criterion": f"oracle ({loss})",
                 "epsilon": epsilon,
                 "tokens": trace.n_tokens,
                 "speedup_flops": whole[-1] / whole[exits].mean(),
@@ -193,6 +219,16 @@ def oracle(model: EarlyExitModel, trace: ExitTrace, epsilons: Sequence[float]) -
             }
         )
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def bits_per_character(table: pd.DataFrame, split: Split) -> pd.Series:
+    """Return each row's bits per character of words; NaN for rows over a part of the split.
+
+    Args:
+        table: columns perplexity, tokens.
+    """
+    bits = np.log2(table["perplexity"]) * split.n_tokens / split.n_characters
+    return bits.where(table["tokens"] == split.n_tokens)
 
 
 def real_runs(

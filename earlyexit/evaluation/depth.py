@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
+import torch
 
 from earlyexit.corpus.splits import Split
+from earlyexit.corpus.windows import IGNORE, windows
 from earlyexit.cost.parts import exit_costs
-from earlyexit.evaluation.compare import evaluator_of
 from earlyexit.evaluation.ngram import (
     KneserNey,
     cache_probability,
@@ -46,25 +47,49 @@ def systems(
     return out | {(name, n_layers): {"n_layers": n_layers} | CONTROLS[name] for name in controls}
 
 
-def system_row(
-    model: EarlyExitModel, loaders: Mapping[str, Iterable], seconds: float = math.nan
+@torch.no_grad()
+def losses_by_document(
+    model: EarlyExitModel, split: Split, eos_id: int, batch_size: int = 32
 ) -> pd.DataFrame:
-    """Return one row about a model at full depth.
-
-    Args:
-        loaders: name of a split → its batches.
-        seconds: how long the training took.
+    """Score a split at full depth.
 
     Returns:
-        Columns perplexity_<split>, parameters (without those of exits that are not used), seconds, and
-        flops_per_token (of scoring a word).
+        One row per document: split (its name), document, tokens, nll (mean, nats).
     """
-    evaluator = evaluator_of(model)
-    row = {
-        f"perplexity_{name}": evaluator.evaluate_policy(batches)["perplexity"]
-        for name, batches in loaders.items()
-    }
-    return pd.DataFrame([row | size(model) | {"seconds": seconds}])
+    w, device, parts = windows(split, model.n_seq, eos_id), next(model.parameters()).device, []
+    for start in range(0, len(w.inputs), batch_size):
+        rows = slice(start, start + batch_size)
+        x, y = (torch.from_numpy(ids[rows]).to(device) for ids in (w.inputs, w.targets))
+        parts.append(model.nll(x, y).double().sum(dim=1).cpu())
+    table = pd.DataFrame(
+        {
+            "document": w.document,
+            "tokens": (w.targets != IGNORE).sum(axis=1),
+            "nll": torch.cat(parts).numpy(),
+        }
+    )
+    table = table.groupby("document", as_index=False).sum()
+    table["nll"] /= table["tokens"]
+    return table.assign(split=split.name)
+
+
+def summary(losses: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Return one row per system: ``names``, its perplexity on each split, and its other columns.
+
+    Args:
+        losses: :func:`losses_by_document` of several systems, with columns that identify them and say
+            more of each.
+        names: the columns that identify a system.
+
+    Returns:
+        Also perplexity_<split> for each split.
+    """
+    sums = losses.assign(total=losses["nll"] * losses["tokens"])
+    sums = sums.groupby([*names, "split"], sort=False)[["total", "tokens"]].sum()
+    mean = np.exp(sums["total"] / sums["tokens"]).unstack().add_prefix("perplexity_")
+    more = losses.groupby(list(names), sort=False).first()
+    more = more.drop(columns=["split", "document", "tokens", "nll"])
+    return mean.loc[more.index].join(more).rename_axis(columns=None).reset_index()
 
 
 def size(model: EarlyExitModel) -> dict[str, float]:

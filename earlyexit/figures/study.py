@@ -22,9 +22,11 @@ SPEEDUPS = {
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8)
 COMPARED = {  # criterion beside the fitted ones → how it is drawn
     "static": {"color": "black", "marker": "s", "linestyle": "none"},
-    "shallow twin": {"color": "black", "marker": "^", "linestyle": "none"},
+    "trained alone": {"color": "black", "marker": "^", "linestyle": "--"},
+    "random exits": {"color": "0.55", "marker": "x", "linestyle": "none"},
     "original's threshold": {"color": "C3", "marker": "X", "linestyle": "none"},
     "oracle (kl)": {"color": "black", "marker": "d", "linestyle": ":"},
+    "oracle (nll)": {"color": "0.55", "marker": "d", "linestyle": ":"},
 }
 BY_POSITION = {"layers": "mean layers executed", "nll": "NLL at full depth (nats)"}
 
@@ -57,6 +59,34 @@ def loss_against(table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes)
     ax.set(xlabel=SPEEDUPS[x], xscale="log", ylabel="quality loss, test split")
     style.plain_ticks(ax.xaxis, TICKS)
     style.percent(ax.yaxis)
+
+
+def rivals(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
+    """Draw perplexity over the speedup of gates and of models trained alone, a panel per cost.
+
+    A line joins each policy with its rival of equal cost: exits are better where it points down.
+
+    Columns: seed, epsilon, cost, speedup, perplexity, rival_perplexity.
+    """
+    panels = [
+        partial(rivals_at, rows, f"speedup ({cost})")
+        for cost, rows in table.groupby("cost", sort=False)
+    ]
+    return style.compose(ax, PAGE * 0.8, 2.4, panels, key={"loc": "lower center", "ncols": 2})
+
+
+@style.panel(COLUMN, 2.4)
+def rivals_at(table: pd.DataFrame, x_label: str, *, ax: Axes) -> None:
+    """Draw a panel of :func:`rivals`."""
+    table = table.sort_values("speedup")
+    for k, (column, label) in enumerate(
+        {"perplexity": "gates", "rival_perplexity": "models trained alone, equal cost"}.items()
+    ):
+        points = style.look(k) | {"linestyle": "none", "label": label}
+        ax.plot(table["speedup"], table[column], **points)
+    ends = table["perplexity"], table["rival_perplexity"]
+    ax.vlines(table["speedup"], *ends, color="0.6", linewidth=0.8, zorder=0)
+    ax.set(xlabel=x_label, ylabel="perplexity, test split")
 
 
 @style.panel(COLUMN * 1.3, 2.4)

@@ -150,13 +150,13 @@ def recipes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
     Columns: recipe, exit, perplexity.
     """
-    label = "perplexity, test split"
+    label = "perplexity, fit part"
     return style.lines(table, "exit", "perplexity", "recipe", EXIT, label, log=False, ax=ax)
 
 
 @style.panel(COLUMN * 1.2, 2.2)
 def equal_cost(table: pd.DataFrame, *, ax: Axes) -> None:
-    """Draw adaptive over shallow perplexity at the same cost, with paired intervals.
+    """Draw perplexity with exits over that of a smaller model of the same cost, with paired intervals.
 
     Columns: seed, depth, difference, low, high.
     """
@@ -168,8 +168,8 @@ def equal_cost(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.axhline(0, **REFERENCE)
     middle = np.arange(len(depths)) + 0.06 * (table["seed"].nunique() - 1)
     ax.set_xticks(middle, [style.layers_text(d) for d in depths])
-    ax.set_xlabel("shallow model of equal FLOPs")
-    ax.set_ylabel("adaptive / shallow − 1\n(perplexity, 95 %\nover documents)")
+    ax.set_xlabel("model trained alone, of equal FLOPs")
+    ax.set_ylabel("exits / trained alone − 1\n(perplexity, 95 %\nover documents)")
     ax.margins(x=0.4)
     style.percent(ax.yaxis, 1)
     ax.grid(axis="x", visible=False)

@@ -93,16 +93,15 @@ def trained_model(
     """
     if convert:
         kind = type(convert(backbone.model))
-    key = {
-        "model": model_config,
-        "training": training,
-        "max_tokens": max_tokens,
-        "text": corpus.data_hash,
-        "backbone": backbone.model_hash if backbone else "",
-        "kind": kind.__qualname__,
-        "code": _code(train, convert or kind),
-    }
-    path = _path(cache / "models", ".safetensors", key)
+    name = model_name(
+        corpus,
+        model_config,
+        training,
+        max_tokens=max_tokens,
+        backbone=backbone,
+        made=convert or kind,
+    )
+    path = cache / "models" / f"{name}.safetensors"
     state = cache / "training" / path.stem
 
     def make() -> tuple[EarlyExitLanguageModel, dict]:
@@ -123,6 +122,32 @@ def trained_model(
     trained = _cached_model(path, model_config, device, kind, make if may_train else None)
     TrainingState(state, {}).delete()
     return trained
+
+
+def model_name(
+    corpus: Corpus,
+    model_config: ModelConfig,
+    training: TrainingConfig,
+    *,
+    max_tokens: int = 0,
+    backbone: Trained | None = None,
+    made: Callable = EarlyExitLanguageModel,
+) -> str:
+    """Return the name of a trained model, a digest of all that decides its weights.
+
+    Args:
+        made: the class of the model, or the function that converts the backbone to it.
+    """
+    key = {
+        "model": model_config,
+        "training": training,
+        "max_tokens": max_tokens,
+        "text": corpus.data_hash,
+        "backbone": backbone.model_hash if backbone else "",
+        "kind": made.__qualname__,
+        "code": _code(train, made),
+    }
+    return _name(key)
 
 
 def gated_model(
@@ -247,7 +272,11 @@ def _cached_model(
 
 def _path(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
     """Return the path of a step's result."""
-    return folder / f"{digests.of_object(key)[:16]}{suffix}"
+    return folder / f"{_name(key)}{suffix}"
+
+
+def _name(key: dict[str, Any]) -> str:
+    return digests.of_object(key)[:16]
 
 
 @remember

@@ -82,9 +82,9 @@ class Build(Common):
     leak_tokens: Count = 120_000
     leak_epochs: Positive = 3.0
     memory_tokens: Limit = 20_000
-    depths: Counts = (1, 2, 4)
+    depths: Counts = (1, 2, 3, 4)
     controls: Annotated[tuple[Control, ...], _list] = tuple(CONTROLS)
-    depth_tokens: Limit = 400_000
+    depth_tokens: Limit = 0
     depth_seeds: Count = 1
     changes: Annotated[tuple[Changed, ...], _some] = (
         "as it is", "heads start in the band", "values not gated", "AdamW"
@@ -111,9 +111,6 @@ class ThresholdSweep(Common):
     )  # fmt: skip
     recipe_tokens: Limit = 100_000
     recipe_seeds: Count = 1
-    recipe_eval: Limit = 20_000
-    shallow_depths: Counts = (2,)
-    shallow_seeds: Count = 1
     logits_tokens: Limit = 0
 
 
@@ -178,8 +175,6 @@ class Answer(Common):
     original_threshold: Share = 0.7
     repeats: Count = 7
     batch_size: Count = 32
-    shallow_depths: Annotated[tuple[Count, ...], _list] = ()
-    shallow_seeds: Count = 1
     logits_tokens: Limit = 0
     shown_words: Count = 420
 

@@ -93,9 +93,7 @@ PROFILES = {
                     "leak_tokens": 8_000, "leak_epochs": 1.0, "memory_tokens": 2_000,
                     "depths": (1, 3), "depth_tokens": 4_000, "ablation_tokens": 4_000,
                 },
-                "03_threshold_sweep": {
-                    "recipes": ("joint", "frozen"), "recipe_tokens": 4_000, "shallow_depths": (1,)
-                },
+                "03_threshold_sweep": {"recipes": ("joint", "frozen"), "recipe_tokens": 4_000},
                 "04_speedup_breakdown": {
                     "repeats": 3, "wide_windows": 2, "output_head_tokens": 4_000,
                     "prices": "few", "panels": ((4, 1),), "batch_sizes": (1, 4, 16),
@@ -163,18 +161,15 @@ PROFILES = {
             seeds=(0, 1, 2),
             notebooks={
                 "01_build": {
-                    "memory_tokens": 60_000, "depths": (1, 2, 3, 4, 6, 8), "depth_tokens": 0,
+                    "memory_tokens": 60_000, "depths": (1, 2, 3, 4, 6, 8), "depth_seeds": 3,
                 },
                 "03_threshold_sweep": {
-                    "recipes": ("joint",), "recipe_tokens": 0, "recipe_seeds": 3,
-                    "recipe_eval": 100_000, "shallow_depths": (1, 2), "shallow_seeds": 3,
+                    "recipes": ("joint", "frozen"), "recipe_tokens": 600_000,
                     "logits_tokens": 60_000,
                 },
                 "04_speedup_breakdown": {"output_head_tokens": 400_000},
                 "07_combinations": {"combination_tokens": 600_000, "combination_eval": 30_000},
-                "08_study": {
-                    "shallow_depths": (1, 2), "shallow_seeds": 3, "logits_tokens": 60_000
-                },
+                "08_study": {"logits_tokens": 60_000},
             },
         ),
         Profile(
@@ -188,15 +183,14 @@ PROFILES = {
             seeds=(0, 1),
             notebooks={
                 "01_build": {
-                    "memory_tokens": 60_000, "depths": (1, 3, 6), "depth_tokens": 0,
+                    "memory_tokens": 60_000, "depths": (1, 3, 6), "depth_seeds": 2,
                 },
                 "03_threshold_sweep": {
-                    "recipes": ("joint",), "recipe_tokens": 0, "recipe_eval": 100_000,
-                    "shallow_depths": (3,), "logits_tokens": 40_000,
+                    "recipes": ("joint",), "recipe_tokens": 200_000, "logits_tokens": 40_000,
                 },
                 "04_speedup_breakdown": {"output_head_tokens": 150_000},
                 "07_combinations": {"combination_tokens": 0, "combination_eval": 0},
-                "08_study": {"shallow_depths": (3,), "logits_tokens": 40_000},
+                "08_study": {"logits_tokens": 40_000},
             },
         ),
         Profile(
@@ -210,12 +204,10 @@ PROFILES = {
             gates=GatesConfig(hidden=16, max_tokens=1_000_000),
             max_eval_tokens=250_000,
             notebooks={
-                "03_threshold_sweep": {
-                    "recipes": ("joint", "frozen"), "recipe_tokens": 0, "shallow_depths": (6,)
-                },
+                "01_build": {"depths": (3, 6, 9, 12)},
+                "03_threshold_sweep": {"recipes": ("joint", "frozen"), "recipe_tokens": 0},
                 "04_speedup_breakdown": {"output_head_tokens": 0},
                 "07_combinations": {"combination_tokens": 0, "combination_eval": 0},
-                "08_study": {"shallow_depths": (6,)},
             },
         ),
     )

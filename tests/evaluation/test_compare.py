@@ -19,7 +19,7 @@ from earlyexit.exits.policy import ExitPolicy
 EPSILON = 0.3
 
 
-def test_a_row_is_a_real_run_with_three_speedups(subject, make_policy, make_model):
+def test_a_row_is_a_real_run_with_three_speedups(subject, make_policy):
     model, batches = subject.model, subject.batches
     gate = make_policy(model, subject.batch[0], "gate")
     candidates = [
@@ -27,13 +27,13 @@ def test_a_row_is_a_real_run_with_three_speedups(subject, make_policy, make_mode
         *tables.static_exits(3),
         Candidate("gate", "epsilon", EPSILON, gate),
     ]
-    shallow = make_model(n_layers=1)
+    alone = {1: 50.0, 3: 40.0}  # perplexities
     part = batches[:2]  # other tokens for one criterion, against full depth on the same
     loaders = dict.fromkeys(CRITERIA, batches) | {"max_probability": part}
-    table = compare(model, candidates, loaders, subject.batch, 2, {1: shallow})
+    table = compare(model, candidates, loaders, subject.batch, 2, alone)
     assert tuple(table.columns) == COLUMNS
     assert list(table["criterion"]) == [
-        "original's threshold", "static", "static", "gate", "shallow twin"
+        "original's threshold", "static", "static", "gate", *["trained alone"] * 2
     ]  # fmt: skip
     evaluator = EarlyExitEvaluator(model, "cpu")
     policies = [c.policy for c in candidates]
@@ -48,10 +48,12 @@ def test_a_row_is_a_real_run_with_three_speedups(subject, make_policy, make_mode
         assert row["speedup_layers"] == pytest.approx(real["speedup_estimate"])
         assert row["speedup_flops"] == pytest.approx(flops)
         assert row["exited_early"] == pytest.approx(shares[:2].sum())
-    twin = table.iloc[-1]
-    alone = EarlyExitEvaluator(shallow, "cpu").evaluate_policy(batches)["perplexity"]
-    assert twin["perplexity"] == pytest.approx(alone) and twin["speedup_layers"] == 3
-    assert twin["quality_loss"] == pytest.approx(alone / math.exp(subject.test.full_nll) - 1)
+    small, twin = table.iloc[-2], table.iloc[-1]
+    assert small["perplexity"] == 50 and small["speedup_layers"] == 3
+    assert small["quality_loss"] == pytest.approx(50 / math.exp(subject.test.full_nll) - 1)
+    assert small["speedup_flops"] > 1 and twin["speedup_flops"] == 1
+    assert table["twin_loss"].isna().tolist() == [True, *[False] * 5]  # the first is about a part
+    assert table["twin_loss"].tolist()[1:] == pytest.approx((table["perplexity"] / 40 - 1)[1:])
     assert (table["speedup_time_low"] <= table["speedup_time_high"]).all()
     assert (table["speedup_time"] > 0).all()
 

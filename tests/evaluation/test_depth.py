@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
+from dataclasses import replace
 
-from earlyexit.corpus.windows import loader
-from earlyexit.evaluation.depth import ALONE, ngram_rows, size, system_row, systems
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from earlyexit.corpus.windows import IGNORE, loader
+from earlyexit.evaluation.depth import (
+    ALONE,
+    losses_by_document,
+    ngram_rows,
+    size,
+    summary,
+    systems,
+)
+
+PER_TOKEN = ("ids", "document", "characters")
 
 
 def test_systems_are_depths_and_controls():
@@ -18,15 +31,33 @@ def test_systems_are_depths_and_controls():
     }
 
 
-def test_a_row_says_what_the_model_at_full_depth_does(make_model, corpus):
-    model = make_model(gate_hidden=None)
-    batches = {name: loader(corpus.splits[name], 12, 5) for name in ("fit", "test")}
-    row = system_row(model, batches, seconds=3.0).iloc[0]
-    for name, data in batches.items():
-        nll = [model.nll(x, y)[y >= 0] for x, y in data]
-        mean = np.concatenate([part.numpy() for part in nll]).mean(dtype=float)
-        assert row[f"perplexity_{name}"] == pytest.approx(np.exp(mean), rel=1e-5)
-    assert row["seconds"] == 3.0 and row["flops_per_token"] > 0
+def test_losses_are_those_of_every_document_at_full_depth(make_model, corpus):
+    model, split = make_model(gate_hidden=None), corpus.splits["test"]
+    losses = losses_by_document(model, split, corpus.eos_id, batch_size=5)
+    assert losses["tokens"].sum() == split.n_tokens and set(losses["split"]) == {"test"}
+    for row in losses.itertuples():
+        own = replace(
+            split, **{k: getattr(split, k)[split.document == row.document] for k in PER_TOKEN}
+        )
+        nll = [model.nll(x, y)[y != IGNORE] for x, y in loader(own, 12, 3)]
+        assert row.nll == pytest.approx(torch.cat(nll).mean().item(), rel=1e-5)
+
+
+def test_a_summary_weighs_documents_by_their_tokens():
+    losses = pd.DataFrame(
+        {
+            "depth": [1, 1, 1, 2],
+            "split": ["fit", "fit", "test", "fit"],
+            "document": [0, 1, 2, 0],
+            "tokens": [1, 3, 2, 5],
+            "nll": [4.0, 0.0, 2.0, 3.0],
+            "parameters": [10, 10, 10, 20],
+        }
+    )
+    rows = summary(losses, "depth")
+    assert list(rows) == ["depth", "perplexity_fit", "perplexity_test", "parameters"]
+    np.testing.assert_allclose(rows["perplexity_fit"], np.exp([1.0, 3.0]))
+    np.testing.assert_allclose(rows["perplexity_test"], [np.exp(2.0), np.nan])
 
 
 def test_unused_exits_are_not_counted(make_model):

@@ -113,6 +113,11 @@ BINNED = between(grid(seed=[0], exit_layer=[0, 1], position=[0, 1, 2]), "nll", "
 CHANGED = between(grid(change=["as it is", "attention"], seed=[0, 1]), "perplexity_fit")
 MEMORY = between(grid(execution=["full", "dense"], batch=[1, 8]), "logits_mib", "rest_mib")
 
+RIVALS = between(
+    grid(seed=[0, 1], epsilon=[0.01, 0.05], cost=["FLOPs", "time"]),
+    *("speedup", "perplexity", "rival_perplexity"),
+)
+
 # For each figure the arguments, and its number of panels.
 CASES = {
     "ablation": ((CHANGED,), 1),
@@ -162,6 +167,8 @@ CASES = {
     "recipes": ((EXITS,), 1),
     "reliability": ((BINS, ERRORS), 4),
     "reliability_diagram": ((BINS, ERRORS, 1), 1),
+    "rivals": ((RIVALS,), 2),
+    "rivals_at": ((RIVALS[RIVALS["cost"] == "time"], "speedup (time)"), 1),
     "run_parts": ((RUNS, "original"), 2),
     "sparse_limits": ((SPARSE,), 1),
     "speedups": ((TIMES,), 1),
