@@ -167,7 +167,7 @@ class Study:
             raise ValueError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
         recipe = RECIPES[name]
         frozen = recipe.training.get("freeze_backbone")
-        backbone = self.twin(seed, max_tokens=max_tokens) if frozen else None
+        backbone = self.twin(seed, max_tokens=max_tokens, **recipe.model) if frozen else None
         trained = self.train(seed, recipe.model, recipe.training, max_tokens, backbone=backbone)
         return self.with_gates(seed, trained)
 

@@ -32,7 +32,7 @@ class Settings(Checked):
         (ModelConfig, "n_layers", True, "must be a whole number"),
         (ModelConfig, "causal", 1, "must be true or false"),
         (ModelConfig, "top_k", 5, "must be ≤ num_experts=4"),
-        (ModelConfig, "exit_head", "other", "must be 'translator' or 'full'"),
+        (ModelConfig, "exit_head", "other", "must be 'translator', 'own' or 'full'"),
         (TrainingConfig, "learning_rate", math.nan, "must be a finite number"),
         (TrainingConfig, "exit_ramp", 1.5, "must be ≤ 1"),
         (TrainingConfig, "weight_decay", "0.1", "must be a number"),

@@ -6,9 +6,10 @@ An-O-N-Language-Model-Architecture on GitHub, commit 6182361). Its tables were n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 
+import numpy as np
 import pandas as pd
 
 from earlyexit.evaluation.compare import SPEEDUPS, run_rows
@@ -22,6 +23,7 @@ MEMORY_SAVED = 0.30  # of activation memory
 EFFICIENCY = 0.85  # measured over theoretical speedup
 MULTI_SCALE, SPARSE, EXITS = 4.0, 1.8, 2.0  # speedups of each idea alone
 MULTI_SCALE_AND_EXITS, SPARSE_AND_EXITS = 8.0, 3.6  # speedups of two ideas together, multiplied
+PROMISED_LOSS = 0.05  # within which exits were to be two to three times as fast
 ROUNDING = 1e-9  # so that an ε equal to the claimed loss counts as within it
 
 
@@ -100,3 +102,53 @@ def claims_and_certificates(front: pd.DataFrame, certificates: pd.DataFrame) -> 
             "certified_loss": certified["test_quality_loss"],
         }
     )
+
+
+def verdicts(tables: Mapping[str, pd.DataFrame], front: pd.DataFrame) -> pd.DataFrame:
+    """Settle each promise of the original by one number: held, not held, or cannot hold.
+
+    A promise cannot hold where counting alone, of operations or positions, refutes it.
+
+    Args:
+        tables: name → table of one seed: costs (01), recipes (03), part_times and end_to_end (04),
+            memory_peaks (05), claimed_products and sparse_limits (07).
+        front: the rows of that seed of :func:`earlyexit.evaluation.compare.compare`.
+
+    Returns:
+        Columns claim, claimed, measured, best_possible (by counting; NaN: nothing refutes it), verdict.
+    """
+    costs = tables["costs"].set_index("part")["share_of_block"]
+    times = tables["part_times"].set_index("part")["share_of_block"]
+    peaks = tables["memory_peaks"].query("output != 'logits returned'")
+    peaks = peaks.set_index("execution")["peak_mib"]
+    products = tables["claimed_products"].set_index("claim")
+    frozen = tables["recipes"].query("recipe == 'frozen'")["gate_speedup_layers"]
+    ends = tables["end_to_end"].iloc[0]
+    gates = front[(front["criterion"] == "gate") & (front["quality_loss"] <= PROMISED_LOSS)]
+    total, positions = products["total time"], products["positions"]
+    at_least, at_most = 1, -1
+    rows = [
+        ("exit check / layer", CHECK_SHARE, times["maximum probability"],
+         costs[["head norm", "unembedding", "softmax"]].sum(), at_most),
+        ("confidence / layer", CONFIDENCE_SHARE, costs["softmax"], costs["softmax"], at_most),
+        ("activation memory saved", MEMORY_SAVED,
+         1 - peaks["compacted"] / peaks["full depth"], np.nan, at_least),
+        ("time / layers saved", EFFICIENCY,
+         ends["speedup_time"] / ends["speedup_layers"], np.nan, at_least),
+        ("several scales", MULTI_SCALE, total["several scales"], positions["several scales"],
+         at_least),
+        ("sparse BK-Core", SPARSE, total["sparse BK-Core"],
+         tables["sparse_limits"]["at_most"].max(), at_least),
+        ("exits", EXITS, total["exits"], np.nan, at_least),
+        ("scales + exits", MULTI_SCALE_AND_EXITS, total["scales + exits (measured)"],
+         positions["scales × exits (multiplied)"], at_least),
+        ("sparse + exits", SPARSE_AND_EXITS, total["sparse + exits (measured)"], np.nan, at_least),
+        (f"time, within {PROMISED_LOSS:.0%}", EXITS, gates["speedup_time"].max(), np.nan, at_least),
+        (f"layers, without retraining, within {PROMISED_LOSS:.0%}", EXITS, frozen.iloc[0], np.nan,
+         at_least),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["claim", "claimed", "measured", "best_possible", "sign"])
+    sign = table.pop("sign")
+    held = sign * table["measured"] >= sign * table["claimed"]
+    refuted = sign * table["best_possible"] < sign * table["claimed"]
+    return table.assign(verdict=np.select([held, refuted], ["held", "cannot hold"], "not held"))

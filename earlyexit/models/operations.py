@@ -64,7 +64,7 @@ def operations(
             run["halting"] = {"elementwise_flops": (LAYER_NORM + 2 + 4) * d}
         layers.append(run | both)
         propagation.append(passed | both)
-    translated = config.exit_head == "translator"
+    translated = config.exit_head != "full"
     return Operations(
         width=d,
         layers=tuple(layers),
@@ -216,7 +216,7 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
         **_mixing_parameters(config),
         "router": d * e + e,
         "experts": e * (2 * d * hidden + hidden + d),
-        "translator": d * d + d if config.exit_head == "translator" else 0,
+        "translator": d * d + d if config.exit_head != "full" else 0,
         "head norm": 2 * d,
         "unembedding": unembedding,
         "softmax": 0,

@@ -19,7 +19,16 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.gates import ExitGates
 from earlyexit.nn.heads import ExitHead
 from earlyexit.nn.mixing import Contribution
-from earlyexit.nn.unembedding import AdaptiveUnembedding, LinearUnembedding
+from earlyexit.nn.unembedding import AdaptiveUnembedding, LinearUnembedding, Unembedding
+
+
+def new_unembedding(config: ModelConfig) -> Unembedding:
+    """Return an output head with new weights."""
+    if config.output_head == "adaptive":
+        return AdaptiveUnembedding(config.d_model, config.vocab_size)
+    unembedding = LinearUnembedding(config.d_model, config.vocab_size)
+    nn.init.zeros_(unembedding.bias)
+    return unembedding
 
 
 class EarlyExitLanguageModel(EarlyExitModel):
@@ -49,19 +58,17 @@ class EarlyExitLanguageModel(EarlyExitModel):
         nn.init.normal_(self.token_embedding.weight, std=c.d_model**-0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.1 * c.d_model**-0.5)
 
-        if c.output_head == "adaptive":
-            unembedding = AdaptiveUnembedding(c.d_model, c.vocab_size)
-        else:
-            unembedding = LinearUnembedding(c.d_model, c.vocab_size)
-            nn.init.zeros_(unembedding.bias)
+        unembedding = new_unembedding(c)
         if c.tie_embeddings:
             unembedding.weight = self.token_embedding.weight
         self.blocks = nn.ModuleList()
         for layer in range(c.n_layers):
             last = layer == c.n_layers - 1
             head = None  # a block makes its own full head
-            if last or c.exit_head == "translator":
-                head = ExitHead(c.d_model, unembedding, borrowed=not last, translate=not last)
+            if last or c.exit_head != "full":
+                own = last or c.exit_head == "own"
+                words = unembedding if last or not own else new_unembedding(c)
+                head = ExitHead(c.d_model, words, borrowed=not own, translate=not last)
             self.blocks.append(EarlyExitResNetBKBlock(**c.base(), exit_classifier=head))
         if c.gate_hidden is not None:
             self.gates = ExitGates(c.n_layers, c.d_model, c.gate_hidden)

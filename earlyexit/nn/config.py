@@ -26,16 +26,17 @@ class ModelConfig(Checked):
         left_behind: what exited tokens hand to layers that they do not run: potentials and values made
             of their frozen states (``"recomputed"``), those of the last layer that they ran
             (``"kept"``), or recomputed ``"potentials"`` with values 0.
-        exit_head: ``"translator"`` (a d×d map before one shared unembedding) or ``"full"`` (each
+        exit_head: ``"translator"`` (a d×d map before one shared unembedding), ``"own"`` (a d×d map
+            before an unembedding of its own, which costs parameters, but no FLOPs) or ``"full"`` (each
             exit owns LayerNorm + Linear(V)).
         tie_embeddings: the final unembedding is the token embedding; None: where it can be.
         gate_hidden: hidden units of learned gates, 0 for linear ones, None for none.
         output_head: ``"linear"`` or ``"adaptive"``; see
-            :class:`earlyexit.nn.unembedding.AdaptiveUnembedding`. Exits share it.
+            :class:`earlyexit.nn.unembedding.AdaptiveUnembedding`.
 
     Raises:
         ValueError: a value outside its range, more experts per token than there are, or an adaptive
-            head that is tied or not shared by the exits.
+            head that is tied or that exits should own as Linear(V).
     """
 
     vocab_size: Count
@@ -53,7 +54,7 @@ class ModelConfig(Checked):
     bk_starts: Literal["below", "both", "band"] = "below"
     left_behind: Literal["recomputed", "kept", "potentials"] = "recomputed"
     causal: bool = True
-    exit_head: Literal["translator", "full"] = "translator"
+    exit_head: Literal["translator", "own", "full"] = "translator"
     tie_embeddings: bool | None = None
     expert_hidden: Count | None = None
     gate_hidden: Limit | None = None
@@ -67,7 +68,10 @@ class ModelConfig(Checked):
             raise ValueError(f"mixing={self.mixing!r} has no potentials: left_behind='recomputed'")
         adaptive = self.output_head == "adaptive"
         if adaptive and (self.tie_embeddings or self.exit_head == "full"):
-            raise ValueError("an adaptive output head is shared by the exits, and not tied")
+            raise ValueError(
+                "an adaptive output head is not tied, and exits have it too: exit_head='translator' or"
+                " 'own'"
+            )
         if self.tie_embeddings is None:
             object.__setattr__(self, "tie_embeddings", not adaptive)
 

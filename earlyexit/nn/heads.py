@@ -13,6 +13,7 @@ class ExitHead(nn.Module):
     With ``exit_head="full"`` it is LayerNorm and its own Linear(D, V), as in the original. With
     ``exit_head="translator"`` it is a residual affine map (Belrose et al. 2023, tuned lens, eq. 4),
     LayerNorm, and an unembedding borrowed from the model; the last layer's head has no translator.
+    With ``exit_head="own"`` it is the same before an unembedding of its own.
 
     Args:
         d_model: width D.

@@ -107,7 +107,7 @@ class ThresholdSweep(Common):
     epsilons: Positives = (0.01, 0.02, 0.05, 0.08)
     epsilon: Positive = 0.05
     recipes: Annotated[tuple[Recipe, ...], _some] = (
-        "joint", "frozen", "joint, weight 0.3"
+        "joint", "frozen", "weight 0.5", "one unembedding"
     )  # fmt: skip
     recipe_tokens: Limit = 100_000
     recipe_seeds: Count = 1

@@ -82,8 +82,6 @@ def block(template: str, profile: str, root: Path) -> str:
         template,
         name=profile,
         profile=PROFILES[profile],
-        # Training tokens of the recipes and their twins; 0: as many as the model has.
-        recipe_tokens=PROFILES[profile].parameters("03_threshold_sweep").recipe_tokens,
         epsilon=EPSILON,
         procedures=list(PROCEDURES),
         table=partial(read_table, profile, root=root),

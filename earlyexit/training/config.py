@@ -20,12 +20,17 @@ class Recipe:
 ONE, TOKENS = {"exit_sampling": "one"}, {"exit_sampling": "tokens"}
 RECIPES: dict[str, Recipe] = {
     "joint": Recipe(),
-    "frozen": Recipe(ONE | {"exit_loss_weight": 1.0, "freeze_backbone": True}),
-    "joint, one exit a step": Recipe(ONE),
-    "joint, weight 0.3": Recipe({"exit_loss_weight": 0.3}),
-    "joint, weight ramped up": Recipe({"exit_ramp": 0.5}),
-    "joint, self-distilled": Recipe(ONE | {"exit_loss_weight": 1.5, "distillation": 0.5}),
-    "joint, layer dropout": Recipe(ONE | {"layer_dropout": 0.2}),
+    "frozen": Recipe(
+        {"exit_loss_weight": 1.0, "freeze_backbone": True}, {"exit_head": "translator"}
+    ),
+    "weight 0.5": Recipe({"exit_loss_weight": 0.5}),
+    "weight 3": Recipe({"exit_loss_weight": 3.0}),
+    "weight ramped up": Recipe({"exit_ramp": 0.5}),
+    "one exit a step": Recipe(ONE),
+    "half of the gradient": Recipe({"exit_gradient": 0.5}),
+    "self-distilled": Recipe({"distillation": 0.3}),
+    "layer dropout": Recipe({"layer_dropout": 0.2}),
+    "one unembedding": Recipe(model={"exit_head": "translator"}),
     # Only where tokens exit in training do deeper layers learn from what is left behind.
     "tokens": Recipe(TOKENS),
     "tokens, values kept": Recipe(TOKENS, {"left_behind": "kept"}),
@@ -51,6 +56,7 @@ class TrainingConfig(Checked):
             ``"tokens"``: a random share w / (1 + w) of the tokens leaves, each at a random exit, and
             its state stays frozen as in a real run: deeper layers learn from what exits leave behind,
             and each token is projected once.
+        exit_gradient: share of the exits' gradient that reaches the layers below; their heads get all.
         exit_ramp: share of the steps over which the exit losses' weight rises from 0.
         distillation: share of the exit's target that is the last layer's prediction, not the word.
         layer_dropout: probability of skipping the last layer in a step; earlier layers are skipped
@@ -70,6 +76,7 @@ class TrainingConfig(Checked):
     clip: Positive = 1.0
     exit_loss_weight: Weight = 0.3
     exit_sampling: Literal["one", "all", "tokens"] = "one"
+    exit_gradient: Share = 1.0
     exit_ramp: Share = 0.0
     distillation: Share = 0.0
     layer_dropout: Dropout = 0.0
@@ -81,11 +88,14 @@ class TrainingConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.exit_sampling == "tokens" and (
-            self.freeze_backbone or self.distillation or self.layer_dropout
+            self.freeze_backbone
+            or self.distillation
+            or self.layer_dropout
+            or self.exit_gradient < 1
         ):
             raise ValueError(
                 "exit_sampling='tokens' trains every layer on the word itself: no frozen backbone,"
-                " distillation or layer dropout"
+                " distillation, layer dropout or exit_gradient below 1"
             )
         if self.freeze_backbone and not self.exit_loss_weight:
             raise ValueError("freeze_backbone trains exits only: exit_loss_weight must be > 0")

@@ -47,7 +47,12 @@ def training_loss(
         states = _states(model, x, config, draw)
 
     def nll(layer: int, teacher: Teacher | None = None) -> Tensor:
-        features = exit_features(model, states, layer).float()
+        below = states
+        if (
+            layer < last and config.exit_gradient < 1
+        ):  # the same states, with part of their gradient
+            below = [h.detach().lerp(h, config.exit_gradient) for h in states]
+        features = exit_features(model, below, layer).float()
         unembedding = model.head(layer).unembedding
         return unembedding.loss(features, y.flatten(), config.bf16, teacher)
 

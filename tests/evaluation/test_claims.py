@@ -10,6 +10,7 @@ from earlyexit.evaluation.claims import (
     claimed_test_rows,
     claims_and_certificates,
     measured_claims,
+    verdicts,
 )
 from earlyexit.evaluation.compare import compare, original_thresholds
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
@@ -61,3 +62,40 @@ def test_the_best_certificate_within_each_claim(subject):
     assert table["certified_speedup_layers"].max() == 1.2
     none = claims_and_certificates(front, certificates.iloc[:0])
     assert none["certified_epsilon"].isna().all()
+
+
+def test_every_promise_is_settled_by_one_number():
+    """All are kept, then all but one that counting refutes, and one that merely fails."""
+    parts = ["head norm", "unembedding", "softmax"]
+    products = {
+        "several scales": 5.0, "sparse BK-Core": 2.0, "exits": 3.0, "scales + exits (measured)": 9.0,
+        "scales × exits (multiplied)": 9.0, "sparse + exits (measured)": 4.0,
+    }  # fmt: skip
+    products = pd.DataFrame({"claim": products.keys(), "total time": products.values()})
+    tables = {
+        "costs": pd.DataFrame({"part": parts, "share_of_block": [0.002, 0.002, 0.001]}),
+        "recipes": pd.DataFrame({"recipe": ["frozen"], "gate_speedup_layers": [2.5]}),
+        "part_times": pd.DataFrame({"part": ["maximum probability"], "share_of_block": [0.009]}),
+        "end_to_end": pd.DataFrame({"speedup_time": [1.8], "speedup_layers": [2.0]}),
+        "memory_peaks": pd.DataFrame(
+            {
+                "output": ["scored in chunks"] * 2,
+                "execution": ["full depth", "compacted"],
+                "peak_mib": [10.0, 6.0],
+            }
+        ),
+        "claimed_products": products.assign(positions=9.0),
+        "sparse_limits": pd.DataFrame({"at_most": [2.0]}),
+    }
+    front = pd.DataFrame(
+        {"criterion": "gate", "quality_loss": [0.05, 0.2], "speedup_time": [2.1, 4]}
+    )
+    table = verdicts(tables, front)
+    assert len(table) == 11 and set(table["verdict"]) == {"held"}
+    tables["part_times"]["share_of_block"] = 0.4
+    tables["costs"]["share_of_block"] = 0.3
+    late = front.assign(quality_loss=[0.06, 0.2])  # what is fast enough loses too much
+    table = verdicts(tables, late).set_index("claim")["verdict"]
+    assert table["exit check / layer"] == table["confidence / layer"] == "cannot hold"
+    assert table["time, within 5%"] == "not held"
+    assert (table == "held").sum() == 8

@@ -22,7 +22,7 @@ from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 
 READY = [name for name in CRITERIA if name != "depth"]
 ADAPTIVE = {"output_head": "adaptive", "tie_embeddings": False}
-HEADS = ("translator", "full")
+HEADS = ("translator", "own", "full")
 MIXINGS = [
     {},
     {"bk_values": 0},

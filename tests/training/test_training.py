@@ -21,7 +21,7 @@ from earlyexit.training.losses import training_loss
 from earlyexit.training.train import perplexity_per_exit, train
 
 FAST = {"epochs": 0.5, "batch_size": 8, "learning_rate": 1e-2}  # 8 steps
-HEADS = ("translator", "full")
+HEADS = ("translator", "own", "full")
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -36,7 +36,7 @@ def differing(a: dict, b: dict) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["one", "tokens"])
 @pytest.mark.parametrize(
-    "change", [*({"exit_head": h} for h in HEADS), {"output_head": "adaptive"}]
+    "change", [*({"exit_head": h} for h in HEADS), {"output_head": "adaptive", "exit_head": "own"}]
 )
 def test_a_learnable_sequence_is_learnt_at_every_exit(make_model, corpus, change, sampling):
     model = make_model(**change, dropout_p=0.0)
@@ -192,6 +192,30 @@ def test_the_joint_loss_is_the_sum_it_says(make_model, corpus):
     one = TrainingConfig(exit_loss_weight=0.7, exit_sampling="one", balance_weight=0.05)
     sampled = {round(training_loss(model, x, y, one, step)[0].item(), 4) for step in range(20)}
     assert sampled == {round((nll[2] + 0.7 * nll[k] + 0.05 * balance).item(), 4) for k in (0, 1)}
+
+
+def test_a_share_of_the_exits_gradient_reaches_the_layers(make_model, corpus):
+    """Heads of exits learn all the same; in layers the gradient is linear in the share."""
+    model = make_model(dropout_p=0.0, exit_head="own", tie_embeddings=False)
+    x, y = next(iter(loader(corpus.splits["fit"], 12, 8, corpus.eos_id)))
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        config = TrainingConfig(exit_sampling="all", exit_gradient=share)
+        model.zero_grad()
+        loss = training_loss(model, x, y, config, 0)[0]
+        loss.backward()
+        found[share] = {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+    for name, grad in found[0.5].items():
+        none, whole = found[0.0].get(name), found[1.0][name]
+        if "exit_classifier" in name:
+            torch.testing.assert_close(grad, whole)
+        else:
+            torch.testing.assert_close(grad, (none + whole) / 2, rtol=1e-4, atol=1e-7)
+    assert not torch.equal(
+        found[0.0]["token_embedding.weight"], found[1.0]["token_embedding.weight"]
+    )
 
 
 @pytest.mark.parametrize("change", [{}, {"exit_head": "full"}, {"output_head": "adaptive"}])
