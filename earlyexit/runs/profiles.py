@@ -153,7 +153,7 @@ PROFILES = {
         Profile(
             "wikitext2",
             "the original's configuration on WikiText-2, three seeds, hours",
-            corpus=CorpusConfig("wikitext-2"),
+            corpus=CorpusConfig("wikitext-2", certify_articles=90),
             model=replace(MODEL, dropout_p=0.0),
             training=replace(TRAINING, epochs=4.0),
             gates=GatesConfig(hidden=16),
@@ -175,7 +175,7 @@ PROFILES = {
         Profile(
             "wikitext2-wide",
             "six layers of width 128 on WikiText-2, two seeds, many hours",
-            corpus=CorpusConfig("wikitext-2"),
+            corpus=CorpusConfig("wikitext-2", certify_articles=90),
             model=replace(MODEL, d_model=128, n_layers=6, bk_heads=32),
             training=replace(TRAINING, epochs=6.0, learning_rate=5e-3),
             gates=GatesConfig(hidden=16),
@@ -196,7 +196,7 @@ PROFILES = {
         Profile(
             "gpu",
             "the same study larger, for a GPU: twelve layers of width 512 on WikiText-103; not run yet",
-            corpus=CorpusConfig("wikitext-103", vocab_size=50_000),
+            corpus=CorpusConfig("wikitext-103", vocab_size=50_000, certify_articles=90),
             model=replace(
                 MODEL, d_model=512, n_layers=12, n_seq=512, num_experts=8, bk_heads=64
             ),
