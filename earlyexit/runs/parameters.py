@@ -144,12 +144,11 @@ class MemoryProfiling(Common):
 @dataclass(frozen=True)
 class Guarantees(Common):
     criterion: Criterion = "gate"
-    epsilons: Positives = (0.01, 0.025, 0.05, 0.072, 0.1)
+    epsilons: Positives = (0.003, 0.01, 0.025, 0.05, 0.072, 0.1)
     epsilon: Positive = 0.05
     delta: Probability = 0.05
-    n_candidates: Count = 16
+    n_candidates: Count = 20
     trials: Count = 1000
-    real_trials: Count = 200
 
 
 @dataclass(frozen=True)

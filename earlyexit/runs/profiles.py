@@ -101,7 +101,7 @@ PROFILES = {
                 "05_memory_profiling": {
                     "batch_sizes": (1, 4), "lengths": (64, 256), "resident_runs": 1
                 },
-                "06_guarantees": {"n_candidates": 8, "trials": 200, "real_trials": 50},
+                "06_guarantees": {"n_candidates": 8, "trials": 200},
                 "07_combinations": {"combination_tokens": 2_000, "combination_eval": 500},
                 "08_study": {"repeats": 3},
             },
