@@ -18,6 +18,7 @@ from earlyexit.calibration.bounds import betting_p_value
 CEILINGS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # B that are tried, in multiples of log(1 + ε)
 HIDDEN = 0.01  # of the level: what a ceiling may hide of a mean loss that is just at the level
 MEANS = (np.arange(10) + 0.5) / 10  # true means, over the level, at which power is read
+BEYOND = 1e-9  # nats, against rounding
 DRAWS = 200  # samples of units; the power, a mean over MEANS, is known to about 0.01
 
 
@@ -35,11 +36,10 @@ def at_means(losses: np.ndarray, means: np.ndarray, ceiling: float) -> np.ndarra
     def miss(shift: float, mean: float) -> float:
         return float(np.minimum(losses + shift, ceiling).mean()) - mean
 
-    # Clipping lowers the mean, so at the first end it is too low; at the second, every loss is above.
-    ends = [(mean - losses.mean(), mean - losses.min() + 1e-9) for mean in means]
+    # At the first end the mean is too low, as clipping lowers it; at the second no loss is below it.
+    ends = [(mean - losses.mean() - BEYOND, mean - losses.min() + BEYOND) for mean in means]
     shifts = [
-        brentq(miss, *pair, args=(mean,), xtol=1e-15)
-        for pair, mean in zip(ends, means, strict=True)
+        brentq(miss, *pair, args=(m,), xtol=1e-15) for pair, m in zip(ends, means, strict=True)
     ]
     return np.minimum(losses[:, None] + np.array(shifts), ceiling)
 
