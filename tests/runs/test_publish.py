@@ -71,7 +71,7 @@ def test_a_difference_is_a_verdict_only_with_its_whole_interval(low, high, verdi
     rows = pd.DataFrame({"difference": [(low + high) / 2], "low": [low], "high": [high]})
     told = f"{verdict}; 95 % over documents: {low:+.1%} to {high:+.1%}"
     assert publish._verdict(rows) == told
-    many = pd.concat([rows] * 3)
+    many = pd.concat([rows.assign(difference=rows["difference"] + d) for d in (-1e-3, 0, 1e-3)])
     assert publish._verdict(many).startswith(f"{told}, over 3 seeds: ")
 
 
