@@ -23,9 +23,9 @@ from earlyexit.training.config import RECIPES, GatesConfig, TrainingConfig
 # Small profiles share the embedded text, the original's model, and the training of it and its gates.
 TEXT = CorpusConfig()
 GATES = GatesConfig()
-MODEL = ModelConfig(10_000, output_head="adaptive")
+MODEL = ModelConfig(10_000, output_head="adaptive", exit_head="own")
 TRAINING = TrainingConfig(
-    batch_size=16, optimizer="muon", learning_rate=2e-2, exit_sampling="all", exit_loss_weight=1.5
+    batch_size=16, optimizer="muon", learning_rate=2e-2, exit_sampling="all", exit_loss_weight=3.0
 )
 
 
@@ -116,13 +116,14 @@ PROFILES = {
         ),
         Profile(
             "recipes",
-            "03 with every way of training exits, on 200,000 tokens of the embedded text, minutes",
-            # Self-distillation needs the probabilities of all words.
-            model=ModelConfig(10_000, dropout_p=0.0, output_head="linear"),
+            "03 with every way of training exits, on 400,000 tokens of the embedded text, an hour",
+            model=replace(MODEL, dropout_p=0.0),
             gates=GatesConfig(max_tokens=40_000),
-            max_eval_tokens=20_000,
+            max_train_tokens=400_000,
+            max_eval_tokens=50_000,
             notebooks={
-                "03_threshold_sweep": {"recipes": tuple(RECIPES), "recipe_tokens": 200_000}
+                "01_build": {"controls": (), "changes": ("as it is",)},
+                "03_threshold_sweep": {"recipes": tuple(RECIPES), "recipe_tokens": 0},
             },
         ),
         Profile(
