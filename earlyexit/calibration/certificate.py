@@ -19,11 +19,20 @@ from pydantic import Field
 from earlyexit.atomic import atomic_path
 from earlyexit.calibration.bounds import METHODS
 from earlyexit.calibration.unit_losses import Unit
-from earlyexit.checked import Checked, Count, Limit, Positive, Probability, Share
+from earlyexit.checked import (
+    Checked,
+    Count,
+    Limit,
+    Positive,
+    Probability,
+    Share,
+    exact_fields,
+    read_document,
+)
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
 from earlyexit.exits.api import EarlyExitModel
-from earlyexit.exits.policy import ExitPolicy, exact_fields, read_document
+from earlyexit.exits.policy import ExitPolicy
 
 log = logging.getLogger(__name__)
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
 from earlyexit.atomic import atomic_path
-from earlyexit.checked import Checked, Weight
+from earlyexit.checked import Checked, Weight, exact_fields, read_document
 from earlyexit.exits.criteria import CRITERIA, Criterion
 
-T = TypeVar("T")
+Extended = Annotated[float, Field(allow_inf_nan=True)]
 
 
 @dataclass(frozen=True)
-class ExitPolicy:
+class ExitPolicy(Checked):
     """A policy is a criterion and a threshold per layer, in the criterion's own units.
 
     The last layer's threshold saves nothing: it only decides whether a token that ran to the end
@@ -34,26 +33,22 @@ class ExitPolicy:
             0.9 λ + 0.1 exp(−τ t / N) (CALM, eq. 5), for criteria that lie in [0, 1] and exit above.
 
     Raises:
-        ValueError: the criterion is unknown, there is no threshold, a threshold is NaN or out of
-            bounds, or the decay is negative, infinite or not allowed for the criterion.
+        ValueError: the criterion is unknown, there is no threshold, a threshold is no number, NaN or
+            out of bounds, or the decay is negative, infinite or not allowed for the criterion.
     """
 
     criterion: str
-    thresholds: tuple[float, ...]
-    decay: float = 0.0
+    thresholds: tuple[Extended, ...]
+    decay: Weight = 0.0
 
     def __post_init__(self):
+        object.__setattr__(self, "thresholds", _numbers(self.thresholds))
+        super().__post_init__()
         if self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; known: {', '.join(CRITERIA)}")
-        if not self.thresholds:
-            raise ValueError("a policy needs one threshold per layer")
-        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
         for threshold in self.thresholds:
             if threshold != self.rule.never:
                 check_threshold(threshold, self.rule)
-        object.__setattr__(self, "decay", float(self.decay))
-        if not 0 <= self.decay < math.inf:
-            raise ValueError(f"decay={self.decay} must be ≥ 0 and finite")
         if self.decay and not self.rule.may_decay:
             raise ValueError(f"decay={self.decay} must be 0 for {self.criterion!r}")
 
@@ -149,35 +144,6 @@ class _Form(Checked):
     decay: Weight
 
 
-def exact_fields(data: object, kind: type) -> dict[str, Any]:
-    """Return a JSON object that has the fields of a dataclass, no more and no fewer.
-
-    Raises:
-        ValueError: it is no object, or fields are missing or unknown; the message names them.
-    """
-    if not isinstance(data, dict):
-        raise ValueError(f"{data!r:.80} is not a JSON object with named fields")
-    names = {field.name for field in fields(kind)}
-    wrong = {"missing": sorted(names - set(data)), "unknown": sorted(set(data) - names)}
-    if told := "; ".join(
-        f"{what}: {', '.join(map(str, some))}" for what, some in wrong.items() if some
-    ):
-        raise ValueError(f"fields {told}")
-    return data
-
-
-def read_document(path: str | Path, make: Callable[[object], T]) -> T:
-    """Read a JSON file, and make of it what ``make`` does.
-
-    Raises:
-        ValueError: the file holds no JSON, or ``make`` refuses it; the message names the file.
-    """
-    try:
-        return make(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
 def check_threshold(threshold: float, criterion: Criterion) -> float:
     """Return the threshold if it lies within the criterion's bounds.
 
@@ -188,3 +154,18 @@ def check_threshold(threshold: float, criterion: Criterion) -> float:
     if low <= threshold <= high:
         return float(threshold)
     raise ValueError(f"threshold {threshold} of {criterion.name!r} must lie in [{low}, {high}]")
+
+
+def _numbers(thresholds: object) -> tuple[float, ...]:
+    """Return thresholds as floats: of a list, a tuple, an array or a tensor of numbers ``(L,)``.
+
+    Raises:
+        ValueError: there is none, or one is no number.
+    """
+    try:
+        values = np.asarray(thresholds)
+    except (ValueError, TypeError, RuntimeError):  # ragged, or a tensor on another device
+        values = np.asarray(None)
+    if values.dtype.kind not in "fiu" or values.ndim != 1 or not values.size:
+        raise ValueError(f"thresholds={thresholds!r:.80}: must be a number for each layer")
+    return tuple(values.astype(float).tolist())
