@@ -9,9 +9,11 @@ import argparse
 import json
 import logging
 import math
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from tqdm.auto import tqdm
@@ -26,6 +28,7 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import project
+from earlyexit.runs.profiles import PROFILES
 from earlyexit.runs.settings import Settings, UsageError
 
 log = logging.getLogger("earlyexit")
@@ -33,7 +36,11 @@ log = logging.getLogger("earlyexit")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a sign that an encoding lacks must not end a run
+        stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     try:
@@ -42,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain("interrupted; what was finished before is kept", 130)
     except UsageError as error:
         return _complain(str(error), 2)
-    except (RunError, OSError) as error:  # a notebook, disk full, no such project, missing results
-        return _complain(str(error), 1)
+    except (RunError, OSError, ValueError) as error:  # a notebook, a full disk, missing results
+        return _complain(" ".join(str(error).split()), 1)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -51,6 +58,9 @@ def _run(options: argparse.Namespace) -> int:
 
     _device(options.device)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+    usual = getattr(PROFILES.get(settings.profile), "threads", None)
+    if options.threads not in (None, usual):
+        settings = replace(settings, sets=(*settings.sets, f"threads={options.threads}"))
     if options.dry_run:
         _show(runner.plan(settings, options.only))
     else:
@@ -148,9 +158,8 @@ def _device(name: str, threads: int = 0) -> torch.device:
         raise UsageError(f"--threads {threads} must be ≥ 0")
     try:
         device = resolve_device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
     if threads:
         torch.set_num_threads(threads)
     return device
@@ -210,6 +219,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--data-dir", default="", metavar="DIR", help="folder with local text")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    run.add_argument(
+        "--threads",
+        type=int,
+        help="of torch; they belong to the results (default: the profile's, 1)",
+    )
     run.add_argument("--force", action="store_true", help="also what is fresh")
     run.add_argument("--dry-run", action="store_true", help="show what would run, why, how long")
 

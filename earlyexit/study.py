@@ -67,6 +67,7 @@ class Study:
     def __init__(self, notebook: str, parameters: Mapping[str, Any]):
         given = read_parameters(project().notebooks / f"{notebook}.ipynb", parameters)
         self.profile = get_profile(given.profile, given.overrides, given.data_dir or None)
+        torch.set_num_threads(self.profile.threads)
         self.seeds = list(given.seeds or self.profile.seeds)
         self.device = resolve_device(given.device)
         self.label = run_label(given.profile, given.overrides, given.seeds)

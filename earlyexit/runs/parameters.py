@@ -6,7 +6,8 @@ this module: a cell that is saved with other values changes nothing that is publ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -188,6 +189,7 @@ NOTEBOOKS: dict[str, type[Common]] = {
     "07_combinations": Combinations,
     "08_study": Answer,
 }
+INJECTED = "# Parameters\n"  # how papermill begins the cell that it adds
 KINDS = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "dict": dict}
 
 
@@ -218,11 +220,26 @@ def read_parameters(path: Path, namespace: Mapping[str, Any]) -> Common:
     """Return the parameters of a notebook from its variables, or else their defaults.
 
     Raises:
-        ValueError: a value has another type than its parameter, or lies outside its bounds.
+        ValueError: a value has another type than its parameter, or lies outside its bounds, or papermill
+            injected a parameter that the notebook does not have.
     """
     kind = declared(path) if path.is_file() else NOTEBOOKS.get(path.stem, Common)
-    known = (field.name for field in fields(kind))
+    known = [field.name for field in fields(kind)]
+    for name in _injected(namespace.get("In", ())):
+        if name not in known:
+            raise ValueError(f"{path.stem} has no parameter {name!r}; it has {', '.join(known)}")
     return kind(**{name: namespace[name] for name in known if name in namespace})
+
+
+def _injected(cells: Sequence[str]) -> list[str]:
+    """Return the names that papermill's cell sets among the cells that IPython ran last.
+
+    Args:
+        cells: sources in the order in which they ran, IPython's ``In``.
+    """
+    source = next((source for source in reversed(cells) if source.startswith(INJECTED)), "")
+    targets = [node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def plain(value: Any) -> Any:

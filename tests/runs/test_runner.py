@@ -251,14 +251,15 @@ def test_local_text_counts_by_its_content(tmp_path):
     path = freshness.discover(place)[0]
 
     def now(data_dir):
-        resolved = resolve(Settings("smoke", data_dir=str(data_dir)), [path])
+        settings = Settings("smoke", sets=("corpus=folder",), data_dir=data_dir and str(data_dir))
+        resolved = resolve(settings, [path])
         return freshness.fingerprint(place, path, resolved, [])
 
     first = now(text)
     assert str(tmp_path) not in repr(first)
     text = text.rename(tmp_path / "elsewhere")
     assert freshness.differences(first, now(text)) == []
-    assert freshness.differences(first, now("")) == []
+    assert freshness.differences(first, now(None)) == []
     (text / "a.txt").write_text("two")
     assert freshness.differences(first, now(text)) == ["input text in data_dir changed"]
 
