@@ -1,4 +1,4 @@
-"""The command line is ``python -m earlyexit run | status | readme | bench | predict``.
+"""The command line is ``python -m earlyexit run | status | compare | readme | bench | predict``.
 
 Its exit code is 0 if all is done, 1 if something failed, 2 for wrong usage, 130 if interrupted.
 """
@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _complain(str(error), 2)
     except (RunError, OSError, ValueError) as error:  # a notebook, a full disk, missing results
-        return _complain(" ".join(str(error).split()), 1)
+        return _complain(str(error), 1)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -77,6 +78,24 @@ def _status(options: argparse.Namespace) -> int:
     if not plans:
         print("no results yet; `python -m earlyexit run --dry-run` shows what would be made")
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from earlyexit.runs import reruns
+
+    other = Path(options.other) if options.other else None
+    differences = reruns.compare(options.label, other)
+    unexplained = differences[~differences["explained"]]
+    for change in reruns.conditions(options.label, other):
+        print(f"not the same conditions: {change}")
+    if len(differences):
+        print(differences.to_string(index=False, float_format=lambda x: f"{x:.2g}", na_rep=""))
+    timed = int((differences["kind"] == "time").sum())
+    print(
+        f"{timed} columns of times differ; of others {len(differences) - timed}, {len(unexplained)} of"
+        " them by more than seeds explain"
+    )
+    return 1 if len(unexplained) else 0
 
 
 def _readme(options: argparse.Namespace) -> int:
@@ -190,7 +209,7 @@ def _time(minutes: float | None, basis: str) -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"earlyexit: {message}", file=sys.stderr)
+    print(f"earlyexit: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -230,6 +249,18 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="what is fresh, what is stale and why")
     status.set_defaults(command=_status)
     status.add_argument("--profile", help="only this one")
+
+    rerun = commands.add_parser(
+        "compare", help="a rerun beside what is published: which differences do seeds explain",
+        description="Exit code 1 if a number that is no time differs by more than between seeds. Times"
+        " always differ; all else is the same on a machine of the same kind.",
+    )  # fmt: skip
+    rerun.set_defaults(command=_compare)
+    rerun.add_argument("label", help="folder of the results, such as cpu")
+    rerun.add_argument(
+        "--with", dest="other", metavar="DIR",
+        help="folder with the rerun's tables (default: those in results, against the last commit)",
+    )  # fmt: skip
 
     readme = commands.add_parser("readme", help="regenerate the README's number blocks")
     readme.set_defaults(command=_readme)

@@ -42,7 +42,8 @@ _some = Field(strict=False, min_length=1)
 Pair = Annotated[tuple[Count, Count], _list]
 Sizes = Annotated[tuple[Count, Count, Count, Count], _list]
 Depths = Annotated[tuple[Annotated[float, Field(ge=1, le=8)], ...], _some]
-Seeds = Annotated[tuple[Limit, ...], _list, AfterValidator(_distinct)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator of random numbers takes
+Seeds = Annotated[tuple[Seed, ...], _list, AfterValidator(_distinct)]
 Counts = Annotated[tuple[Count, ...], _some]
 Positives = Annotated[tuple[Positive, ...], _some]
 Shares = Annotated[tuple[Share, ...], _some]

@@ -112,7 +112,7 @@ def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
         label = profiles.label(settings.profile, changed, settings.seeds)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if Path(label).name != label:
+    if Path(label).name != label or not label.isprintable():
         raise UsageError(f"no folder can be called {label!r}")
     asked = Asked(settings.profile, settings.seeds, settings.sets)
     return Resolved(label, profile, settings.seeds or profile.seeds, asked, parameters)
@@ -189,5 +189,5 @@ def read_value(text: str, hint: Any = None) -> Any:
         return text
     try:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
