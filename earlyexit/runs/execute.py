@@ -105,20 +105,19 @@ def execute(
         os.replace(temporary, copy)
         failed.unlink(missing_ok=True)
         log.unlink(missing_ok=True)
+        record = replace(
+            written,
+            parameters=provenance.without_paths(resolved.parameters[name]),
+            settings=resolved.asked,
+            fingerprint=fingerprint,
+            seconds=round(time.monotonic() - started, 1),
+            work=freshness.training_work(resolved.profile, len(resolved.seeds)),
+            **git_state,
+        )
+        publish(project, record, folder)
     finally:
         temporary.unlink(missing_ok=True)
-
-    record = replace(
-        written,
-        parameters=provenance.without_paths(resolved.parameters[name]),
-        settings=resolved.asked,
-        fingerprint=fingerprint,
-        seconds=round(time.monotonic() - started, 1),
-        work=freshness.training_work(resolved.profile, len(resolved.seeds)),
-        **git_state,
-    )
-    publish(project, record, folder)
-    shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(project: Project, record: Record, folder: Path) -> None:
