@@ -25,7 +25,7 @@ from earlyexit.atomic import atomic_path
 from earlyexit.runs import digests
 
 log = logging.getLogger(__name__)
-FORMAT = 2  # of new records; 1: converted from an earlier version
+FORMAT = 3  # of new records; 2: of models whose exits shared a head; 1: of the first layer
 SUFFIX = ".run.json"
 
 LIBRARIES = (
@@ -95,7 +95,7 @@ class Record:
     seconds: float | None = None
     work: float | None = None
     note: str = ""
-    format: Literal[1, 2] = FORMAT
+    format: Literal[1, 2, 3] = FORMAT
 
     @property
     def is_old(self) -> bool:

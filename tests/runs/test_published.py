@@ -35,7 +35,7 @@ def test_a_published_result_is_whole(record):
 
 def test_published_results_are_fresh_and_from_a_clean_tree():
     """Of this version; what an earlier one made is waiting to be made anew."""
-    current = {(r.label, r.notebook): r for r in RECORDS if r.format == 2}
+    current = {(r.label, r.notebook): r for r in RECORDS if not r.is_old}
     assert [key for key, record in current.items() if record.dirty is not False] == []
     for label in {label for label, _ in current} & set(PROFILES):
         steps = runner.plan(Settings(label)).steps
@@ -45,7 +45,7 @@ def test_published_results_are_fresh_and_from_a_clean_tree():
 
 def test_the_readme_says_what_an_earlier_version_made():
     lines = PLACE.readme.read_text("utf-8").splitlines()
-    for label in {record.label for record in RECORDS if record.format == 1}:
+    for label in {record.label for record in RECORDS if record.is_old}:
         assert label in QUOTED
         (row,) = (line for line in lines if line.startswith(f"| {label} | "))
         assert "an earlier version" in row
