@@ -6,12 +6,59 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.tokenizers import EOS_ID
 
 IGNORE = -100  # target of a padded position, as in torch.nn.functional.cross_entropy
+
+
+def check_whole(ids: object, name: str) -> None:
+    """Raise TypeError unless ``ids`` is a tensor of whole numbers."""
+    kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+    if not isinstance(ids, Tensor) or kind.is_floating_point or kind.is_complex or ids.is_quantized:
+        raise TypeError(f"{name} are {kind}: give a tensor of whole numbers, such as torch.int64")
+    if kind is torch.bool:
+        raise TypeError(
+            f"{name} are {kind}, which is a mask: give the ids themselves, as torch.int64"
+        )
+
+
+def checked_ids(ids: Tensor, vocab_size: int) -> Tensor:
+    """Return token ids of any shape and integer type as int64.
+
+    Raises:
+        TypeError: they are no tensor of whole numbers.
+        ValueError: one is outside 0 … V − 1.
+    """
+    check_whole(ids, "token ids")
+    _check_range(ids := ids.long(), vocab_size, "token id", "encode the text with this vocabulary")
+    return ids
+
+
+def checked_targets(targets: Tensor, vocab_size: int) -> Tensor:
+    """Return targets of any shape and integer type as int64: words 0 … V − 1, or ``IGNORE``.
+
+    Raises:
+        TypeError: they are no tensor of whole numbers.
+        ValueError: one is neither a word nor ``IGNORE``.
+    """
+    check_whole(targets, "targets")
+    targets = targets.long()
+    words = torch.where(targets == IGNORE, 0, targets)
+    _check_range(words, vocab_size, "target", f"{IGNORE} is the one that is not scored")
+    return targets
+
+
+def _check_range(ids: Tensor, vocab_size: int, name: str, remedy: str) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = torch.stack(ids.aminmax()).tolist()  # one transfer to the host
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} {wrong} is outside the vocabulary 0 … {vocab_size - 1}: {remedy}")
 
 
 class Windows(NamedTuple):

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from earlyexit.corpus.windows import check_whole
 from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.execution import run
@@ -18,6 +19,7 @@ from earlyexit.exits.policy import ExitPolicy, check_threshold
 from earlyexit.exits.protocol import Execution, ExitModel
 from earlyexit.exits.readers import Predictions, Reader, Scores
 from earlyexit.exits.statistics import exit_statistics
+from earlyexit.nn.borrowed import own_precision
 
 
 class EarlyExitModel(ExitModel):
@@ -72,7 +74,8 @@ class EarlyExitModel(ExitModel):
         """Return 16 hexadecimal digits of the SHA-256 of configuration and weights, gates included."""
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + raw.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def forward(
@@ -100,7 +103,8 @@ class EarlyExitModel(ExitModel):
         if not use_early_exit:
             if policy is not None:
                 raise ValueError("a policy does nothing unless use_early_exit=True")
-            return self.head(self.n_layers - 1)(self.final_state(x))
+            with own_precision(self):
+                return self.head(self.n_layers - 1)(self.final_state(x))
         result = run(self, x, policy or self.default_policy(), Reader(), execution)
         self._count_exits(result.exit_layers)
         return result.outputs.view(*x.shape, -1), {
@@ -124,10 +128,17 @@ class EarlyExitModel(ExitModel):
 
         Returns:
             NLL ``(B, N)``, 0 where ignored; with a policy also the exit layers ``(B, N)``.
+
+        Raises:
+            TypeError, ValueError: ids or targets are no whole numbers, not of one shape, or outside
+                the vocabulary, or a score is NaN.
         """
+        check_whole(x, "token ids")
+        check_whole(targets, "targets")
         if targets.shape != x.shape:
             raise ValueError(f"targets {tuple(targets.shape)} do not fit tokens {tuple(x.shape)}")
-        return self._read_tokens(x, Scores(targets.reshape(-1)), policy, execution)
+        reader = Scores(targets.reshape(-1), self.vocab_size)
+        return self._read_tokens(x, reader, policy, execution)
 
     def predict(
         self, x: Tensor, policy: ExitPolicy | None = None, execution: Execution = "compacted"
@@ -139,9 +150,10 @@ class EarlyExitModel(ExitModel):
     def _read_tokens(self, x: Tensor, read: Reader, policy, execution):
         if policy is None:
             head = self.head(self.n_layers - 1)
-            features = head.features(self.final_state(x)).flatten(0, 1)
-            tokens = torch.arange(len(features), device=x.device)
-            out = read.from_features(head.unembedding, features, tokens).view_as(x)
+            with own_precision(self):
+                features = head.features(self.final_state(x)).flatten(0, 1)
+                tokens = torch.arange(len(features), device=features.device)
+                out = read.from_features(head.unembedding, features, tokens).view(x.shape)
             marker()("head")
             return out
         result = run(self, x, policy, read, execution)

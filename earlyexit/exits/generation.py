@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.readers import Reader
 from earlyexit.exits.tally import ExitRun, Tally
+from earlyexit.nn.borrowed import borrowed
 
 # Maps the ids so far and a position to the run of the tokens at that position, one per sequence.
 NextRun = Callable[[Tensor, int], ExitRun]
@@ -36,27 +38,26 @@ def generate(
         Token ids ``(B, N + n_new)``, and the exit layer of every token run ``(B, N + n_new − 1)``.
 
     Raises:
-        ValueError: prompt and continuation exceed n_seq, the policy is for another depth, logits
-            are not finite, or ``embed`` refuses the prompt.
+        ValueError: prompt and continuation exceed n_seq, ``n_new`` or the temperature is negative, the
+            policy is for another depth, logits are not finite, or ``embed`` refuses the prompt.
     """
     model.embed(prompt)  # refuses what cannot be run
     batch, length = prompt.shape
+    if n_new < 0 or not 0 <= temperature < math.inf:
+        raise ValueError(f"{n_new=} must be ≥ 0, {temperature=} ≥ 0 and finite")
     if length + n_new > model.n_seq + 1:
         raise ValueError(
             f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
         )
     policy = policy or ExitPolicy.static(model.n_layers, model.n_layers)
-    ids, exits, was_training = prompt, [], model.training
+    ids, exits = prompt.long(), []
     next_run = _stepping(model, policy) if model.can_step else _running_again(model, policy)
-    model.eval()
-    try:
+    with borrowed(model):
         for position in range(length + n_new - 1):
             result = next_run(ids, position)
             exits.append(result.exit_layers)
             if position >= length - 1:
                 ids = torch.cat([ids, _choose(result.outputs, temperature, generator)], dim=1)
-    finally:
-        model.train(was_training)
     return ids, torch.stack(exits, dim=1) if exits else ids.new_zeros(batch, 0)
 
 

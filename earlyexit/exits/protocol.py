@@ -25,6 +25,7 @@ from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import ExitState
 from earlyexit.exits.operations import Operations
 from earlyexit.nn.heads import ExitHead
+from earlyexit.nn.record import BatchRecord
 
 Execution = Literal["compacted", "dense"]
 
@@ -169,12 +170,9 @@ class ExitModel(nn.Module, ABC):
 
         return handed_on
 
-    def auxiliary_loss(self) -> Tensor | float:
-        """Return what training may add to the last batch's loss, such as the imbalance of experts."""
+    def auxiliary_loss(self, record: BatchRecord) -> Tensor | float:
+        """Return what training may add to the loss of a recorded batch: the imbalance of experts."""
         return 0.0
-
-    def reset_auxiliary_loss(self) -> None:
-        """Forget the batches so far."""
 
     def check_training(self, exit_sampling: str, layer_dropout: float) -> None:
         """Raise ValueError if the model cannot be trained in this way."""
@@ -182,8 +180,8 @@ class ExitModel(nn.Module, ABC):
     def prepare_step(self, progress: float) -> None:
         """Change what depends on ``progress``, the share of the training that is done."""
 
-    def own_loss(self) -> Tensor | float:
-        """Return what the kind of model adds to the loss of the last batch, weighted."""
+    def own_loss(self, record: BatchRecord) -> Tensor | float:
+        """Return what the kind of model adds to the loss of a recorded batch, weighted."""
         return 0.0
 
     def unit_size(self, layer: int) -> int:

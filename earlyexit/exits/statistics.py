@@ -41,6 +41,6 @@ def exit_statistics(counts: Tensor) -> dict:
 @torch.no_grad()
 def exit_shares(model: ExitModel, x: Tensor, y: Tensor, policy: ExitPolicy) -> np.ndarray:
     """Return the share of a batch's tokens per exit layer ``(L + 1,)``, padded ones included."""
-    exits = run(model, x, policy, Scores(y.flatten())).exit_layers
+    exits = run(model, x, policy, Scores(y.flatten(), model.vocab_size)).exit_layers
     counts = exits.bincount(minlength=model.n_layers + 1)
     return (counts.double() / exits.numel()).cpu().numpy()

@@ -11,6 +11,7 @@ from earlyexit.exits.clock import marker
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel, Observation, Walk
 from earlyexit.exits.readers import Reader
+from earlyexit.nn.cross_entropy import precise
 from earlyexit.nn.heads import ExitHead
 
 
@@ -58,8 +59,8 @@ class Tally:
         self.model, self.walk, self.policy, self.read = model, walk, policy, read
         self.progress = progress
         self.exit_layers = torch.full_like(walk.alive, model.n_layers)
-        dtype = next(model.parameters()).dtype
-        self.scores = torch.full_like(progress, torch.nan, dtype=dtype)
+        weight = precise(next(model.parameters())[:0])
+        self.scores = torch.full_like(progress, torch.nan, dtype=weight.dtype)
         self.last_word = self.scores.clone()  # what a streak's criterion read at the exit before
         self.streak = torch.zeros_like(self.scores)
         self.outputs: Tensor | None = None
@@ -113,7 +114,7 @@ class Tally:
         """Return scores ``(A,)`` and, where the check made them, features and outputs."""
         rule, features, output = self.policy.rule, None, None
         if rule.reads == "state":
-            score = rule.score(judged.state)
+            score = precise(rule.score(judged.state))
         else:
             features = head.features(judged.state.hidden)
             if judged.row is not None:  # a few tokens decide for all: nothing to read from

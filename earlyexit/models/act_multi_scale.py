@@ -90,7 +90,7 @@ class ACTMultiScaleLanguageModel(Pondering, ACTMultiScaleExitModel):
                 new if alive is None else torch.where(alive[..., None], new, streams[-1])
             )
             alive = streams[-1][..., -1] < 1 - self.config.epsilon
-        self.ponder = self.ponder_cost(streams) if torch.is_grad_enabled() else None
+        self.tell_ponder(streams)
         return streams
 
 

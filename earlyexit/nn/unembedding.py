@@ -6,18 +6,30 @@ again. These functions hold no more than one chunk of about ``CHUNK_ELEMENTS`` o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from earlyexit.corpus.windows import IGNORE
-from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS, Teacher, linear_cross_entropy, logit_chunks
+from earlyexit.corpus.windows import IGNORE, checked_targets
+from earlyexit.nn.cross_entropy import (
+    CHUNK_ELEMENTS,
+    Teacher,
+    linear_cross_entropy,
+    logit_chunks,
+    precise,
+)
 
 
 @torch.no_grad()
 def token_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Return the negative log-likelihood of ``targets`` ``(T,)`` in nats, 0 where ``IGNORE``."""
+    """Return the negative log-likelihood of ``targets`` ``(T,)`` in nats, 0 where ``IGNORE``.
+
+    Raises:
+        TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
+    """
+    targets = checked_targets(targets, len(weight))
     nll = features.new_zeros(targets.shape)
     for part, logits in logit_chunks(features, weight, bias):
         nll[part] = nll_of_logits(logits, targets[part])
@@ -25,7 +37,7 @@ def token_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
 
 
 def nll_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the NLL ``(T,)`` of targets under logits ``(T, V)`` in nats, 0 where ``IGNORE``."""
+    """Return the NLL ``(T,)`` of checked targets under logits ``(T, V)``, 0 where ``IGNORE``."""
     picked = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
     return (logits.logsumexp(dim=-1) - picked) * (targets != IGNORE)
 
@@ -41,13 +53,20 @@ class LinearUnembedding(nn.Linear):
 
     cheap_top = False  # the most probable word takes all logits
 
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits ``(…, V)`` of features ``(…, D)``, in float32 at least."""
+        return nn.functional.linear(precise(features), *self._matrix())
+
+    def _matrix(self) -> tuple[Tensor, Tensor]:
+        return precise(self.weight), precise(self.bias)
+
     def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield the :func:`logit_chunks` of features ``(T, D)``."""
-        return logit_chunks(features, self.weight, self.bias)
+        return logit_chunks(precise(features), *self._matrix())
 
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
         """Return the :func:`token_nll` ``(T,)`` of features ``(T, D)`` and targets ``(T,)``."""
-        return token_nll(features, self.weight, self.bias, targets)
+        return token_nll(precise(features), *self._matrix(), targets)
 
     def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the :func:`most_probable` word of features ``(T, D)``."""
@@ -97,20 +116,33 @@ class AdaptiveUnembedding(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the log-probabilities ``(…, V)`` of features ``(…, D)``."""
-        flat = features.reshape(-1, features.shape[-1])
-        return self.softmax.log_prob(flat).view(*features.shape[:-1], self.vocab_size)
+        flat = precise(features.reshape(-1, features.shape[-1]))
+        return self._precise().log_prob(flat).view(*features.shape[:-1], self.vocab_size)
+
+    def _precise(self) -> nn.AdaptiveLogSoftmaxWithLoss:
+        """Return the softmax, or of one in half precision a copy in float32."""
+        half = self.softmax.head.weight.itemsize < 4
+        return copy.deepcopy(self.softmax).float() if half else self.softmax
 
     def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield log-probabilities ``(rows, V)`` of features ``(T, D)``, chunk by chunk."""
-        return ((part, self(features[part])) for part in self._parts(features, self.vocab_size))
+        features, softmax = precise(features), self._precise()
+        parts = self._parts(features, self.vocab_size)
+        return ((part, softmax.log_prob(features[part])) for part in parts)
 
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Return the NLL ``(T,)``, 0 where ``IGNORE``; a cluster is opened for its own words only."""
+        """Return the NLL ``(T,)``, 0 where ``IGNORE``; a cluster is opened for its own words only.
+
+        Raises:
+            TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
+        """
+        targets = checked_targets(targets, self.vocab_size)
+        features, softmax = precise(features), self._precise()
         out = features.new_zeros(targets.shape)
         scored = (targets != IGNORE).nonzero().squeeze(1)
-        for part in self._parts(scored, self.softmax.head_size):
+        for part in self._parts(scored, softmax.head_size):
             rows = scored[part]
-            out[rows] = -self.softmax(features[rows], targets[rows]).output.to(out.dtype)
+            out[rows] = -softmax(features[rows], targets[rows]).output
         return out
 
     def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,26 +150,14 @@ class AdaptiveUnembedding(nn.Module):
 
         It is exact: a cluster is opened where all of it outweighs the best word so far.
         """
-        parts = self._parts(features, self.softmax.head_size)
-        tops = [self._most_probable(features[part]) for part in parts]
+        features, softmax = precise(features), self._precise()
+        parts = self._parts(features, softmax.head_size)
+        tops = [_most_probable(softmax, features[part]) for part in parts]
         return tuple(map(torch.cat, zip(*tops, strict=True)))
 
     def predict(self, features: Tensor) -> Tensor:
         """Return the most probable word ``(T,)`` of features ``(T, D)``."""
         return self.top(features)[1]
-
-    def _most_probable(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        head = self.softmax.head(features).log_softmax(dim=-1)  # words, then one column per cluster
-        best, word = head[:, : self.softmax.shortlist_size].max(dim=-1)
-        clusters = head[:, self.softmax.shortlist_size :].unbind(dim=-1)
-        firsts = self.softmax.cutoffs[:-1]
-        for first, weight, tail in zip(firsts, clusters, self.softmax.tail, strict=True):
-            rows = (weight > best).nonzero().squeeze(1)
-            inside, index = tail(features[rows]).log_softmax(dim=-1).max(dim=-1)
-            value, before = weight[rows] + inside, best[rows]
-            word[rows] = torch.where(value > before, first + index, word[rows])
-            best[rows] = torch.maximum(value, before)
-        return best, word
 
     def loss(
         self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
@@ -146,7 +166,11 @@ class AdaptiveUnembedding(nn.Module):
 
         A teacher supplies its share of the target among the head's columns, frequent words and clusters;
         inside a cluster the word is the whole target.
+
+        Raises:
+            TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
         """
+        targets = checked_targets(targets, self.vocab_size)
         head, cutoffs = self.softmax.head, self.softmax.cutoffs
         cluster = torch.bucketize(targets, targets.new_tensor(cutoffs[:-1]), right=True)
         column = torch.where(cluster > 0, cutoffs[0] + cluster - 1, targets)
@@ -164,6 +188,23 @@ class AdaptiveUnembedding(nn.Module):
     def _parts(rows: Tensor, width: int) -> Iterator[slice]:
         step = max(1, CHUNK_ELEMENTS // width)
         return (slice(i, i + step) for i in range(0, max(1, len(rows)), step))
+
+
+def _most_probable(
+    softmax: nn.AdaptiveLogSoftmaxWithLoss, features: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log-probability and index ``(T,)`` of the most probable word of features ``(T, D)``."""
+    head = softmax.head(features).log_softmax(dim=-1)  # words, then one column per cluster
+    best, word = head[:, : softmax.shortlist_size].max(dim=-1)
+    clusters = head[:, softmax.shortlist_size :].unbind(dim=-1)
+    firsts = softmax.cutoffs[:-1]
+    for first, weight, tail in zip(firsts, clusters, softmax.tail, strict=True):
+        rows = (weight > best).nonzero().squeeze(1)
+        inside, index = tail(features[rows]).log_softmax(dim=-1).max(dim=-1)
+        value, before = weight[rows] + inside, best[rows]
+        word[rows] = torch.where(value > before, first + index, word[rows])
+        best[rows] = torch.maximum(value, before)
+    return best, word
 
 
 Unembedding = LinearUnembedding | AdaptiveUnembedding
