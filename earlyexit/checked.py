@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, get_type_hints
@@ -15,6 +16,7 @@ Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
+TINY = 1e-300  # above −TINY: ≥ 0
 
 # Kind of pydantic's error → what the value must be; braces name the bounds in the error's context.
 _RULES = {
@@ -35,6 +37,35 @@ _RULES = {
     "too_long": "must have at most {max_length} values",
     "value_error": "{error}",
 }
+
+
+def whole(name: str, value: object, low: int = 0) -> int:
+    """Return a whole number ≥ ``low``.
+
+    Raises:
+        TypeError: the value is no whole number.
+        ValueError: it is smaller.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r:.60}: must be a whole number")
+    if (number := int(value)) < low:
+        raise ValueError(f"{name}={number}: must be ≥ {low}")
+    return number
+
+
+def real(name: str, value: object, above: float = -math.inf, below: float = math.inf) -> float:
+    """Return a finite number > ``above`` and < ``below``.
+
+    Raises:
+        TypeError: the value is no number.
+        ValueError: it lies outside, or is NaN or infinite.
+    """
+    if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r:.60}: must be a number")
+    if not above < (number := float(value)) < below:
+        bounds = f" between {above:g} and {below:g}" if math.isfinite(below) else f" > {above:g}"
+        raise ValueError(f"{name}={number}: must be a finite number{bounds}")
+    return number
 
 
 class Checked:

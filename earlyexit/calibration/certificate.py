@@ -32,7 +32,7 @@ from earlyexit.calibration.bounds import METHODS, fixed_sequence, smallest_level
 from earlyexit.calibration.thresholds import ExitCosts, Thresholds, Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.calibration.unit_losses import Unit, WindowLosses, window_losses
-from earlyexit.checked import Checked, Count, Limit, Positive, Probability, Share
+from earlyexit.checked import Checked, Count, Limit, Positive, Probability, Share, real
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
 from earlyexit.exits.api import EarlyExitModel
@@ -285,6 +285,8 @@ def certify_losses(
         raise ValueError(f"{losses.shape[0]} units: no test can use fewer than two")
     if np.isnan(losses).any():
         raise ValueError("NaN among the losses: the model's NLL is broken on some unit")
+    if method not in METHODS:
+        raise ValueError(f"{method=}: known are {', '.join(METHODS)}")
     level, ceiling = math.log1p(epsilon), ceiling or CEILING * math.log1p(epsilon)
     clipped = np.minimum(losses, ceiling)
     p_values = np.array([METHODS[method](x, level, ceiling) for x in clipped.T])
@@ -390,8 +392,6 @@ def decide(
 
 
 def check_risk(epsilon: float, delta: float) -> None:
-    """Raise ValueError unless ε > 0 and δ lies in (0, 1)."""
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon} must be > 0: it is the tolerated quality loss")
-    if not 0 < delta < 1:
-        raise ValueError(f"delta={delta} must lie in (0, 1): it is a probability of failure")
+    """Raise TypeError or ValueError unless ε > 0 and δ lies in (0, 1)."""
+    real("epsilon", epsilon, above=0)
+    real("delta", delta, above=0, below=1)

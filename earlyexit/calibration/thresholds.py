@@ -8,7 +8,7 @@ nothing is checked), so a histogram of the tokens' ranks answers for thousands o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from earlyexit.calibration.temperature import refuse_test
 from earlyexit.calibration.trace import ExitTrace
+from earlyexit.checked import real
 from earlyexit.exits.criteria import CRITERIA
-from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.policy import ExitPolicy, known_criterion
 from earlyexit.exits.statistics import layers_executed
 
 Thresholds = Literal["global", "per_layer", "decaying"]
@@ -44,13 +45,16 @@ class ExitCosts:
             that makes no check there does not pay it.
 
     Raises:
-        ValueError: the two have different lengths.
+        TypeError: they are no numbers.
+        ValueError: the two have different lengths, or a cost is negative or not finite.
     """
 
     leaving: np.ndarray
     checks: np.ndarray
 
     def __post_init__(self):
+        for name in ("leaving", "checks"):
+            object.__setattr__(self, name, _prices(name, getattr(self, name)))
         if self.leaving.shape != self.checks.shape:
             raise ValueError(f"{self.leaving.size} exits have {self.checks.size} prices of checks")
 
@@ -59,13 +63,23 @@ class ExitCosts:
         """Return the costs; numbers ``(L,)`` are what leaving costs, and their checks are free."""
         if isinstance(costs, ExitCosts):
             return costs
-        leaving = np.asarray(costs, dtype=float)
+        leaving = _prices("costs", costs)
         return cls(leaving, np.zeros_like(leaving))
 
     def paid(self, policy: ExitPolicy) -> np.ndarray:
         """Return the cost per token of leaving at each exit ``(L,)``, with the policy's checks."""
         checked = [policy.checks(layer) for layer in range(len(self.checks))]
         return self.leaving + np.cumsum(self.checks * checked)
+
+
+def _prices(name: str, costs: object) -> np.ndarray:
+    try:
+        prices = np.asarray(costs, dtype=float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={costs!r:.60}: must be numbers, one per exit") from None
+    if prices.ndim != 1 or not (np.isfinite(prices) & (prices >= 0)).all():
+        raise ValueError(f"{name}={prices.tolist()}: must be a list of finite numbers ≥ 0")
+    return prices
 
 
 def fit_policy(
@@ -87,12 +101,13 @@ def fit_policy(
             from :func:`earlyexit.cost.parts.policy_costs`.
 
     Raises:
-        ValueError: ε is not positive, the trace is of the test split, or costs have another length.
+        TypeError: ε or a cost is no number.
+        ValueError: ε is not positive, the trace is of the test split or does not hold the criterion, or
+            costs have another length.
         Unreachable: no policy within ε is cheaper than full depth without checks.
     """
     refuse_test(trace.split)
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon} must be > 0: it is the tolerated quality loss")
+    epsilon = real("epsilon", epsilon, above=0)
     costs = _checked_costs(trace, np.arange(1.0, trace.n_layers + 1) if costs is None else costs)
     limit = trace.full_nll + np.log1p(epsilon)
 
@@ -130,7 +145,7 @@ def fit_policy_to_cost(
         Unreachable: even leaving at the cheapest exit costs more.
     """
     refuse_test(trace.split)
-    costs = _checked_costs(trace, costs)
+    costs, cost = _checked_costs(trace, costs), real("cost", cost)
 
     def merit(limit: float) -> Merit:
         return lambda nll, spent: np.where(spent <= limit, nll, np.inf)
@@ -169,11 +184,22 @@ Merit = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def _best(trace, criterion, thresholds, costs, limit, merit, keeps) -> ExitPolicy | None:
     """Return the policy of least ``merit(limit)`` that really keeps to the limit, if there is one."""
-    search = {"global": _one_threshold, "per_layer": _per_layer, "decaying": _decaying}[thresholds]
+    searches = {"global": _one_threshold, "per_layer": _per_layer, "decaying": _decaying}
+    if thresholds not in searches:
+        raise ValueError(f"{thresholds=}: must be {' or '.join(map(repr, searches))}")
+    if thresholds == "decaying" and not known_criterion(criterion).may_decay:
+        raise ValueError(
+            f"thresholds of {criterion!r} cannot decay: choose 'global' or 'per_layer'"
+        )
+    if trace.n_layers < 2:
+        raise Unreachable(
+            "a model of one layer has no exit before its last: there is nothing to fit"
+        )
+    search = searches[thresholds]
     for slack in (ROUNDING, -ROUNDING):
         policy = search(trace, criterion, costs, merit(limit + slack * abs(limit)))
         if policy is not None and keeps(policy):
-            return policy
+            return replace(policy, model_hash=trace.model_hash)
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from earlyexit.checked import whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.tokenizers import EOS_ID
 
@@ -86,8 +87,7 @@ def windows(split: Split, n_seq: int, eos_id: int = EOS_ID) -> Windows:
     Raises:
         ValueError: ``n_seq`` is less than 1.
     """
-    if n_seq < 1:
-        raise ValueError(f"n_seq={n_seq}: a window needs at least 1 position")
+    n_seq = whole("n_seq", n_seq, 1)
     first, length = split.spans()
     before = np.concatenate([[eos_id], split.ids[:-1]])[: split.n_tokens]  # (T,)
     before[first] = eos_id
@@ -116,8 +116,13 @@ def loader(
     """Load batches (inputs, targets), both (B, n_seq) int64; the last, smaller batch is kept.
 
     Windows are shuffled, in an order that depends on ``seed`` and the number of passes made only.
+
+    Raises:
+        TypeError, ValueError: a number is not whole, ``n_seq`` or ``batch_size`` is less than 1.
     """
+    batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed)
     cut = windows(split, n_seq, eos_id)
     data = TensorDataset(torch.from_numpy(cut.inputs), torch.from_numpy(cut.targets))
+    data.data_hash = split.data_hash  # a model knows the words of one text
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)

@@ -56,7 +56,7 @@ def opened_shares(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFr
     heads = [block.exit_classifier for block in model.blocks]
     cuts, tokens = heads[0].unembedding.softmax.cutoffs, 0
     counts = np.zeros((len(heads), len(cuts) - 1, 2))
-    for x, y in on_device(batches, next(model.parameters()).device):
+    for x, y in on_device(batches, model):
         states, scored = model.hidden_states(x), y != IGNORE
         tokens += int(scored.sum())
         for layer, head in enumerate(heads):
@@ -96,7 +96,7 @@ def kept_shares(model: EarlyExitLanguageModel, batches: Iterable) -> list[float]
 def _records(model: EarlyExitLanguageModel, batches: Iterable) -> Iterator[BatchRecord]:
     """Run the model at full depth, and yield what its layers tell of each batch's scored positions."""
     found = False
-    for x, y in on_device(batches, next(model.parameters()).device):
+    for x, y in on_device(batches, model):
         with recorded(y != IGNORE) as record:
             model.hidden_states(x)
         found = True

@@ -32,6 +32,7 @@ class EarlyExitModel(ExitModel):
     def start_statistics(self, confidence_threshold: float = 0.9) -> None:
         """Set the threshold of the default policy, and count exits from zero."""
         self.confidence_threshold = confidence_threshold
+        self._last_fingerprint: tuple[list, str] = [], ""
         self.register_buffer("avg_exit_layer", torch.zeros(()), persistent=False)
         counts = torch.zeros(self.n_layers + 1, dtype=torch.int64)
         self.register_buffer("exit_layer_counts", counts, persistent=False)
@@ -72,11 +73,30 @@ class EarlyExitModel(ExitModel):
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits of the SHA-256 of configuration and weights, gates included."""
+        state = self._state_of_weights()
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(name.encode() + raw.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        self._last_fingerprint = state, (found := digest.hexdigest()[:16])
+        return found
+
+    def _state_of_weights(self) -> list[tuple[int, int]]:
+        """Return where each weight lies and how often it was changed there, which is read at once."""
+        return [(tensor.data_ptr(), tensor._version) for tensor in self.state_dict().values()]
+
+    def check_policy(self, policy: ExitPolicy) -> None:
+        """Raise TypeError for what is no policy, ValueError for a policy of another model or depth."""
+        super().check_policy(policy)
+        if not policy.model_hash or self._last_fingerprint == (
+            self._state_of_weights(), policy.model_hash,
+        ):  # fmt: skip
+            return
+        if (found := self.fingerprint()) != policy.model_hash:
+            raise ValueError(
+                f"the policy was fitted for model {policy.model_hash}, not for {found}: fit it on a"
+                " trace of this one, or use replace(policy, model_hash='') to run it all the same"
+            )
 
     def forward(
         self,
@@ -97,15 +117,17 @@ class EarlyExitModel(ExitModel):
             ``exit_confidences`` (the criterion at the exit) and ``exited_mask``, each ``(B, N)``.
 
         Raises:
-            ValueError: ``embed`` refuses the ids, the policy is for another depth or given without
-                ``use_early_exit``, or scores are NaN.
+            TypeError: ids or policy are of another type.
+            ValueError: ``embed`` refuses the ids, the policy is for another model or depth or given
+                without ``use_early_exit``, or scores are NaN.
         """
         if not use_early_exit:
             if policy is not None:
                 raise ValueError("a policy does nothing unless use_early_exit=True")
             with own_precision(self):
                 return self.head(self.n_layers - 1)(self.final_state(x))
-        result = run(self, x, policy or self.default_policy(), Reader(), execution)
+        policy = self.default_policy() if policy is None else policy
+        result = run(self, x, policy, Reader(), execution)
         self._count_exits(result.exit_layers)
         return result.outputs.view(*x.shape, -1), {
             "exit_layers": result.exit_layers.view_as(x),

@@ -36,11 +36,13 @@ def run(
         execution: ``"compacted"`` or ``"dense"``.
 
     Raises:
-        ValueError: the execution is unknown, the policy is for another depth, scores are NaN, or
-            ``embed`` refuses the ids.
+        TypeError: the policy is no :class:`ExitPolicy`, or the ids are no whole numbers.
+        ValueError: the execution is unknown, the policy is for another model or depth, scores are NaN,
+            or ``embed`` refuses the ids.
     """
     if execution not in ("compacted", "dense"):
         raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
+    model.check_policy(policy)
     with own_precision(model):
         walk = model.walk(x, execution, policy.rule.history)
         if walk is None:

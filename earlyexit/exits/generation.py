@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from earlyexit.checked import TINY, real, whole
 from earlyexit.exits.execution import DenseWalk, run
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.readers import Reader
 from earlyexit.exits.tally import ExitRun, Tally
 from earlyexit.nn.borrowed import borrowed
+from earlyexit.nn.unembedding import finite_words
 
 # Maps the ids so far and a position to the run of the tokens at that position, one per sequence.
 NextRun = Callable[[Tensor, int], ExitRun]
@@ -43,13 +44,13 @@ def generate(
     """
     model.embed(prompt)  # refuses what cannot be run
     batch, length = prompt.shape
-    if n_new < 0 or not 0 <= temperature < math.inf:
-        raise ValueError(f"{n_new=} must be ≥ 0, {temperature=} ≥ 0 and finite")
+    n_new, temperature = whole("n_new", n_new), real("temperature", temperature, above=-TINY)
     if length + n_new > model.n_seq + 1:
         raise ValueError(
             f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
         )
-    policy = policy or ExitPolicy.static(model.n_layers, model.n_layers)
+    policy = ExitPolicy.static(model.n_layers, model.n_layers) if policy is None else policy
+    model.check_policy(policy)
     ids, exits = prompt.long(), []
     next_run = _stepping(model, policy) if model.can_step else _running_again(model, policy)
     with borrowed(model):
@@ -62,10 +63,9 @@ def generate(
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    if not torch.isfinite(logits).all():
-        raise ValueError("logits are not finite: the weights hold NaN or infinity")
+    word = finite_words(*logits.max(dim=-1, keepdim=True))
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
+        return word
     return (logits / temperature).softmax(dim=-1).multinomial(1, generator=generator)
 
 

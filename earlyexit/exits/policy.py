@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from earlyexit.atomic import atomic_path
-from earlyexit.checked import Checked, Weight
+from earlyexit.checked import TINY, Checked, Weight, real, whole
 from earlyexit.exits.criteria import CRITERIA, Criterion
 
 T = TypeVar("T")
@@ -32,8 +32,11 @@ class ExitPolicy:
         thresholds: one per layer; ``criterion.never`` where no token may exit.
         decay: τ ≥ 0; where it is positive, thresholds fall with the position t in a window of N as
             0.9 λ + 0.1 exp(−τ t / N) (CALM, eq. 5), for criteria that lie in [0, 1] and exit above.
+        model_hash: fingerprint of the model that the policy was fitted for, which alone runs it; "":
+            any model. It takes no part in comparisons.
 
     Raises:
+        TypeError: a field is of another type.
         ValueError: the criterion is unknown, there is no threshold, a threshold is NaN or out of
             bounds, or the decay is negative, infinite or not allowed for the criterion.
     """
@@ -41,31 +44,35 @@ class ExitPolicy:
     criterion: str
     thresholds: tuple[float, ...]
     decay: float = 0.0
+    model_hash: str = field(default="", compare=False)
 
     def __post_init__(self):
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"unknown criterion {self.criterion!r}; known: {', '.join(CRITERIA)}")
+        known_criterion(self.criterion)
+        given = self.thresholds
+        if not isinstance(given, Iterable) or isinstance(given, str):
+            raise TypeError(f"thresholds={given!r:.60}: must be a list of numbers, one per layer")
+        object.__setattr__(self, "thresholds", tuple(check_threshold(t, self.rule) for t in given))
         if not self.thresholds:
             raise ValueError("a policy needs one threshold per layer")
-        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
-        for threshold in self.thresholds:
-            if threshold != self.rule.never:
-                check_threshold(threshold, self.rule)
-        object.__setattr__(self, "decay", float(self.decay))
-        if not 0 <= self.decay < math.inf:
-            raise ValueError(f"decay={self.decay} must be ≥ 0 and finite")
+        object.__setattr__(self, "decay", real("decay", self.decay, above=-TINY))
+        if not isinstance(self.model_hash, str):
+            raise TypeError(
+                f"model_hash={self.model_hash!r:.60}: must be text, a model's fingerprint"
+            )
         if self.decay and not self.rule.may_decay:
             raise ValueError(f"decay={self.decay} must be 0 for {self.criterion!r}")
 
     @classmethod
     def constant(cls, threshold: float, n_layers: int, criterion: str = "max_probability"):
         """Make a policy with the same threshold at every layer."""
-        return cls(criterion, (threshold,) * n_layers)
+        return cls(criterion, (threshold,) * whole("n_layers", n_layers, 1))
 
     @classmethod
     def static(cls, layer: int, n_layers: int):
         """Make a policy by which every token leaves at ``layer``; ``n_layers`` is full depth."""
-        threshold = layer if layer < n_layers else math.inf
+        threshold = whole("layer", layer) if layer != n_layers else math.inf
+        if threshold != math.inf and threshold > n_layers:
+            raise ValueError(f"layer={layer}: must be ≤ n_layers={n_layers}, which is full depth")
         return cls.constant(threshold, n_layers, "depth")
 
     @property
@@ -113,7 +120,8 @@ class ExitPolicy:
             raise ValueError(
                 f"threshold {-self.rule.never} of {self.criterion!r} cannot be saved: give a finite one"
             )
-        return {"criterion": self.criterion, "thresholds": thresholds, "decay": self.decay}
+        plain = {"criterion": self.criterion, "thresholds": thresholds, "decay": self.decay}
+        return plain | ({"model_hash": self.model_hash} if self.model_hash else {})
 
     @classmethod
     def from_dict(cls, data: object) -> ExitPolicy:
@@ -122,12 +130,11 @@ class ExitPolicy:
         Raises:
             ValueError: a field is missing, unknown or of a wrong type, or the class refuses its value.
         """
-        form = _Form(**exact_fields(data, _Form))
-        if form.criterion not in CRITERIA:
-            raise ValueError(f"unknown criterion {form.criterion!r}; known: {', '.join(CRITERIA)}")
-        never = CRITERIA[form.criterion].never
+        anyone = {"model_hash": ""} if isinstance(data, dict) else {}
+        form = _Form(**exact_fields(anyone | data if anyone else data, _Form))
+        never = known_criterion(form.criterion).never
         thresholds = tuple(never if t is None else t for t in form.thresholds)
-        return cls(form.criterion, thresholds, form.decay)
+        return cls(form.criterion, thresholds, form.decay, form.model_hash)
 
     def save(self, path: str | Path) -> None:
         """Write the policy as JSON."""
@@ -147,6 +154,7 @@ class _Form(Checked):
     criterion: str
     thresholds: Annotated[tuple[float | None, ...], Field(strict=False, min_length=1)]
     decay: Weight
+    model_hash: str
 
 
 def exact_fields(data: object, kind: type) -> dict[str, Any]:
@@ -178,13 +186,27 @@ def read_document(path: str | Path, make: Callable[[object], T]) -> T:
         raise ValueError(f"{path}: {error}") from None
 
 
-def check_threshold(threshold: float, criterion: Criterion) -> float:
-    """Return the threshold if it lies within the criterion's bounds.
+def known_criterion(name: object) -> Criterion:
+    """Return the criterion of this name.
 
     Raises:
+        ValueError: there is none.
+    """
+    if isinstance(name, str) and name in CRITERIA:
+        return CRITERIA[name]
+    raise ValueError(f"unknown criterion {name!r:.60}; known: {', '.join(CRITERIA)}")
+
+
+def check_threshold(threshold: float, criterion: Criterion) -> float:
+    """Return the threshold if it lies within the criterion's bounds, or is one that no score reaches.
+
+    Raises:
+        TypeError: it is no number.
         ValueError: it does not.
     """
     low, high = criterion.bounds
-    if low <= threshold <= high:
-        return float(threshold)
+    if isinstance(threshold, (str, bool)) or not hasattr(threshold, "__float__"):
+        raise TypeError(f"threshold {threshold!r:.60} of {criterion.name!r}: must be a number")
+    if (threshold := float(threshold)) == criterion.never or low <= threshold <= high:
+        return threshold
     raise ValueError(f"threshold {threshold} of {criterion.name!r} must lie in [{low}, {high}]")

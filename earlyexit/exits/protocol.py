@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import ExitState
 from earlyexit.exits.operations import Operations
+from earlyexit.exits.policy import ExitPolicy
 from earlyexit.nn.heads import ExitHead
 from earlyexit.nn.record import BatchRecord
 
@@ -36,12 +37,14 @@ class ExitModel(nn.Module, ABC):
     Attributes:
         n_layers: layers L; n_seq: longest sequence; vocab_size: words V.
         gates: predictors that read a normed state, or None.
+        trained_on: hash of the text whose words the model knows; "" where that is not known.
         can_step: whether the model has :meth:`step` and ``embed(x, start)``, to generate in O(1) state.
     """
 
     n_layers: int
     n_seq: int
     vocab_size: int
+    trained_on: str = ""
     can_step: bool = False
 
     def __init__(self):
@@ -183,6 +186,25 @@ class ExitModel(nn.Module, ABC):
     def own_loss(self, record: BatchRecord) -> Tensor | float:
         """Return what the kind of model adds to the loss of a recorded batch, weighted."""
         return 0.0
+
+    def check_policy(self, policy: ExitPolicy) -> None:
+        """Raise TypeError for what is no policy, ValueError for a policy of another model or depth."""
+        if not isinstance(policy, ExitPolicy):
+            raise TypeError(f"policy={policy!r:.60}: give an ExitPolicy")
+        if len(policy.thresholds) != self.n_layers:
+            raise ValueError(
+                f"the policy has {len(policy.thresholds)} thresholds, the model {self.n_layers} layers"
+            )
+
+    def check_text(self, text: object) -> None:
+        """Raise ValueError if a split, or a loader's data, is of another text than the model knows."""
+        found = getattr(text, "data_hash", "")
+        if found and self.trained_on and found != self.trained_on:
+            raise ValueError(
+                f"the ids are of text {found[:16]}, where words have other numbers than in"
+                f" {self.trained_on[:16]}, on which the model was trained: load that corpus, and"
+                " encode_texts of other texts with it"
+            )
 
     def unit_size(self, layer: int) -> int:
         """Return how many neighbouring tokens are decided together at the exit after ``layer``."""

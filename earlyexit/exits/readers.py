@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from earlyexit.corpus.windows import checked_targets
-from earlyexit.nn.unembedding import Unembedding, nll_of_logits
+from earlyexit.nn.unembedding import Unembedding, finite_words, nll_of_logits
 
 
 class Reader:
@@ -44,10 +44,14 @@ class Scores(Reader):
 
 
 class Predictions(Reader):
-    """It takes the most probable word."""
+    """It takes the most probable word.
+
+    Raises:
+        ValueError: logits are not finite.
+    """
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        return logits.argmax(dim=-1)
+        return finite_words(*logits.max(dim=-1))
 
     def from_top(self, word: Tensor) -> Tensor:
         return word

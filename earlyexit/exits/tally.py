@@ -39,9 +39,6 @@ class Tally:
     Args:
         progress: position of each token over n_seq ``(T,)``.
         read: None makes no prediction.
-
-    Raises:
-        ValueError: the policy is for another depth.
     """
 
     def __init__(
@@ -52,10 +49,6 @@ class Tally:
         policy: ExitPolicy,
         read: Reader | None,
     ):
-        if len(policy.thresholds) != model.n_layers:
-            raise ValueError(
-                f"the policy has {len(policy.thresholds)} thresholds, the model {model.n_layers} layers"
-            )
         self.model, self.walk, self.policy, self.read = model, walk, policy, read
         self.progress = progress
         self.exit_layers = torch.full_like(walk.alive, model.n_layers)

@@ -193,6 +193,7 @@ def convert_act_to_early_exit(act_model: ACTLanguageModel) -> ACTEarlyExitModel:
     model = ACTEarlyExitModel.from_config(act_model.config).to(next(act_model.parameters()))
     model.load_state_dict(act_model.state_dict())
     copy_final_head(model)
+    model.trained_on = act_model.trained_on
     return model.train(act_model.training)
 
 

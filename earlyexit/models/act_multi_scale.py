@@ -99,4 +99,5 @@ def convert_act_multi_scale(model: ACTMultiScaleLanguageModel) -> ACTMultiScaleE
     out = ACTMultiScaleExitModel.from_config(model.config).to(next(model.parameters()))
     out.load_state_dict(model.state_dict())
     copy_final_head(out)
+    out.trained_on = model.trained_on
     return out.train(model.training)

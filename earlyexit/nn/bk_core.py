@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from earlyexit.checked import whole
 from earlyexit.nn import bk_loops, bk_scans
 from earlyexit.nn.bk_scans import after, before, complex_parts, join_features, split_rows
 
@@ -194,6 +195,10 @@ class BKCore(nn.Module):
         n_values: value channels P per head; 0 is the original's form, the diagonal alone.
         widths: η that heads start with ``(H,)``; by default spread over a decade, so that they
             remember over different lengths.
+
+    Raises:
+        TypeError: a number is not whole.
+        ValueError: there is no head, or not one width in [0, 700) for each.
     """
 
     def __init__(
@@ -205,8 +210,13 @@ class BKCore(nn.Module):
         widths: Tensor | None = None,
     ):
         super().__init__()
-        self.n_heads, self.causal, self.n_values = n_heads, causal, n_values
-        widths = torch.logspace(-1.3, -0.3, n_heads) if widths is None else widths
+        self.n_heads, self.causal = whole("n_heads", n_heads, 1), causal
+        self.n_values = whole("n_values", n_values)
+        widths = torch.logspace(-1.3, -0.3, n_heads) if widths is None else torch.as_tensor(widths)
+        if widths.shape != (n_heads,) or not ((widths >= 0) & widths.isfinite()).all():
+            raise ValueError(
+                f"widths {widths.tolist()}: give one finite η ≥ 0 for each of {n_heads} heads"
+            )
         above = (widths.double() - FLOOR).clamp_min(FLOOR)  # softplus keeps η positive
         self.eta_raw = nn.Parameter(torch.log(torch.expm1(above)).float())
         self.t = nn.Parameter(torch.ones(n_heads))

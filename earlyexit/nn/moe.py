@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from earlyexit.checked import TINY, real, whole
 from earlyexit.nn.record import BatchRecord, listening
 
 
@@ -24,7 +25,8 @@ class SparseMoELayer(nn.Module):
         expert_hidden: hidden width of an expert, by default 2 D.
 
     Raises:
-        ValueError: top_k is not in 1 … num_experts.
+        TypeError: a size is no whole number.
+        ValueError: top_k is not in 1 … num_experts, or another value out of range.
     """
 
     def __init__(
@@ -37,6 +39,12 @@ class SparseMoELayer(nn.Module):
         expert_hidden: int | None = None,
     ):
         super().__init__()
+        sizes = {"d_model": d_model, "num_experts": num_experts, "top_k": top_k}
+        if expert_hidden is not None:
+            sizes["expert_hidden"] = expert_hidden
+        for name, size in sizes.items():
+            whole(name, size, 1)
+        real("dropout_p", dropout_p, above=-TINY, below=1)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie in 1 … num_experts={num_experts}")
         self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k

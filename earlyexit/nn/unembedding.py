@@ -48,6 +48,17 @@ def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
     return value - logits.logsumexp(dim=-1), word
 
 
+def finite_words(value: Tensor, word: Tensor) -> Tensor:
+    """Return most probable words ``(T,)``, given their logits or log-probabilities ``(T,)``.
+
+    Raises:
+        ValueError: one of these is not finite; then no word is the most probable.
+    """
+    if not value.isfinite().all():
+        raise ValueError("logits are not finite: the weights hold NaN or infinity")
+    return word
+
+
 class LinearUnembedding(nn.Linear):
     """A linear unembedding, Linear(D, V), is one product with the whole vocabulary."""
 
@@ -74,8 +85,9 @@ class LinearUnembedding(nn.Linear):
         return tuple(map(torch.cat, zip(*tops, strict=True)))
 
     def predict(self, features: Tensor) -> Tensor:
-        """Return the most probable word ``(T,)`` of features ``(T, D)``."""
-        return torch.cat([logits.argmax(dim=-1) for _, logits in self.chunks(features)])
+        """Return the :func:`finite_words` ``(T,)`` of features ``(T, D)``."""
+        tops = [logits.max(dim=-1) for _, logits in self.chunks(features)]
+        return finite_words(*map(torch.cat, zip(*tops, strict=True)))
 
     def loss(
         self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
@@ -156,8 +168,8 @@ class AdaptiveUnembedding(nn.Module):
         return tuple(map(torch.cat, zip(*tops, strict=True)))
 
     def predict(self, features: Tensor) -> Tensor:
-        """Return the most probable word ``(T,)`` of features ``(T, D)``."""
-        return self.top(features)[1]
+        """Return the :func:`finite_words` ``(T,)`` of features ``(T, D)``."""
+        return finite_words(*self.top(features))
 
     def loss(
         self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from earlyexit.checked import real, whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.exits.execution import scored_states
@@ -20,7 +21,6 @@ from earlyexit.exits.protocol import ExitModel
 from earlyexit.nn.borrowed import borrowed
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 from earlyexit.nn.gates import AGREE, KL, ExitGates
-from earlyexit.training.config import GatesConfig
 from earlyexit.training.train import check_trainable
 
 
@@ -96,15 +96,16 @@ def train_gates(
         )
     if not isinstance(model.gates, ExitGates):
         raise ValueError("the gates of this model are its halting units, which ACT trains")
-    given = GatesConfig(max_tokens=max_tokens, steps=steps)
-    if not learning_rate > 0 or batch_size < 1:
-        raise ValueError(f"{learning_rate=} must be > 0, {batch_size=} at least 1")
+    sizes = {"max_tokens": max_tokens, "steps": steps, "batch_size": batch_size}
+    max_tokens, steps, batch_size = (whole(name, size, 1) for name, size in sizes.items())
+    learning_rate = real("learning_rate", learning_rate, above=0)
     check_trainable(model, split)
+    model.check_text(split)
     model.gates.trained.fill_(False)  # until they are
     with borrowed(model):
         torch.manual_seed(seed)
-        data = gate_data(model, split, eos_id, given.max_tokens)
-        _fit(model.gates, *data, given.steps, batch_size, learning_rate)
+        data = gate_data(model, split, eos_id, max_tokens)
+        _fit(model.gates, *data, steps, batch_size, learning_rate)
         report = [_report(model.gates, layer, *data) for layer in range(model.n_layers - 1)]
     if not all(p.isfinite().all() for p in model.gates.parameters()):
         raise FloatingPointError(
@@ -112,6 +113,7 @@ def train_gates(
             " the model's own weights"
         )
     model.gates.trained.fill_(True)
+    model.trained_on = model.trained_on or split.data_hash
     return report
 
 

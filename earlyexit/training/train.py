@@ -52,6 +52,8 @@ def train(
         CheckpointError: the resumable state is damaged.
     """
     check_trainable(model, corpus.splits["train"])
+    if config.freeze_backbone:
+        model.check_text(corpus.splits["train"])
     model.check_training(config.exit_sampling, config.layer_dropout)
     if config.freeze_backbone and model.n_layers < 2:
         raise ValueError("a model of one layer has no exit to train on a frozen backbone")
@@ -62,7 +64,7 @@ def train(
         history = _train(
             model, corpus, config, device, checkpoint_dir, checkpoint_every, max_tokens
         )
-    model.eval()
+    model.eval().trained_on = corpus.data_hash
     return history
 
 
@@ -148,8 +150,9 @@ def perplexity_per_exit(
 
     Raises:
         FloatingPointError: the model's NLL is not finite.
-        ValueError: the split is empty.
+        ValueError: the split is empty, or of another text than the model was trained on.
     """
+    model.check_text(split)
     device = next(model.parameters()).device
     total, count = torch.zeros(model.n_layers, dtype=torch.float64), 0
     with borrowed(model):
