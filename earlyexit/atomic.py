@@ -13,7 +13,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, which replaces it when the block ends without error.
 
     Raises:
-        OSError: writing failed (the disk is full, say); the old file then stays as it was.
+        OSError: writing failed (the disk is full, say), and the message names ``path``; the old file
+            then stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,5 +24,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a failed write does not say where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,11 +1,14 @@
-"""The fields of a frozen dataclass are validated when an instance is made."""
+"""The fields of a frozen dataclass are validated when an instance is made, or read from JSON."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -17,6 +20,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 TINY = 1e-300  # above −TINY: ≥ 0
+T = TypeVar("T")
 
 # Kind of pydantic's error → what the value must be; braces name the bounds in the error's context.
 _RULES = {
@@ -112,3 +116,44 @@ def _sentence(error: dict[str, Any]) -> str:
     }
     rule = _RULES.get(error["type"], error["msg"])
     return f"{where}={error['input']!r}: {rule.format(**bounds)}"
+
+
+def exact_fields(data: object, kind: type) -> dict[str, Any]:
+    """Return a JSON object that has the fields of a dataclass, no more and no fewer.
+
+    Raises:
+        ValueError: it is no object, or fields are missing or unknown; the message names them.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{data!r:.80} is not a JSON object with named fields")
+    names = {field.name for field in fields(kind)}
+    wrong = {"missing": sorted(names - set(data)), "unknown": sorted(set(data) - names)}
+    if told := "; ".join(
+        f"{what}: {', '.join(map(str, some))}" for what, some in wrong.items() if some
+    ):
+        raise ValueError(f"fields {told:.300}")
+    return data
+
+
+def parse(text: str | bytes, make: Callable[[object], T] = lambda data: data) -> T:
+    """Parse JSON, and make of it what ``make`` does.
+
+    Raises:
+        ValueError: the text is no JSON or nested too deeply, or ``make`` refuses it.
+    """
+    try:
+        return make(json.loads(text))
+    except RecursionError:
+        raise ValueError("nested too deeply to be read") from None
+
+
+def read_document(path: str | Path, make: Callable[[object], T]) -> T:
+    """Read a JSON file, and make of it what ``make`` does.
+
+    Raises:
+        ValueError: the file holds no JSON, or ``make`` refuses it; the message names the file.
+    """
+    try:
+        return parse(Path(path).read_bytes(), make)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -32,11 +32,21 @@ from earlyexit.calibration.bounds import METHODS, fixed_sequence, smallest_level
 from earlyexit.calibration.thresholds import ExitCosts, Thresholds, Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.calibration.unit_losses import Unit, WindowLosses, window_losses
-from earlyexit.checked import Checked, Count, Limit, Positive, Probability, Share, real
+from earlyexit.checked import (
+    Checked,
+    Count,
+    Limit,
+    Positive,
+    Probability,
+    Share,
+    exact_fields,
+    read_document,
+    real,
+)
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
 from earlyexit.exits.api import EarlyExitModel
-from earlyexit.exits.policy import ExitPolicy, exact_fields, read_document
+from earlyexit.exits.policy import ExitPolicy
 
 log = logging.getLogger(__name__)
 CEILING = 4.0  # B in multiples of log(1 + ε): a unit that loses more counts as losing that

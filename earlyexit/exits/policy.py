@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
 from earlyexit.atomic import atomic_path
-from earlyexit.checked import TINY, Checked, Weight, real, whole
+from earlyexit.checked import Checked, Weight, exact_fields, read_document, whole
 from earlyexit.exits.criteria import CRITERIA, Criterion
 
-T = TypeVar("T")
+Extended = Annotated[float, Field(allow_inf_nan=True)]
 
 
 @dataclass(frozen=True)
-class ExitPolicy:
+class ExitPolicy(Checked):
     """A policy is a criterion and a threshold per layer, in the criterion's own units.
 
     The last layer's threshold saves nothing: it only decides whether a token that ran to the end
@@ -36,29 +35,22 @@ class ExitPolicy:
             any model. It takes no part in comparisons.
 
     Raises:
-        TypeError: a field is of another type.
-        ValueError: the criterion is unknown, there is no threshold, a threshold is NaN or out of
-            bounds, or the decay is negative, infinite or not allowed for the criterion.
+        ValueError: the criterion is unknown, there is no threshold, a threshold is no number, NaN or
+            out of bounds, or the decay is negative, infinite or not allowed for the criterion.
     """
 
     criterion: str
-    thresholds: tuple[float, ...]
-    decay: float = 0.0
+    thresholds: tuple[Extended, ...]
+    decay: Weight = 0.0
     model_hash: str = field(default="", compare=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "thresholds", _numbers(self.thresholds))
+        super().__post_init__()
         known_criterion(self.criterion)
-        given = self.thresholds
-        if not isinstance(given, Iterable) or isinstance(given, str):
-            raise TypeError(f"thresholds={given!r:.60}: must be a list of numbers, one per layer")
-        object.__setattr__(self, "thresholds", tuple(check_threshold(t, self.rule) for t in given))
-        if not self.thresholds:
-            raise ValueError("a policy needs one threshold per layer")
-        object.__setattr__(self, "decay", real("decay", self.decay, above=-TINY))
-        if not isinstance(self.model_hash, str):
-            raise TypeError(
-                f"model_hash={self.model_hash!r:.60}: must be text, a model's fingerprint"
-            )
+        for threshold in self.thresholds:
+            if threshold != self.rule.never:
+                check_threshold(threshold, self.rule)
         if self.decay and not self.rule.may_decay:
             raise ValueError(f"decay={self.decay} must be 0 for {self.criterion!r}")
 
@@ -70,10 +62,9 @@ class ExitPolicy:
     @classmethod
     def static(cls, layer: int, n_layers: int):
         """Make a policy by which every token leaves at ``layer``; ``n_layers`` is full depth."""
-        threshold = whole("layer", layer) if layer != n_layers else math.inf
-        if threshold != math.inf and threshold > n_layers:
+        if whole("layer", layer) > n_layers:
             raise ValueError(f"layer={layer}: must be ≤ n_layers={n_layers}, which is full depth")
-        return cls.constant(threshold, n_layers, "depth")
+        return cls.constant(layer if layer < n_layers else math.inf, n_layers, "depth")
 
     @property
     def rule(self) -> Criterion:
@@ -130,8 +121,9 @@ class ExitPolicy:
         Raises:
             ValueError: a field is missing, unknown or of a wrong type, or the class refuses its value.
         """
-        anyone = {"model_hash": ""} if isinstance(data, dict) else {}
-        form = _Form(**exact_fields(anyone | data if anyone else data, _Form))
+        if isinstance(data, dict):
+            data = {"model_hash": ""} | data  # not written where any model may run it
+        form = _Form(**exact_fields(data, _Form))
         never = known_criterion(form.criterion).never
         thresholds = tuple(never if t is None else t for t in form.thresholds)
         return cls(form.criterion, thresholds, form.decay, form.model_hash)
@@ -157,35 +149,6 @@ class _Form(Checked):
     model_hash: str
 
 
-def exact_fields(data: object, kind: type) -> dict[str, Any]:
-    """Return a JSON object that has the fields of a dataclass, no more and no fewer.
-
-    Raises:
-        ValueError: it is no object, or fields are missing or unknown; the message names them.
-    """
-    if not isinstance(data, dict):
-        raise ValueError(f"{data!r:.80} is not a JSON object with named fields")
-    names = {field.name for field in fields(kind)}
-    wrong = {"missing": sorted(names - set(data)), "unknown": sorted(set(data) - names)}
-    if told := "; ".join(
-        f"{what}: {', '.join(map(str, some))}" for what, some in wrong.items() if some
-    ):
-        raise ValueError(f"fields {told}")
-    return data
-
-
-def read_document(path: str | Path, make: Callable[[object], T]) -> T:
-    """Read a JSON file, and make of it what ``make`` does.
-
-    Raises:
-        ValueError: the file holds no JSON, or ``make`` refuses it; the message names the file.
-    """
-    try:
-        return make(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
 def known_criterion(name: object) -> Criterion:
     """Return the criterion of this name.
 
@@ -198,7 +161,7 @@ def known_criterion(name: object) -> Criterion:
 
 
 def check_threshold(threshold: float, criterion: Criterion) -> float:
-    """Return the threshold if it lies within the criterion's bounds, or is one that no score reaches.
+    """Return the threshold if it lies within the criterion's bounds.
 
     Raises:
         TypeError: it is no number.
@@ -207,6 +170,21 @@ def check_threshold(threshold: float, criterion: Criterion) -> float:
     low, high = criterion.bounds
     if isinstance(threshold, (str, bool)) or not hasattr(threshold, "__float__"):
         raise TypeError(f"threshold {threshold!r:.60} of {criterion.name!r}: must be a number")
-    if (threshold := float(threshold)) == criterion.never or low <= threshold <= high:
-        return threshold
+    if low <= threshold <= high:
+        return float(threshold)
     raise ValueError(f"threshold {threshold} of {criterion.name!r} must lie in [{low}, {high}]")
+
+
+def _numbers(thresholds: object) -> tuple[float, ...]:
+    """Return thresholds as floats: of a list, a tuple, an array or a tensor of numbers ``(L,)``.
+
+    Raises:
+        ValueError: there is none, or one is no number.
+    """
+    try:
+        values = np.asarray(thresholds)
+    except (ValueError, TypeError, RuntimeError):  # ragged, or a tensor on another device
+        values = np.asarray(None)
+    if values.dtype.kind not in "fiu" or values.ndim != 1 or not values.size:
+        raise ValueError(f"thresholds={thresholds!r:.80}: must be a number for each layer")
+    return tuple(values.astype(float).tolist())
