@@ -47,7 +47,7 @@ class HaltingUnit(nn.Module):
         super().__init__()
         self.linear = nn.Linear(d_model, 1)
         nn.init.zeros_(self.linear.weight)
-        nn.init.constant_(self.linear.bias, torch.tensor(start).logit().item())
+        nn.init.constant_(self.linear.bias, torch.tensor(start, device="cpu").logit().item())
 
     def forward(self, h: Tensor) -> Tensor:
         """Return p ``(…, 1)`` of states ``(…, D)``."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
+import random
+import re
 
 import pytest
 import torch
@@ -12,16 +15,28 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.checkpoints import CheckpointError, checkpoint_about, load_model, save_model
+from earlyexit.models import checkpoints
+from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
+from earlyexit.models.checkpoints import (
+    ENTRY,
+    CheckpointError,
+    checkpoint_about,
+    load_model,
+    save_model,
+)
+from earlyexit.models.multi_scale import MultiScaleLanguageModel
+from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.models.sparse_bk import SparseBKLanguageModel
 
 
 def rewrite(path, change) -> None:
-    """Apply ``change(tensors, metadata)`` to a stored checkpoint."""
+    """Apply ``change(tensors, document)`` to a stored checkpoint, with a digest that fits."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    change(tensors, metadata)
-    save_file(tensors, path, metadata=metadata)
+        document = json.loads(file.metadata()[ENTRY])
+    change(tensors, document)
+    document["digest"] = checkpoints._digest(document, tensors)
+    save_file(tensors, path, metadata={ENTRY: json.dumps(document)})
 
 
 @pytest.fixture
@@ -120,13 +135,20 @@ def test_a_pickle_is_never_loaded(tmp_path, write):
 
 
 def test_weights_that_are_not_finite_are_refused(stored):
+    name = "blocks.1.layer_norm.weight"
     for bad in (math.nan, math.inf):
         model, path = stored
-        with torch.no_grad():
-            model.blocks[1].layer_norm.weight[0] = bad
         save_model(model, path)
-        with pytest.raises(CheckpointError, match=r"blocks\.1\.layer_norm\.weight"):
+        rewrite(path, lambda tensors, _, bad=bad: tensors[name].fill_(bad))
+        with pytest.raises(CheckpointError, match=re.escape(f"{path} holds NaN or infinity in {name}")):
             load_model(path)
+        before = path.read_bytes()
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            broken.blocks[1].layer_norm.weight[0] = bad
+        with pytest.raises(CheckpointError, match="cannot be saved: it holds NaN"):
+            save_model(broken, path)
+        assert path.read_bytes() == before
 
 
 def test_tensors_that_do_not_fit_their_configuration_are_refused(stored):
@@ -147,17 +169,32 @@ def test_tensors_that_do_not_fit_their_configuration_are_refused(stored):
 @pytest.mark.parametrize(
     "config",
     [
+        [],
         "{",
-        "[]",
-        '{"d_model": 16}',
-        '{"vocab_size": 53, "colour": 1}',
-        '{"vocab_size": 5, "top_k": 9}',
+        {"d_model": 16},
+        {"vocab_size": 53, "colour": 1},
+        {"vocab_size": 5, "top_k": 9},
+        {"vocab_size": 53, "causal": "false"},
+        {"vocab_size": 53, "d_model": 0},
+        {"vocab_size": 53, "n_seq": 10**12},
+        {"vocab_size": 53, "n_layers": 10**9},
+        {"vocab_size": 53, "num_experts": 10**30},
+        {"vocab_size": 53, "expert_hidden": 10**15},
+        {"vocab_size": 53, "dropout_p": math.nan},
     ],
 )
-def test_a_configuration_that_makes_no_model_is_refused(stored, config):
+def test_a_configuration_that_makes_no_model_is_refused_at_once(stored, config):
     _, path = stored
-    rewrite(path, lambda _, metadata: metadata.update(config=config))
-    with pytest.raises(CheckpointError):
+    rewrite(path, lambda _, document: document.update(config=config))
+    with pytest.raises(CheckpointError, match=re.escape(str(path))) as refused:
+        load_model(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_document_nested_too_deeply_is_refused(stored):
+    _, path = stored
+    save_file({"x": torch.ones(1)}, path, metadata={ENTRY: "[" * 100_000})
+    with pytest.raises(CheckpointError, match="nested too deeply"):
         load_model(path)
 
 
@@ -175,3 +212,77 @@ def test_a_failed_save_leaves_the_old_file(stored, make_model, make_tokens):
     assert torch.equal(load_model(path)(x), model(x))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert json.dumps(checkpoint_about(path))
+
+
+# ------------------------------------------------------------------ what is saved reads back equal
+
+KINDS = {
+    "plain": lambda config: EarlyExitLanguageModel(**config, gate_hidden=0),
+    "two precisions": lambda config: EarlyExitLanguageModel(**config).bfloat16().float().half(),
+    "ACT": lambda config: ACTLanguageModel(**config),
+    "converted": lambda config: convert_act_to_early_exit(ACTLanguageModel(**config)),
+    "sparse": lambda config: SparseBKLanguageModel(**config, keep=0.25),
+    "scales": lambda config: MultiScaleLanguageModel(**config | {"n_layers": 3, "n_seq": 16}),
+    "adaptive": lambda config: EarlyExitLanguageModel(**config, output_head="adaptive"),
+    "full heads": lambda config: EarlyExitLanguageModel(**config, exit_head="full"),
+    "attention": lambda config: EarlyExitLanguageModel(**config, mixing="attention"),
+}
+SMALL = {"vocab_size": 53, "d_model": 16, "n_layers": 2, "n_seq": 12, "bk_heads": 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_comes_back_in_its_precision_from_equal_bytes(tmp_path, name, dtype):
+    model, paths = KINDS[name](SMALL).to(dtype), [tmp_path / f"{i}" for i in range(2)]
+    state = torch.get_rng_state()
+    for path in paths:
+        save_model(model, path, {"history": [{"step": 1}]})
+    assert torch.equal(torch.get_rng_state(), state)
+    back = load_model(paths[0], model.config, kind=type(model))
+    before, after = model.state_dict(), back.state_dict()
+    assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_compiled_model_is_saved_as_the_model_itself(stored):
+    model, path = stored
+    save_model(torch.compile(model, backend="eager"), path)
+    assert load_model(path).fingerprint() == model.fingerprint()
+
+
+def test_what_could_not_be_read_back_is_not_written(make_model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(CheckpointError, match="Linear cannot be saved"):
+        save_model(torch.nn.Linear(2, 2), path)
+    model = make_model(gate_hidden=0)
+    model.gates = None
+    with pytest.raises(CheckpointError, match="weights are missing"):
+        save_model(model, path)
+    for about in ({1: 2}, {"x": (1, 2)}, {"x": math.nan}):
+        with pytest.raises(ValueError):
+            save_model(make_model(), path, about)
+    assert not path.exists()
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    save_model(MultiScaleLanguageModel(**SMALL | {"n_layers": 3, "n_seq": 16}), tmp_path / "m")
+    with pytest.raises(CheckpointError, match="load it with kind=MultiScaleLanguageModel"):
+        load_model(tmp_path / "m")
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(stored):
+    """Or changes nothing: the header's padding, say."""
+    model, path = stored
+    whole, places = path.read_bytes(), random.Random(0)
+    for _ in range(100):
+        flipped = bytearray(whole)
+        flipped[places.randrange(len(whole))] ^= 1 << places.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            back = load_model(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+        else:
+            assert back.fingerprint() == model.fingerprint()
+            assert checkpoint_about(path) == {"seed": 3}
