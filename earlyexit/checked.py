@@ -19,7 +19,6 @@ Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
-TINY = 1e-300  # above −TINY: ≥ 0
 T = TypeVar("T")
 
 # Kind of pydantic's error → what the value must be; braces name the bounds in the error's context.
@@ -43,32 +42,47 @@ _RULES = {
 }
 
 
-def whole(name: str, value: object, low: int = 0) -> int:
-    """Return a whole number ≥ ``low``.
+def brief(value: object) -> str:
+    """Return the beginning of a value's ``repr``, on one line."""
+    return " ".join(repr(value).split())[:60]
+
+
+def whole(name: str, value: object, low: int = 0, high: int = 2**63 - 1) -> int:
+    """Return a whole number from ``low`` to ``high``.
 
     Raises:
         TypeError: the value is no whole number.
-        ValueError: it is smaller.
+        ValueError: it is smaller or larger.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r:.60}: must be a whole number")
+        raise TypeError(f"{name}={brief(value)}: must be a whole number")
     if (number := int(value)) < low:
         raise ValueError(f"{name}={number}: must be ≥ {low}")
+    if number > high:
+        raise ValueError(f"{name}={number}: must be ≤ {high}")
     return number
 
 
-def real(name: str, value: object, above: float = -math.inf, below: float = math.inf) -> float:
-    """Return a finite number > ``above`` and < ``below``.
+def real(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return a finite number ≥ ``least``, > ``above`` and < ``below``.
 
     Raises:
         TypeError: the value is no number.
         ValueError: it lies outside, or is NaN or infinite.
     """
     if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}={value!r:.60}: must be a number")
-    if not above < (number := float(value)) < below:
-        bounds = f" between {above:g} and {below:g}" if math.isfinite(below) else f" > {above:g}"
-        raise ValueError(f"{name}={number}: must be a finite number{bounds}")
+        raise TypeError(f"{name}={brief(value)}: must be a number")
+    number, bounds = float(value), {"≥": least, ">": above, "<": below}
+    if not (least <= number < below and number > above and math.isfinite(number)):
+        told = " and".join(f" {sign} {x:g}" for sign, x in bounds.items() if math.isfinite(x))
+        raise ValueError(f"{name}={number}: must be a finite number{told}")
     return number
 
 

@@ -29,7 +29,8 @@ from pydantic import Field
 
 from earlyexit.atomic import atomic_path
 from earlyexit.calibration.bounds import METHODS, fixed_sequence, smallest_level, upper_bound
-from earlyexit.calibration.thresholds import ExitCosts, Thresholds, Unreachable, fit_policy
+from earlyexit.calibration.exit_costs import ExitCosts
+from earlyexit.calibration.thresholds import Thresholds, Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.calibration.unit_losses import Unit, WindowLosses, window_losses
 from earlyexit.checked import (

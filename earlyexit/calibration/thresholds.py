@@ -8,12 +8,13 @@ nothing is checked), so a histogram of the tokens' ranks answers for thousands o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from earlyexit.calibration.exit_costs import ExitCosts
 from earlyexit.calibration.temperature import refuse_test
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.checked import real
@@ -33,53 +34,6 @@ ROUNDING = 1e-12  # relative; the sums of the search and of the read-outs may di
 
 class Unreachable(ValueError):
     """No policy of this criterion keeps to the limit; the message says what the best one does."""
-
-
-@dataclass(frozen=True, eq=False)
-class ExitCosts:
-    """What a token pays, in one unit: for leaving at an exit, and for every check on the way.
-
-    Attributes:
-        leaving: cost per token of leaving at exit 0 … L − 1, without any check ``(L,)``.
-        checks: price of the check after each layer ``(L,)``, of every token that reaches it; a policy
-            that makes no check there does not pay it.
-
-    Raises:
-        TypeError: they are no numbers.
-        ValueError: the two have different lengths, or a cost is negative or not finite.
-    """
-
-    leaving: np.ndarray
-    checks: np.ndarray
-
-    def __post_init__(self):
-        for name in ("leaving", "checks"):
-            object.__setattr__(self, name, _prices(name, getattr(self, name)))
-        if self.leaving.shape != self.checks.shape:
-            raise ValueError(f"{self.leaving.size} exits have {self.checks.size} prices of checks")
-
-    @classmethod
-    def of(cls, costs: ExitCosts | Sequence[float]) -> ExitCosts:
-        """Return the costs; numbers ``(L,)`` are what leaving costs, and their checks are free."""
-        if isinstance(costs, ExitCosts):
-            return costs
-        leaving = _prices("costs", costs)
-        return cls(leaving, np.zeros_like(leaving))
-
-    def paid(self, policy: ExitPolicy) -> np.ndarray:
-        """Return the cost per token of leaving at each exit ``(L,)``, with the policy's checks."""
-        checked = [policy.checks(layer) for layer in range(len(self.checks))]
-        return self.leaving + np.cumsum(self.checks * checked)
-
-
-def _prices(name: str, costs: object) -> np.ndarray:
-    try:
-        prices = np.asarray(costs, dtype=float)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}={costs!r:.60}: must be numbers, one per exit") from None
-    if prices.ndim != 1 or not (np.isfinite(prices) & (prices >= 0)).all():
-        raise ValueError(f"{name}={prices.tolist()}: must be a list of finite numbers ≥ 0")
-    return prices
 
 
 def fit_policy(
@@ -106,7 +60,7 @@ def fit_policy(
             costs have another length.
         Unreachable: no policy within ε is cheaper than full depth without checks.
     """
-    refuse_test(trace.split)
+    _check(trace, criterion, thresholds)
     epsilon = real("epsilon", epsilon, above=0)
     costs = _checked_costs(trace, np.arange(1.0, trace.n_layers + 1) if costs is None else costs)
     limit = trace.full_nll + np.log1p(epsilon)
@@ -144,7 +98,7 @@ def fit_policy_to_cost(
         ValueError: the trace is of the test split, or costs have another length.
         Unreachable: even leaving at the cheapest exit costs more.
     """
-    refuse_test(trace.split)
+    _check(trace, criterion, "per_layer")
     costs, cost = _checked_costs(trace, costs), real("cost", cost)
 
     def merit(limit: float) -> Merit:
@@ -167,6 +121,20 @@ def mean_cost(trace: ExitTrace, policy: ExitPolicy, costs: ExitCosts | Sequence[
     executed = layers_executed(trace.exit_layers(policy), trace.n_layers)
     shares = np.bincount(executed - 1, minlength=trace.n_layers) / trace.n_tokens
     return float(shares @ ExitCosts.of(costs).paid(policy))  # exact where all leave at one exit
+
+
+def _check(trace: ExitTrace, criterion: str, thresholds: str) -> None:
+    """Raise ValueError unless a policy can be fitted so."""
+    refuse_test(trace.split)
+    known_criterion(criterion)
+    if thresholds not in get_args(Thresholds):
+        raise ValueError(f"{thresholds=}: must be {' or '.join(map(repr, get_args(Thresholds)))}")
+    if thresholds == "decaying" and not known_criterion(criterion).may_decay:
+        raise ValueError(
+            f"thresholds of {criterion!r} cannot decay: choose 'global' or 'per_layer'"
+        )
+    if trace.n_layers < 2:
+        raise Unreachable("a model of one layer has no exit before its last: nothing to fit")
 
 
 def _checked_costs(trace: ExitTrace, costs: ExitCosts | Sequence[float]) -> ExitCosts:

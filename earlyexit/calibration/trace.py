@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from earlyexit.atomic import atomic_path
+from earlyexit.checked import brief
 from earlyexit.exits.policy import ExitPolicy, known_criterion
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.statistics import layers_executed
@@ -92,7 +93,7 @@ class ExitTrace:
             ValueError: the policy is for another model or depth, or of a criterion that is not traced.
         """
         if not isinstance(policy, ExitPolicy):
-            raise TypeError(f"policy={policy!r:.60}: give an ExitPolicy")
+            raise TypeError(f"policy={brief(policy)}: give an ExitPolicy")
         if policy.model_hash and self.model_hash not in ("", policy.model_hash):
             raise ValueError(
                 f"the policy was fitted for model {policy.model_hash}, the trace is of"
@@ -110,6 +111,7 @@ class ExitTrace:
         Raises:
             ValueError: the trace does not hold it.
         """
+        known_criterion(criterion)
         if criterion == "depth":
             return np.broadcast_to(np.arange(self.n_layers, dtype=np.float32), self.nll.shape)
         if criterion == "patience":

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def encode_texts(corpus: Corpus, texts: Sequence[str], name: str) -> Split:
         TypeError: ``texts`` is one string, or holds something else than strings.
         ValueError: there is no text, or all are blank.
     """
-    texts = [None] if isinstance(texts, str) else list(texts)
+    texts = [None] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("texts must be a list of strings: of one text, give [text]")
     documents = [Document(name, document_lines(text, corpus.config)) for text in texts]

@@ -15,6 +15,8 @@ from earlyexit.corpus.tokenizers import EOS_ID
 
 IGNORE = -100  # target of a padded position, as in torch.nn.functional.cross_entropy
 
+LONGEST = 2**24  # positions of a window
+
 
 def check_whole(ids: object, name: str) -> None:
     """Raise TypeError unless ``ids`` is a tensor of whole numbers."""
@@ -87,7 +89,7 @@ def windows(split: Split, n_seq: int, eos_id: int = EOS_ID) -> Windows:
     Raises:
         ValueError: ``n_seq`` is less than 1.
     """
-    n_seq = whole("n_seq", n_seq, 1)
+    n_seq = whole("n_seq", n_seq, 1, LONGEST)
     first, length = split.spans()
     before = np.concatenate([[eos_id], split.ids[:-1]])[: split.n_tokens]  # (T,)
     before[first] = eos_id

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from earlyexit.checked import whole
+from earlyexit.checked import brief, whole
 from earlyexit.corpus.windows import IGNORE, check_whole
 from earlyexit.cost.timing import interleaved_times
 from earlyexit.devices import resolve_device
@@ -32,8 +32,8 @@ def on_device(batches: Iterable, model: EarlyExitModel) -> Iterator[tuple[Tensor
         ValueError: a batch is empty, ids and targets differ in number, or the loader is of another
             text than the model was trained on.
     """
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches={batches!r:.60}: give pairs of token ids and targets (B, N)")
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
+        raise TypeError(f"batches={brief(batches)}: give pairs of token ids and targets (B, N)")
     model.check_text(getattr(batches, "dataset", None))
     device = next(model.parameters()).device
     for batch in batches:
@@ -119,8 +119,8 @@ class EarlyExitEvaluator:
         n_layers, nll, tokens = self.model.n_layers, 0.0, 0
         counts = torch.zeros(n_layers + 1, dtype=torch.int64)
         with self._borrowed_model() as model:
-            batches = tqdm(dataloader, desc="evaluate", mininterval=2, leave=False)
-            for y, batch_nll, exits in run_batches(model, batches, policy, execution):
+            runs = run_batches(model, dataloader, policy, execution)
+            for y, batch_nll, exits in tqdm(runs, "evaluate", leave=False, mininterval=2):
                 scored = y != IGNORE
                 nll += batch_nll[scored].double().sum().item()
                 tokens += int(scored.sum())

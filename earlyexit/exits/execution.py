@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from earlyexit.corpus.windows import IGNORE, checked_targets
+from earlyexit.corpus.windows import IGNORE, check_whole, checked_targets
 from earlyexit.exits.clock import marker
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.propagation import LeftBehind
@@ -43,6 +43,7 @@ def run(
     if execution not in ("compacted", "dense"):
         raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
     model.check_policy(policy)
+    check_whole(x, "token ids")
     with own_precision(model):
         walk = model.walk(x, execution, policy.rule.history)
         if walk is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from earlyexit.checked import TINY, real, whole
+from earlyexit.checked import real, whole
 from earlyexit.exits.execution import DenseWalk, run
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel
@@ -44,7 +44,7 @@ def generate(
     """
     model.embed(prompt)  # refuses what cannot be run
     batch, length = prompt.shape
-    n_new, temperature = whole("n_new", n_new), real("temperature", temperature, above=-TINY)
+    n_new, temperature = whole("n_new", n_new), real("temperature", temperature, least=0)
     if length + n_new > model.n_seq + 1:
         raise ValueError(
             f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"

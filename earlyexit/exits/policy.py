@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from earlyexit.atomic import atomic_path
-from earlyexit.checked import Checked, Weight, exact_fields, read_document, whole
+from earlyexit.checked import Checked, Weight, brief, exact_fields, read_document, whole
 from earlyexit.exits.criteria import CRITERIA, Criterion
 
+MANY = 1_000_000  # layers: more thresholds than any model has
 Extended = Annotated[float, Field(allow_inf_nan=True)]
 
 
@@ -57,13 +58,12 @@ class ExitPolicy(Checked):
     @classmethod
     def constant(cls, threshold: float, n_layers: int, criterion: str = "max_probability"):
         """Make a policy with the same threshold at every layer."""
-        return cls(criterion, (threshold,) * whole("n_layers", n_layers, 1))
+        return cls(criterion, (threshold,) * whole("n_layers", n_layers, 1, MANY))
 
     @classmethod
     def static(cls, layer: int, n_layers: int):
         """Make a policy by which every token leaves at ``layer``; ``n_layers`` is full depth."""
-        if whole("layer", layer) > n_layers:
-            raise ValueError(f"layer={layer}: must be ≤ n_layers={n_layers}, which is full depth")
+        whole("layer", layer, high=whole("n_layers", n_layers, 1, MANY))
         return cls.constant(layer if layer < n_layers else math.inf, n_layers, "depth")
 
     @property
@@ -157,7 +157,7 @@ def known_criterion(name: object) -> Criterion:
     """
     if isinstance(name, str) and name in CRITERIA:
         return CRITERIA[name]
-    raise ValueError(f"unknown criterion {name!r:.60}; known: {', '.join(CRITERIA)}")
+    raise ValueError(f"unknown criterion {brief(name)}; known: {', '.join(CRITERIA)}")
 
 
 def check_threshold(threshold: float, criterion: Criterion) -> float:
@@ -169,7 +169,7 @@ def check_threshold(threshold: float, criterion: Criterion) -> float:
     """
     low, high = criterion.bounds
     if isinstance(threshold, (str, bool)) or not hasattr(threshold, "__float__"):
-        raise TypeError(f"threshold {threshold!r:.60} of {criterion.name!r}: must be a number")
+        raise TypeError(f"threshold {brief(threshold)} of {criterion.name!r}: must be a number")
     if low <= threshold <= high:
         return float(threshold)
     raise ValueError(f"threshold {threshold} of {criterion.name!r} must lie in [{low}, {high}]")

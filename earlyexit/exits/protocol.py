@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from earlyexit.checked import brief
 from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import ExitState
 from earlyexit.exits.operations import Operations
@@ -190,7 +191,7 @@ class ExitModel(nn.Module, ABC):
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raise TypeError for what is no policy, ValueError for a policy of another model or depth."""
         if not isinstance(policy, ExitPolicy):
-            raise TypeError(f"policy={policy!r:.60}: give an ExitPolicy")
+            raise TypeError(f"policy={brief(policy)}: give an ExitPolicy")
         if len(policy.thresholds) != self.n_layers:
             raise ValueError(
                 f"the policy has {len(policy.thresholds)} thresholds, the model {self.n_layers} layers"

@@ -213,9 +213,10 @@ class BKCore(nn.Module):
         self.n_heads, self.causal = whole("n_heads", n_heads, 1), causal
         self.n_values = whole("n_values", n_values)
         widths = torch.logspace(-1.3, -0.3, n_heads) if widths is None else torch.as_tensor(widths)
-        if widths.shape != (n_heads,) or not ((widths >= 0) & widths.isfinite()).all():
+        possible = (widths >= 0) & (widths < 700)  # e^710 is infinite
+        if widths.shape != (n_heads,) or not (widths.is_meta or possible.all()):
             raise ValueError(
-                f"widths {widths.tolist()}: give one finite η ≥ 0 for each of {n_heads} heads"
+                f"widths={widths.tolist()}: give one η in [0, 700) for each of {n_heads} heads"
             )
         above = (widths.double() - FLOOR).clamp_min(FLOOR)  # softplus keeps η positive
         self.eta_raw = nn.Parameter(torch.log(torch.expm1(above)).float())

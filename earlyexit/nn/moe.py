@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from earlyexit.checked import TINY, real, whole
+from earlyexit.checked import real, whole
 from earlyexit.nn.record import BatchRecord, listening
 
 
@@ -44,7 +44,7 @@ class SparseMoELayer(nn.Module):
             sizes["expert_hidden"] = expert_hidden
         for name, size in sizes.items():
             whole(name, size, 1)
-        real("dropout_p", dropout_p, above=-TINY, below=1)
+        real("dropout_p", dropout_p, least=0, below=1)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie in 1 … num_experts={num_experts}")
         self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k

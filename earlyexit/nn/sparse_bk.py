@@ -30,7 +30,9 @@ class SparseContribution(nn.Module):
         self.importance = nn.Linear(product.in_features, 1)
         # An untrained LN(h) has unit components: scores start spread over ±1, about keep above 0.
         nn.init.normal_(self.importance.weight, std=product.in_features**-0.5)
-        nn.init.constant_(self.importance.bias, torch.tensor(keep, device="cpu").logit().item() / 1.7)
+        nn.init.constant_(
+            self.importance.bias, torch.tensor(keep, device="cpu").logit().item() / 1.7
+        )
         self.noise = 1.0
 
     def forward(self, u: Tensor) -> Tensor:

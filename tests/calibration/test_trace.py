@@ -284,7 +284,7 @@ def test_files_that_are_no_trace_are_refused(traced, tmp_path):
 def test_what_a_trace_does_not_hold_is_said(traced):
     *_, trace = traced
     poor = dataclasses.replace(trace, scores={})
-    with pytest.raises(KeyError, match="entropy"):
+    with pytest.raises(ValueError, match="entropy"):
         poor.evaluate(ExitPolicy.constant(0.5, 3, "entropy"))
     with pytest.raises(ValueError, match="thresholds"):
         trace.evaluate(ExitPolicy.constant(0.5, 4))
