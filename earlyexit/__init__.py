@@ -15,7 +15,9 @@ Dimensions, as they are written in shapes everywhere:
     K  what a token hands to others     M  what a token takes from others
 """
 
-from earlyexit.calibration.certificate import Certificate, certify
+import earlyexit.environment  # noqa: F401  (before torch and numba are loaded)
+from earlyexit.calibration.certificate import Certificate
+from earlyexit.calibration.certify import certify
 from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.thresholds import fit_policy
 from earlyexit.calibration.trace import ExitTrace

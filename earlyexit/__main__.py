@@ -1,4 +1,4 @@
-"""The command line is ``python -m earlyexit run | status | readme | bench | predict``.
+"""The command line is ``python -m earlyexit run | status | compare | readme | bench | predict``.
 
 Its exit code is 0 if all is done, 1 if something failed, 2 for wrong usage, 130 if interrupted.
 """
@@ -9,9 +9,12 @@ import argparse
 import json
 import logging
 import math
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -26,6 +29,7 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import project
+from earlyexit.runs.profiles import PROFILES
 from earlyexit.runs.settings import Settings, UsageError
 
 log = logging.getLogger("earlyexit")
@@ -33,7 +37,11 @@ log = logging.getLogger("earlyexit")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a sign that an encoding lacks must not end a run
+        stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     try:
@@ -42,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain("interrupted; what was finished before is kept", 130)
     except UsageError as error:
         return _complain(str(error), 2)
-    except (RunError, OSError) as error:  # a notebook, disk full, no such project, missing results
+    except (RunError, OSError, ValueError) as error:  # a notebook, a full disk, missing results
         return _complain(str(error), 1)
 
 
@@ -51,6 +59,9 @@ def _run(options: argparse.Namespace) -> int:
 
     _device(options.device)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+    usual = getattr(PROFILES.get(settings.profile), "threads", None)
+    if options.threads not in (None, usual):
+        settings = replace(settings, sets=(*settings.sets, f"threads={options.threads}"))
     if options.dry_run:
         _show(runner.plan(settings, options.only))
     else:
@@ -67,6 +78,24 @@ def _status(options: argparse.Namespace) -> int:
     if not plans:
         print("no results yet; `python -m earlyexit run --dry-run` shows what would be made")
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from earlyexit.runs import reruns
+
+    other = Path(options.other) if options.other else None
+    differences = reruns.compare(options.label, other)
+    unexplained = differences[~differences["explained"]]
+    for change in reruns.conditions(options.label, other):
+        print(f"not the same conditions: {change}")
+    if len(differences):
+        print(differences.to_string(index=False, float_format=lambda x: f"{x:.2g}", na_rep=""))
+    timed = int((differences["kind"] == "time").sum())
+    print(
+        f"{timed} columns of times differ; of others {len(differences) - timed}, {len(unexplained)} of"
+        " them by more than seeds explain"
+    )
+    return 1 if len(unexplained) else 0
 
 
 def _readme(options: argparse.Namespace) -> int:
@@ -148,9 +177,8 @@ def _device(name: str, threads: int = 0) -> torch.device:
         raise UsageError(f"--threads {threads} must be ≥ 0")
     try:
         device = resolve_device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
     if threads:
         torch.set_num_threads(threads)
     return device
@@ -181,7 +209,7 @@ def _time(minutes: float | None, basis: str) -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"earlyexit: {message}", file=sys.stderr)
+    print(f"earlyexit: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -210,12 +238,29 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--data-dir", default="", metavar="DIR", help="folder with local text")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    run.add_argument(
+        "--threads",
+        type=int,
+        help="of torch; they belong to the results (default: the profile's, 1)",
+    )
     run.add_argument("--force", action="store_true", help="also what is fresh")
     run.add_argument("--dry-run", action="store_true", help="show what would run, why, how long")
 
     status = commands.add_parser("status", help="what is fresh, what is stale and why")
     status.set_defaults(command=_status)
     status.add_argument("--profile", help="only this one")
+
+    rerun = commands.add_parser(
+        "compare", help="a rerun beside what is published: which differences do seeds explain",
+        description="Exit code 1 if a number that is no time differs by more than between seeds. Times"
+        " always differ; all else is the same on a machine of the same kind.",
+    )  # fmt: skip
+    rerun.set_defaults(command=_compare)
+    rerun.add_argument("label", help="folder of the results, such as cpu")
+    rerun.add_argument(
+        "--with", dest="other", metavar="DIR",
+        help="folder with the rerun's tables (default: those in results, against the last commit)",
+    )  # fmt: skip
 
     readme = commands.add_parser("readme", help="regenerate the README's number blocks")
     readme.set_defaults(command=_readme)

@@ -156,9 +156,12 @@ def parse(text: str | bytes, make: Callable[[object], T] = lambda data: data) ->
         ValueError: the text is no JSON or nested too deeply, or ``make`` refuses it.
     """
     try:
-        return make(json.loads(text))
+        data = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"no JSON ({error})") from None
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None
+    return make(data)
 
 
 def read_document(path: str | Path, make: Callable[[object], T]) -> T:

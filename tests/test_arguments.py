@@ -15,7 +15,7 @@ from conftest import VOCABULARY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from earlyexit.calibration.certificate import certify
+from earlyexit.calibration.certify import certify
 from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.temperature import fit_temperatures
 from earlyexit.calibration.thresholds import Unreachable, fit_policy, fit_policy_to_cost

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import earlyexit
-from earlyexit.calibration.certificate import Refused, certify
+from earlyexit.calibration.certify import Refused, certify
 from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.temperature import fit_temperatures
 from earlyexit.calibration.thresholds import Unreachable, fit_policy

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import Field
 
-from earlyexit.checked import Checked, Positive
+from earlyexit.checked import Checked, Positive, read_document
 from earlyexit.corpus.documents import CorpusConfig
+from earlyexit.exits.criteria import CRITERIA
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.act import ACTConfig
+from earlyexit.models.sparse_bk import SparseConfig
 from earlyexit.nn.config import ModelConfig
 from earlyexit.training.config import GatesConfig, TrainingConfig
 
@@ -64,3 +73,89 @@ def test_all_wrong_values_are_named_and_an_element_by_its_place():
 def test_a_value_has_the_type_of_its_field():
     assert Settings([1, 2.5]) == Settings((1.0, 2.5))
     assert isinstance(TrainingConfig(epochs=3).epochs, float)
+
+
+# ------------------------------------------------------------------ what is saved reads back equal
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+LIKELY = st.sampled_from(
+    [0, 1, 2, 16, 0.0, 0.5, -1, True, False, "word", "bpe", "linear", "folder"]
+)
+KINDS = (ModelConfig, SparseConfig, ACTConfig, TrainingConfig, GatesConfig, CorpusConfig)
+
+
+def one_line(error: ValueError) -> None:
+    assert str(error) and "\n" not in str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_a_configuration_reads_back_equal_or_is_never_made(data, kind):
+    names = [field.name for field in fields(kind)]
+    given = data.draw(st.dictionaries(st.sampled_from(names), JSON | LIKELY, max_size=3))
+    try:
+        made = kind(**{"vocab_size": 100} | given if "vocab_size" in names else given)
+    except ValueError as error:
+        one_line(error)
+        return
+    assert kind(**json.loads(json.dumps(asdict(made), allow_nan=False))) == made
+
+
+THRESHOLDS = st.lists(st.floats() | st.integers(-1, 2), max_size=3)
+AS_GIVEN = (list, tuple, np.array, torch.tensor, lambda found: [*map(np.float64, found)])
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    criterion=st.sampled_from(sorted(CRITERIA)) | JSON,
+    found=st.tuples(st.sampled_from(AS_GIVEN), THRESHOLDS).map(lambda pair: pair[0](pair[1]))
+    | JSON,
+    decay=st.just(0.0) | JSON,
+)
+def test_a_policy_reads_back_equal_or_is_refused_when_it_is_saved(
+    tmp_path, criterion, found, decay
+):
+    path = tmp_path / "p.json"
+    path.unlink(missing_ok=True)
+    try:
+        policy = ExitPolicy(criterion, found, decay)
+        policy.save(path)
+    except ValueError as error:
+        one_line(error)
+        assert not path.exists()
+    else:
+        assert ExitPolicy.load(path) == policy
+        assert len(policy.thresholds) == len(found)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    document=JSON | st.fixed_dictionaries({"criterion": JSON, "thresholds": JSON, "decay": JSON})
+)
+def test_a_foreign_document_is_no_policy_and_its_file_is_named(tmp_path, document):
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError) as refused:
+        ExitPolicy.load(tmp_path / "p.json")
+    assert str(tmp_path / "p.json") in str(refused.value)
+    one_line(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"{", b"[" * 10**5, b'{"a": ' * 10**5, b"9" * 9999, b"NaN", b"\0"]
+)
+def test_bytes_that_are_no_document_are_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "p.json").write_bytes(content)
+    for read in (ExitPolicy.load, lambda path: read_document(path, ExitPolicy.from_dict)):
+        with pytest.raises(ValueError, match=r"p\.json: ") as refused:
+            read(tmp_path / "p.json")
+        one_line(refused.value)

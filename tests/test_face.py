@@ -76,7 +76,7 @@ def test_another_text_is_refused(copy, published, monkeypatch):
 
 
 def test_a_certificate_of_another_model_is_not_handed_out(copy, published, monkeypatch):
-    monkeypatch.setattr("earlyexit.runs.published._check_bytes", lambda _: None)
+    monkeypatch.setattr("earlyexit.runs.published.check_bytes", lambda _: None)
     replace(published.certificate, model_hash="another", digest="").save(copy / "certificate.json")
     without = load("cpu", device="cpu")
     assert (without.certificate, without.policy) == (None, None)

@@ -19,7 +19,7 @@ import pytest
 from earlyexit.runs.paths import PACKAGE
 
 ORDER = [
-    *("atomic", "checked", "devices"),
+    *("environment", "atomic", "checked", "devices"),
     *("corpus", "nn", "exits", "models", "figures", "training", "calibration", "cost"),
     *("evaluation", "runs", "__init__", "study", "explore", "__main__"),
 ]

@@ -1,4 +1,4 @@
-"""An audit resamples units, certifies, and counts how often the certificate breaks its word."""
+"""An audit draws units again and again, and counts how often their certificate breaks its word."""
 
 from __future__ import annotations
 
@@ -6,58 +6,61 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy.stats import gamma
 
-from earlyexit.calibration.bounds import (
-    METHODS,
-    betting_p_value,
-    binomial_interval,
-    fixed_sequence,
-    upper_bound,
-)
-from earlyexit.calibration.certificate import CEILING
+from earlyexit.calibration.bounds import METHODS, binomial_interval, fixed_sequence, upper_bound
+from earlyexit.calibration.power import at_means, drawn_p_values, power
 
 PROCEDURES = ("last that passes", "first that fails (known bad)")
+
+# True means of the audited candidates, over the level. The second is the hardest to refuse of those
+# that must be; the first is so safe that even few units accept it, or the control would go unnoticed.
+PATH = np.array([0.25, 1.0, 1.25])
 
 
 def audit(
     losses: np.ndarray,
-    risks: np.ndarray,
     epsilon: float,
     delta: float,
     n: int,
     trials: int,
+    *,
+    ceiling: float,
+    group: int = 1,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Count how often resampled units certify a candidate whose true risk is too high.
+    """Count how often n drawn units certify a candidate whose true mean is not below the level.
 
-    The known-bad control returns the first candidate that *fails*, an off-by-one found in published
+    The units are the population; shifted, they are candidates with the means in ``PATH``. The
+    known-bad control returns the first candidate that *fails*, an off-by-one found in published
     risk-control code; an audit that does not catch it is worth nothing.
 
     Args:
-        losses: a pool of units ``(units, candidates)``, resampled with replacement.
-        risks: true mean clipped loss of each candidate ``(candidates,)``.
+        losses: losses of units ``(units,)``, nats.
         epsilon, delta: tolerated quality loss, and the probability with which it may be broken.
         n, trials: number of units in a sample, and of samples.
+        ceiling: B over log(1 + ε).
+        group: so many units of a sample are one and the same; 1: they are independent.
 
     Returns:
-        One row per procedure: ``violations``, ``trials``, ``rate`` with its exact 95 % interval
-        ``low``, ``high``, and ``refusals``.
+        One row per procedure: group, n, ``violations``, ``trials``, ``rate`` with its exact 95 %
+        interval ``low``, ``high``, ``refusals``, and ``power`` (NaN where it says nothing: for the
+        control, and for units that are not independent).
     """
-    level, ceiling = math.log1p(epsilon), CEILING * math.log1p(epsilon)
-    pool = np.minimum(losses, ceiling)
-    draws = np.random.default_rng(seed).integers(0, len(pool), (trials, n))
-    passed = np.empty(trials, dtype=int)
-    for trial, rows in enumerate(draws):
-        passed[trial] = fixed_sequence(betting_p_value(pool[rows].T, level, ceiling), delta)
+    level = math.log1p(epsilon)
+    ceiling *= level
+    pool = at_means(losses, PATH * level, ceiling)
+    p_values = drawn_p_values(pool, level, ceiling, n, trials, group, seed)
+    passed = np.array([fixed_sequence(p, delta) for p in p_values])
+    found = power(losses, level, ceiling, delta, n) if group == 1 else math.nan
     rows = []
     for procedure, shift in zip(PROCEDURES, (0, 1), strict=True):
-        chosen = np.minimum(passed + shift, len(risks) - 1)
-        violations = int(((chosen >= 0) & (risks[chosen] > level)).sum())
+        chosen = np.minimum(passed + shift, len(PATH) - 1)
+        violations = int(((chosen >= 0) & (PATH[chosen] >= 1)).sum())
         low, high = binomial_interval(violations, trials)
         rows.append(
             {
                 "procedure": procedure,
+                "group": group,
                 "n": n,
                 "violations": violations,
                 "trials": trials,
@@ -65,40 +68,24 @@ def audit(
                 "low": low,
                 "high": high,
                 "refusals": int((chosen < 0).sum()),
+                "power": math.nan if shift else found,
             }
         )
     return pd.DataFrame(rows)
 
 
-def synthetic_units(
-    n: int, epsilon: float, candidates: int = 12, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Make units with known risks, which rise through the level in the middle of the path.
-
-    A unit has one difficulty, drawn from a skewed law with mean 1; its loss under a candidate is the
-    candidate's risk times its difficulty, clipped at the ceiling.
-
-    Returns:
-        Losses ``(n, candidates)`` and true mean clipped losses ``(candidates,)``.
-    """
-    level, ceiling = math.log1p(epsilon), CEILING * math.log1p(epsilon)
-    rng = np.random.default_rng(seed)
-    shape = 2.0  # of a gamma law: standard deviation 0.71 of the mean
-    difficulty = rng.gamma(shape, 1 / shape, n)
-    aims = level * np.linspace(0.4, 1.6, candidates)
-    losses = np.minimum(difficulty[:, None] * aims, ceiling)
-    return losses, _clipped_gamma_mean(shape, aims, ceiling)
-
-
-def _clipped_gamma_mean(shape: float, means: np.ndarray, ceiling: float) -> np.ndarray:
-    """Return E min(X, B) of gamma variables of a shape and mean, in closed form."""
-    edge = ceiling / means
-    below = gamma.cdf(edge, shape + 1, scale=1 / shape)
-    return means * below + ceiling * gamma.sf(edge, shape, scale=1 / shape)
+def synthetic_units(n: int, epsilon: float, seed: int = 0) -> np.ndarray:
+    """Draw losses ``(n,)`` of mean log(1 + ε) from a skewed law, a gamma of shape 2, in nats."""
+    shape = 2.0  # standard deviation 0.71 of the mean
+    return np.random.default_rng(seed).gamma(shape, math.log1p(epsilon) / shape, n)
 
 
 def width_table(losses: np.ndarray, delta: float, ceiling: float) -> pd.DataFrame:
-    """Bound one candidate's mean loss by every method: columns method, n, mean, bound."""
+    """Bound one candidate's mean loss by every method: columns method, n, mean, bound.
+
+    Args:
+        ceiling: B in nats.
+    """
     clipped = np.minimum(losses, ceiling)
     return pd.DataFrame(
         {

@@ -138,6 +138,18 @@ def paired_interval(differences: np.ndarray, level: float = 0.95) -> tuple[float
     return mean, mean - float(low), float(result.pvalue)
 
 
+def seed_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Return the mean over seeds, and the ends of its t interval, NaN with fewer than two seeds.
+
+    Seeds are the unit: documents, however many, say nothing of what another training would give.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan, math.nan
+    mean, half, _ = paired_interval(values, level)
+    return mean, mean - half, mean + half
+
+
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
     """Return the exact interval of a proportion (Clopper & Pearson 1934)."""
     result = stats.binomtest(successes, trials).proportion_ci(level, method="exact")

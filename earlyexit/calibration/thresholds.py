@@ -3,12 +3,14 @@
 Both fits are the same search, with loss and cost changing places: one of them is least while the other
 keeps to a limit. A threshold is an index into a layer's distinct scores, 0 where nobody may leave (and
 nothing is checked), so a histogram of the tokens' ranks answers for thousands of policies at once.
+Where the front of thresholds is not convex, a coin between two policies can still be a little better.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Literal, get_args
 
@@ -28,6 +30,7 @@ PRICES = (-2, 4)  # decades of the price of a nat, over the cost of full depth
 BISECTIONS = 16  # of this price
 SWEEPS = 8  # over the layers; most descents settle within three
 SPREAD = {2: 48, 3: 7}  # levels tried over a layer's range where so many layers move together
+FEW = 16  # scores of a layer up to which all levels are tried, however many layers move
 MANY = 10  # layers above which one start and pairs must do: there are too many triples
 ROUNDING = 1e-12  # relative; the sums of the search and of the read-outs may differ by it
 
@@ -107,13 +110,10 @@ def fit_policy_to_cost(
     def keeps(policy: ExitPolicy) -> bool:
         return mean_cost(trace, policy, costs) <= cost
 
-    policy = _best(trace, criterion, "per_layer", costs, cost, merit, keeps)
-    if policy is None:
-        least = costs.leaving[0] + costs.checks[0]
-        raise Unreachable(
-            f"no policy of {criterion!r} costs {cost:.4g} or less: exit 0 costs {least:.4g}"
-        )
-    return policy
+    if policy := _best(trace, criterion, "per_layer", costs, cost, merit, keeps):
+        return policy
+    least = costs.leaving[0] + costs.checks[0]
+    raise Unreachable(f"no policy of {criterion!r} costs ≤ {cost:.4g}: exit 0 costs {least:.4g}")
 
 
 def mean_cost(trace: ExitTrace, policy: ExitPolicy, costs: ExitCosts | Sequence[float]) -> float:
@@ -152,31 +152,20 @@ Merit = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def _best(trace, criterion, thresholds, costs, limit, merit, keeps) -> ExitPolicy | None:
     """Return the policy of least ``merit(limit)`` that really keeps to the limit, if there is one."""
-    searches = {"global": _one_threshold, "per_layer": _per_layer, "decaying": _decaying}
-    if thresholds not in searches:
-        raise ValueError(f"{thresholds=}: must be {' or '.join(map(repr, searches))}")
-    if thresholds == "decaying" and not known_criterion(criterion).may_decay:
-        raise ValueError(
-            f"thresholds of {criterion!r} cannot decay: choose 'global' or 'per_layer'"
-        )
-    if trace.n_layers < 2:
-        raise Unreachable(
-            "a model of one layer has no exit before its last: there is nothing to fit"
-        )
-    search = searches[thresholds]
+    decays = {"global": (0.0,), "decaying": DECAYS}
     for slack in (ROUNDING, -ROUNDING):
-        policy = search(trace, criterion, costs, merit(limit + slack * abs(limit)))
+        now = merit(limit + slack * abs(limit))
+        if thresholds == "per_layer":
+            policy = _per_layer(trace, criterion, costs, now)
+        else:
+            policy = _one_threshold(trace, criterion, costs, now, decays[thresholds])
         if policy is not None and keeps(policy):
             return replace(policy, model_hash=trace.model_hash)
     return None
 
 
-def _one_threshold(trace, criterion, costs, merit: Merit, decay: float = 0.0) -> ExitPolicy | None:
-    return _Table(trace, criterion, costs, decay).one_threshold(merit)[1]
-
-
-def _decaying(trace, criterion, costs, merit: Merit) -> ExitPolicy | None:
-    found = [_Table(trace, criterion, costs, decay).one_threshold(merit) for decay in DECAYS]
+def _one_threshold(trace, criterion, costs, merit: Merit, decays) -> ExitPolicy | None:
+    found = [_Table(trace, criterion, costs, decay).one_threshold(merit) for decay in decays]
     return min(found, key=lambda pair: pair[0])[1]
 
 
@@ -185,10 +174,7 @@ def _per_layer(trace, criterion, costs, merit: Merit) -> ExitPolicy | None:
     table = _Table(trace, criterion, costs)
     _, single = table.one_threshold(merit)
     simple = [*table.statics(), *([] if single is None else [table.levels(single)])]
-
-    def best(starts: list[np.ndarray]) -> np.ndarray:
-        return min(starts, key=lambda levels: table.score(levels, merit))
-
+    best = partial(min, key=lambda levels: table.score(levels, merit))
     starts, moved = [best(simple), *table.around(merit)], 3
     if trace.n_layers > MANY:
         starts, moved = [best(starts)], 2
@@ -316,10 +302,8 @@ class _Table:
             level[grid + 1] = 1
             place[rows] = place[rows] * cells[-1] + level.cumsum()[self.ranks[rows, layer]]
             upto = (*[slice(None)] * axis, slice(-1))
-            for total, now, then in (
-                (nll, self.nll[rows, layer], nll_then),
-                (cost, paid[layer], cost_then),
-            ):
+            moved = (nll, self.nll[rows, layer], nll_then), (cost, paid[layer], cost_then)
+            for total, now, then in moved:
                 gained = _counts(place[rows], [*cells, *wide], now - then[rows])
                 total += _beyond(gained.cumsum(axis=axis)[upto], axis)
         return nll / tokens, cost / tokens
@@ -334,7 +318,7 @@ class _Table:
     def grid(self, layer: int, level: int, moved: int) -> np.ndarray:
         """Return levels to try: all of them, or some over the range and closer ones near ``level``."""
         top = len(self.values[layer])
-        if moved == 1:
+        if moved == 1 or top <= FEW:
             return np.arange(top + 1)
         steps = 2 ** np.arange(0, int(top).bit_length(), moved - 1)
         spread = np.linspace(0, top, SPREAD[moved]).astype(int)
@@ -368,8 +352,8 @@ class _Table:
 
     def descend(self, levels, merit: Merit, moved: int) -> tuple[float, np.ndarray]:
         """Move the thresholds of up to ``moved`` layers at a time until the merit no longer falls."""
-        levels, every = np.array(levels), range(len(levels))
-        moves = [layers for n in range(moved) for layers in combinations(every, n + 1)]
+        levels = np.array(levels)
+        moves = [m for n in range(moved) for m in combinations(range(len(levels)), n + 1)]
         score = self.score(levels, merit)
         for _ in range(SWEEPS):
             before = score

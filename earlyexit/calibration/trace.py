@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from earlyexit.atomic import atomic_path
-from earlyexit.checked import brief
+from earlyexit.checked import brief, parse
 from earlyexit.exits.policy import ExitPolicy, known_criterion
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.statistics import layers_executed
@@ -236,10 +237,11 @@ class ExitTrace:
         return pd.DataFrame(frame | {name: score.ravel() for name, score in self.scores.items()})
 
     def save(self, path: Path) -> None:
-        """Write Parquet, one row per token and exit."""
+        """Write Parquet, one row per token and exit, with a digest of all that :meth:`load` returns."""
         about = {k: getattr(self, k) for k in ("split", "n_seq", "model_hash", "data_hash")}
         about |= {"n_layers": self.n_layers, "scores": list(self.scores)}
         table = pa.Table.from_pandas(self.to_frame(), preserve_index=False)
+        about["digest"] = _digest(about, table)
         table = table.replace_schema_metadata({"exit_trace": json.dumps(about)})
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
@@ -249,21 +251,39 @@ class ExitTrace:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file holds no trace.
+            OSError: there is no such file.
+            ValueError: the file holds no trace, or was changed; the message names it.
         """
-        table = pq.read_table(path)
-        if b"exit_trace" not in (table.schema.metadata or {}):
-            raise ValueError(f"{path} is not an exit trace")
-        about = json.loads(table.schema.metadata[b"exit_trace"])
-        exits = about.pop("n_layers")
-        columns = {
-            name: table[name].to_numpy().reshape(-1, exits)
-            for name in table.column_names
-            if name not in ("token", "exit")
-        }
-        per_token = {k: columns.pop(k)[:, 0] for k in ("document", "position", "target")}
-        scores = {name: columns.pop(name) for name in about.pop("scores")}
-        return cls(scores=scores, **about, **per_token, **columns)
+        try:
+            with pq.ParquetFile(path) as file:
+                table = file.read()
+            about = parse((table.schema.metadata or {}).get(b"exit_trace", ""), dict)
+            if about.pop("digest") != _digest(about, table):
+                raise ValueError("it was changed after it was written")
+            exits = about.pop("n_layers")
+            columns = {
+                name: table[name].to_numpy().reshape(-1, exits)
+                for name in table.column_names
+                if name not in ("token", "exit")
+            }
+            per_token = {k: columns.pop(k)[:, 0] for k in ("document", "position", "target")}
+            scores = {name: columns.pop(name) for name in about.pop("scores")}
+            return cls(scores=scores, **about, **per_token, **columns)
+        except FileNotFoundError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, MemoryError, OSError) as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"{path} is no exit trace that can be read: {why}") from error
+
+
+def _digest(about: dict, table: pa.Table) -> str:
+    """Return the SHA-256 of what a trace says about itself and of all its columns."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in table.column_names:
+        values = table[name].to_numpy()
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values))
+    return digest.hexdigest()
 
 
 def best_within(curve: pd.DataFrame, epsilon: float) -> float:

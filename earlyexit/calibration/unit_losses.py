@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from earlyexit.calibration.trace import ExitTrace
 from earlyexit.checked import whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, windows
@@ -54,7 +55,17 @@ class WindowLosses:
             ValueError: the unit is neither document nor window; tokens are never units.
         """
         index, tokens = self._units(unit)
-        return np.stack([np.bincount(index, gap) for gap in self.gaps.T], axis=1) / tokens[:, None]
+        totals = np.zeros((len(tokens), self.gaps.shape[1]))
+        np.add.at(totals, index, self.gaps)
+        return totals / tokens[:, None]
+
+    def count(self, unit: Unit) -> int:
+        """Return the number of units."""
+        return len(self._units(unit)[1])
+
+    def unit_length(self, unit: Unit) -> int:
+        """Return the number of tokens that units were cut to; 0: whole documents."""
+        return self.cut if unit == "document" else self.n_seq
 
     def longest(self, unit: Unit) -> int:
         """Return the number of tokens of the longest unit."""
@@ -72,6 +83,26 @@ class WindowLosses:
     def per_token(self) -> np.ndarray:
         """Return the mean gap per token of each candidate ``(candidates,)``."""
         return self.gaps.sum(axis=0) / self.tokens.sum()
+
+
+def traced_losses(trace: ExitTrace, policies: Sequence[ExitPolicy], length: int) -> np.ndarray:
+    """Return the mean gaps ``(units, policies)`` that a trace shows, nats per token.
+
+    Units are pieces of ``length`` tokens of its documents, which stand for documents that are cut to so
+    many, or for windows; a rest of less than half of that is left out. With 0 they are documents.
+    """
+    _, document = np.unique(trace.document, return_inverse=True)
+    first = np.flatnonzero(np.diff(document, prepend=-1))
+    place = np.arange(trace.n_tokens) - first[document]
+    piece = place // length if length else np.zeros_like(place)
+    _, unit = np.unique(np.stack([document, piece]), axis=1, return_inverse=True)
+    tokens = np.bincount(unit)
+    used = (2 * tokens >= length) | (np.bincount(unit, piece) == 0)
+    gaps = [
+        np.bincount(unit, trace.nll[np.arange(trace.n_tokens), exits] - trace.nll[:, -1])
+        for exits in (layers_executed(trace.exit_layers(p), trace.n_layers) - 1 for p in policies)
+    ]
+    return (np.stack(gaps, axis=1) / tokens[:, None])[used]
 
 
 @torch.no_grad()

@@ -89,7 +89,8 @@ def load_corpus(config: CorpusConfig, cache_dir: Path | str | None = None) -> Co
 def _data_hash(config: CorpusConfig, documents: list[Document]) -> str:
     """Return the SHA-256 of the split text and of all settings that decide its ids."""
     settings = asdict(config)
-    del settings["data_dir"], settings["hub"]
+    # Where the text was read from does not matter, and each document's role is hashed below.
+    del settings["data_dir"], settings["hub"], settings["certify_articles"]
     digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode())
     for document in documents:
         digest.update(f"\0{document.role}\n".encode())  # a NUL of the text is doubled

@@ -7,11 +7,13 @@ that short and long runs count alike, and a part that takes hardly any time has 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ from scipy.optimize import nnls
 from tqdm.auto import tqdm
 
 from earlyexit.atomic import atomic_path
+from earlyexit.checked import Checked, Weight, exact_fields, read_document
 from earlyexit.cost.breakdown import run_times
 from earlyexit.cost.parts import FULL_DEPTH, Load, work
 from earlyexit.cost.synthetic import (
@@ -116,18 +119,21 @@ def measure(wanted: Sequence[Load], device: torch.device, repeats: int = 5) -> p
 
 
 @dataclass(frozen=True)
-class TimeModel:
+class TimeModel(Checked):
     """A time model holds the prices of a machine and predicts the time of loads from them.
 
     Attributes:
         prices: part → kind of work → seconds per unit.
         check: median and largest relative error on configurations that were not fitted, if checked.
         machine: description of the machine that they were measured on.
+
+    Raises:
+        ValueError: a price is negative, or a field is of another type.
     """
 
-    prices: dict[str, dict[str, float]]
+    prices: dict[str, dict[str, Weight]]
     check: dict[str, float]
-    machine: dict = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
 
     def predict(self, load: Load) -> dict[str, float]:
         """Predict the milliseconds of each part of a run; their sum is the time of the run."""
@@ -148,8 +154,8 @@ class TimeModel:
         return self.milliseconds(load.at_full_depth) / self.milliseconds(load)
 
     def save(self, path: Path) -> None:
-        """Write JSON atomically, so that a killed process leaves no partial file."""
-        text = json.dumps(self.__dict__, indent=2) + "\n"
+        """Write JSON, with a digest of it."""
+        text = json.dumps(self.__dict__ | {"digest": self._digest()}, indent=2) + "\n"
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -158,12 +164,21 @@ class TimeModel:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file holds no time model.
+            ValueError: the file holds no time model, or was changed; the message names it.
         """
-        try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no time model ({error}): delete it") from None
+        return read_document(path, cls._from_dict)
+
+    @classmethod
+    def _from_dict(cls, data: object) -> TimeModel:
+        digest = data.pop("digest", "") if isinstance(data, dict) else ""
+        model = cls(**exact_fields(data, cls))
+        if model._digest() != digest:
+            raise ValueError("no time model as it was written")
+        return model
+
+    def _digest(self) -> str:
+        content = json.dumps(self.__dict__, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def fit(measured: pd.DataFrame, wanted: Sequence[Load]) -> TimeModel:

@@ -34,7 +34,7 @@ def original_claims() -> pd.DataFrame:
         Columns source, table, setting, threshold ("none": no exits), avg_exit_as_printed, speedup,
         perplexity, quality_loss; NaN where the note gives no number.
     """
-    with files("earlyexit").joinpath("data/original_claims.csv").open() as file:
+    with files("earlyexit").joinpath("data/original_claims.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file)
 
 

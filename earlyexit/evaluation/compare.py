@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from earlyexit.calibration.bounds import seed_interval
 from earlyexit.calibration.thresholds import Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.splits import Split
@@ -313,6 +314,31 @@ def stack(tables: Mapping[Hashable, pd.DataFrame], *names: str) -> pd.DataFrame:
     """
     whole = pd.concat(tables, names=[*names, None])
     return whole.reset_index(level=list(range(len(names)))).reset_index(drop=True)
+
+
+def over_seeds(table: pd.DataFrame, by: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Summarise a table of several seeds, each of which counts once.
+
+    Args:
+        table: stacked by seed, with a column seed.
+        by: columns whose values are compared over the seeds.
+        columns: columns that are summarised; NaN are left out.
+
+    Returns:
+        Columns ``by``, quantity, seeds, mean, low and high (95 % t interval over the seeds, NaN for
+        one), least and largest (the range).
+    """
+    rows = []
+    for key, group in table.groupby(list(by), sort=False):
+        for name in columns:
+            values = group.groupby("seed")[name].mean().dropna()
+            if values.empty:
+                continue
+            mean, low, high = seed_interval(values.to_numpy())
+            found = {"seeds": len(values), "mean": mean, "low": low, "high": high}
+            ends = {"least": values.min(), "largest": values.max()}
+            rows.append(dict(zip(by, key, strict=True)) | {"quantity": name} | found | ends)
+    return pd.DataFrame(rows)
 
 
 def nearest(values: Iterable[float], wanted: float) -> float:

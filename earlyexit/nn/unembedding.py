@@ -30,9 +30,11 @@ def token_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
     """
     targets = checked_targets(targets, len(weight))
-    nll = features.new_zeros(targets.shape)
-    for part, logits in logit_chunks(features, weight, bias):
-        nll[part] = nll_of_logits(logits, targets[part])
+    nll, scored = features.new_zeros(targets.shape), (targets != IGNORE).nonzero().squeeze(1)
+    features, wanted = features.index_select(0, scored), targets[scored, None]
+    for part, logits in logit_chunks(features, weight, bias, reuse=True):
+        log_p = torch.log_softmax(logits, dim=-1, out=logits)
+        nll[scored[part]] = -log_p.gather(1, wanted[part]).squeeze(1)
     return nll
 
 
@@ -142,20 +144,38 @@ class AdaptiveUnembedding(nn.Module):
         parts = self._parts(features, self.vocab_size)
         return ((part, softmax.log_prob(features[part])) for part in parts)
 
+    @torch.no_grad()
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
         """Return the NLL ``(T,)``, 0 where ``IGNORE``; a cluster is opened for its own words only.
+
+        It is that of ``softmax``, but a cluster works on its words of all chunks at once, and the
+        head's logits are written over by their log-softmax.
 
         Raises:
             TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
         """
-        targets = checked_targets(targets, self.vocab_size)
         features, softmax = precise(features), self._precise()
-        out = features.new_zeros(targets.shape)
-        scored = (targets != IGNORE).nonzero().squeeze(1)
-        for part in self._parts(scored, softmax.head_size):
-            rows = scored[part]
-            out[rows] = -softmax(features[rows], targets[rows]).output
-        return out
+        head, (column, clusters) = softmax.head, self._divided(softmax, targets)
+        nll = token_nll(features, head.weight, head.bias, column)
+        for rows, narrow, words, index in clusters:
+            nll[rows] += token_nll(narrow(features[rows]), words.weight, None, index)
+        return nll
+
+    def _divided(
+        self, softmax: nn.AdaptiveLogSoftmaxWithLoss, targets: Tensor
+    ) -> tuple[Tensor, list[tuple[Tensor, nn.Module, nn.Module, Tensor]]]:
+        """Return each target's column of the head ``(T,)``, and what the clusters have to do.
+
+        That is, for each cluster, the rows whose targets it holds ``(R,)``, its two matrices, and the
+        indices in it of the words ``(R,)``.
+        """
+        targets, cutoffs = checked_targets(targets, self.vocab_size), softmax.cutoffs
+        cluster = torch.bucketize(targets, targets.new_tensor(cutoffs[:-1]), right=True)
+        clusters = []
+        for index, (narrow, words) in enumerate(softmax.tail):
+            rows = (cluster == index + 1).nonzero().squeeze(1)
+            clusters.append((rows, narrow, words, targets[rows] - cutoffs[index]))
+        return torch.where(cluster > 0, cutoffs[0] + cluster - 1, targets), clusters
 
     def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probability and index ``(T,)`` of the most probable word of features ``(T, D)``.
@@ -182,17 +202,13 @@ class AdaptiveUnembedding(nn.Module):
         Raises:
             TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
         """
-        targets = checked_targets(targets, self.vocab_size)
-        head, cutoffs = self.softmax.head, self.softmax.cutoffs
-        cluster = torch.bucketize(targets, targets.new_tensor(cutoffs[:-1]), right=True)
-        column = torch.where(cluster > 0, cutoffs[0] + cluster - 1, targets)
+        head, (column, clusters) = self.softmax.head, self._divided(self.softmax, targets)
         if teacher is not None:
             teacher = teacher._replace(unembedding=teacher.unembedding.softmax.head)
         loss = linear_cross_entropy(features, head.weight, head.bias, column, bf16, teacher)
         count = (targets != IGNORE).sum().clamp_min(1)
-        for index, (narrow, words) in enumerate(self.softmax.tail):
-            rows = (cluster == index + 1).nonzero().squeeze(1)
-            inside = narrow(features[rows]), words.weight, None, targets[rows] - cutoffs[index]
+        for rows, narrow, words, index in clusters:
+            inside = narrow(features[rows]), words.weight, None, index
             loss = loss + len(rows) / count * linear_cross_entropy(*inside, bf16)
         return loss
 

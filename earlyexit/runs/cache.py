@@ -1,19 +1,21 @@
 """Trained models, exit traces and the prices of work on this machine are computed once and cached.
 
-Each is kept under a digest of its configuration, its text and the definitions that it uses, so that
-a new comment or figure retrains nothing. Deleting the cache costs time only.
+Each is kept under a digest of its configuration, its text, the number of threads (two sum in another
+order than one) and the definitions that it uses, so that a new comment or figure retrains nothing. What
+is damaged or foreign is made again. Deleting the cache costs time only.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as remember
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -31,11 +33,11 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import digests, provenance
 from earlyexit.training.config import GatesConfig, TrainingConfig
 from earlyexit.training.gates import train_gates
-from earlyexit.training.resume import TrainingState
 from earlyexit.training.train import train
 
 log = logging.getLogger(__name__)
 Kind = type[EarlyExitLanguageModel]
+T = TypeVar("T")
 
 
 class NotTrained(FileNotFoundError):
@@ -63,6 +65,16 @@ class Trained:
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    def reports(self) -> dict[str, list[dict]]:
+        """Return the rows of history and gates, without what was not measured in them."""
+        tables = {"history": self.history, "gates": self.gates}
+        return {
+            name: [
+                {k: v for k, v in row.items() if pd.notna(v)} for row in table.to_dict("records")
+            ]
+            for name, table in tables.items()
+        }
 
 
 def trained_model(
@@ -104,23 +116,28 @@ def trained_model(
     path = cache / "models" / f"{name}.safetensors"
     state = cache / "training" / path.stem
 
-    def make() -> tuple[EarlyExitLanguageModel, dict]:
+    def begin() -> EarlyExitLanguageModel:
         torch.manual_seed(training.seed)
         if convert:
-            model = convert(backbone.model)
-        elif backbone:
-            model = checkpoints.load_model(path.with_stem(backbone.model_hash))
-        else:
-            model = kind.from_config(model_config)
+            return convert(backbone.model)
+        if backbone:
+            return checkpoints.load_model(path.with_stem(backbone.model_hash))
+        return kind.from_config(model_config)
+
+    def make() -> tuple[EarlyExitLanguageModel, dict]:
         resumed, started = state.exists(), time.perf_counter()
-        history = train(
-            model, corpus, training, device, checkpoint_dir=state, max_tokens=max_tokens
-        )
+        arguments = (corpus, training, device, state)
+        try:
+            history = train(model := begin(), *arguments, max_tokens=max_tokens)
+        except checkpoints.CheckpointError as error:
+            log.warning("%s; it is started again", error)
+            shutil.rmtree(state)
+            history = train(model := begin(), *arguments, max_tokens=max_tokens)
         about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
         return model, about | {"seconds": None if resumed else time.perf_counter() - started}
 
     trained = _cached_model(path, model_config, device, kind, make if may_train else None)
-    TrainingState(state, {}).delete()
+    shutil.rmtree(state, ignore_errors=True)
     return trained
 
 
@@ -145,6 +162,7 @@ def model_name(
         "text": corpus.data_hash,
         "backbone": backbone.model_hash if backbone else "",
         "kind": made.__qualname__,
+        "threads": torch.get_num_threads(),
         "code": _code(train, made),
     }
     return _name(key)
@@ -171,6 +189,7 @@ def gated_model(
         "gates": gates,
         "seed": seed,
         "text": corpus.data_hash,
+        "threads": torch.get_num_threads(),
         "code": _code(train_gates),
     }
 
@@ -179,7 +198,7 @@ def gated_model(
         model.load_state_dict(trained.model.state_dict(), strict=False)  # all but the gates
         split, limits = corpus.splits["train"], (gates.max_tokens, gates.steps)
         report = train_gates(model, split, corpus.eos_id, *limits, seed=seed)
-        return model, {"history": trained.history.to_dict("records"), "gates": report}
+        return model, trained.reports() | {"gates": report}
 
     path = _path(cache / "models", ".safetensors", key)
     return _cached_model(path, config, device, kind, make if may_train else None)
@@ -199,12 +218,23 @@ def exit_trace(
         "split": split.name,
         "tokens": split.n_tokens,
         "temperatures": list(temperatures or ()),
+        "threads": torch.get_num_threads(),
         "code": _code(collect_trace, ExitTrace),
     }
-    path = _path(cache / "traces", ".parquet", key)
-    if not path.exists():
+
+    def make(path: Path) -> None:
         collect_trace(trained.model, split, corpus.eos_id, temperatures=temperatures).save(path)
-    return ExitTrace.load(path)
+
+    def load(path: Path) -> ExitTrace:
+        trace, about = ExitTrace.load(path), (split.name, corpus.data_hash)
+        if (trace.split, trace.data_hash, trace.model_hash) != (
+            *about,
+            trained.model.fingerprint(),
+        ):
+            raise ValueError("it is of another model or text")
+        return trace
+
+    return _kept(_path(cache / "traces", ".parquet", key), load, make)
 
 
 def with_short_fit(corpus: Corpus, tokens: int) -> Corpus:
@@ -215,14 +245,21 @@ def with_short_fit(corpus: Corpus, tokens: int) -> Corpus:
 
 def time_model(cache: Path, device: torch.device, refit: bool = False) -> TimeModel:
     """Return this machine's prices, from the cache, or measured now and kept."""
+
+    def make(path: Path) -> None:
+        log.info("no prices of this machine yet: measuring them, once, about a minute")
+        model, _ = times.calibrate(device)
+        replace(model, machine=_machine()).save(path)
+
+    def load(path: Path) -> TimeModel:
+        if (model := TimeModel.load(path)).machine != _machine():
+            raise ValueError("it is of another machine")
+        return model
+
     path = time_model_path(cache, device)
-    if path.exists() and not refit:
-        return TimeModel.load(path)
-    log.info("no prices of this machine yet: measuring them, once, about a minute")
-    model, _ = times.calibrate(device)
-    model = replace(model, machine=_machine())
-    model.save(path)
-    return model
+    if refit:
+        make(path)
+    return _kept(path, load, make)
 
 
 def time_model_path(cache: Path, device: torch.device) -> Path:
@@ -242,8 +279,11 @@ def load_trained(
     """
     model = checkpoints.load_model(path, config, device, kind)
     about = checkpoints.checkpoint_about(path)
-    history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
-    return Trained(model, history, path.stem, gates, about.get("seconds") or math.nan)
+    try:
+        history, gates = pd.DataFrame(about["history"]), pd.DataFrame(about.get("gates", []))
+        return Trained(model, history, path.stem, gates, about.get("seconds") or math.nan)
+    except (KeyError, ValueError) as error:
+        raise checkpoints.CheckpointError(f"{path} holds no history ({error})") from error
 
 
 def _cached_model(
@@ -256,18 +296,36 @@ def _cached_model(
     """Return the model at ``path``; if it is missing or damaged, store what ``make`` returns.
 
     Raises:
-        NotTrained, CheckpointError: the model is missing, or damaged, and ``make`` is None.
+        NotTrained: the model is missing, or damaged, and ``make`` is None.
     """
-    try:
+
+    def store(path: Path) -> None:
+        if make is None:
+            raise NotTrained(f"no trained model of {config}")
+        model, about = make()
+        checkpoints.save_model(model, path, about | {"entry": path.stem})
+
+    def load(path: Path) -> Trained:
+        if checkpoints.checkpoint_about(path).get("entry") != path.stem:
+            raise ValueError("it is of another training")
         return load_trained(path, config, device, kind)
-    except (FileNotFoundError, checkpoints.CheckpointError):
-        if make is None and path.exists():
-            raise
-    if make is None:
-        raise NotTrained(f"no trained model of {config}")
-    model, about = make()
-    checkpoints.save_model(model, path, about)
-    return load_trained(path, config, device, kind)
+
+    return _kept(path, load, store)
+
+
+def _kept(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
+    """Return what ``load`` reads of an entry; if it is missing, or refused, ``make`` writes it anew.
+
+    Every kind of entry carries a digest, which ``load`` compares.
+    """
+    if path.exists():
+        try:
+            return load(path)
+        except (ValueError, OSError) as error:
+            why = " ".join(str(error).split()).removeprefix(f"{path}").lstrip(": ")
+            log.warning("%s cannot be used and counts as missing: %.200s", path, why)
+    make(path)
+    return load(path)
 
 
 def _path(folder: Path, suffix: str, key: dict[str, Any]) -> Path:

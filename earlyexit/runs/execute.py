@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -28,10 +29,19 @@ from earlyexit.runs.settings import Resolved
 
 # The executed copy keeps every update of a progress bar: one in five seconds is enough.
 QUIET_BARS = {"TQDM_MININTERVAL": "5"}
+KERNEL_LOG = "EARLYEXIT_KERNEL_LOG"
+ONE_EACH = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 class OwnKernel(AsyncKernelManager):
-    """A kernel manager that starts ``sys.executable``, whatever ``python3`` is registered."""
+    """A kernel manager that starts ``sys.executable``, whatever ``python3`` is registered.
+
+    What the kernel writes beside the notebook's outputs (the profiler, ipykernel) goes to a file.
+    """
+
+    async def start_kernel(self, **options) -> None:
+        with open(os.environ[KERNEL_LOG], "ab") as log:
+            await super().start_kernel(stdout=log, stderr=log, **options)
 
     @default("kernel_spec_manager")
     def _only_native_kernel(self) -> KernelSpecManager:
@@ -66,8 +76,11 @@ def execute(
     failed = copy.with_name(f"{name}.failed.ipynb")
     temporary = copy.with_name(f".{name}.tmp.ipynb")
     folder = copy.with_name(f"{name}.out")
+    log = copy.with_name(f"{name}.log")
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
-    variables = {
+    log.unlink(missing_ok=True)
+    variables = {variable: str(resolved.profile.threads) for variable in ONE_EACH} | {
+        KERNEL_LOG: str(log),
         HOME_VARIABLE: str(project.root),
         artifacts.RUN_ID: uuid.uuid4().hex[:16],
         artifacts.LABEL: label,
@@ -84,25 +97,27 @@ def execute(
         if wrong := written.unmatched(folder):
             raise RunError(f"{name}: {'; '.join(wrong)}")
     except RunError as error:
-        os.replace(temporary, failed)
-        raise RunError(f"{error}; see {project.relative(failed)}") from error
+        kept = log
+        if temporary.is_file():  # the kernel may have died before a cell ran
+            os.replace(temporary, kept := failed)
+        raise RunError(f"{error}; see {project.relative(kept)}") from error
     else:
         os.replace(temporary, copy)
         failed.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+        record = replace(
+            written,
+            parameters=provenance.without_paths(resolved.parameters[name]),
+            settings=resolved.asked,
+            fingerprint=fingerprint,
+            seconds=round(time.monotonic() - started, 1),
+            work=freshness.training_work(resolved.profile, len(resolved.seeds)),
+            **git_state,
+        )
+        publish(project, record, folder)
     finally:
         temporary.unlink(missing_ok=True)
-
-    record = replace(
-        written,
-        parameters=provenance.without_paths(resolved.parameters[name]),
-        settings=resolved.asked,
-        fingerprint=fingerprint,
-        seconds=round(time.monotonic() - started, 1),
-        work=freshness.training_work(resolved.profile, len(resolved.seeds)),
-        **git_state,
-    )
-    publish(project, record, folder)
-    shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(project: Project, record: Record, folder: Path) -> None:
@@ -150,13 +165,19 @@ def _execute(path: Path, copy: Path, parameters: dict[str, Any], title: str) -> 
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set the variables that the kernel inherits; it imports the package that runs now."""
+    """Set the variables that the kernel inherits; it imports the package that runs now.
+
+    Jupyter's and IPython's own files go into a folder of the moment: a home folder may not be writable,
+    and a user's start-up files must not decide a result.
+    """
     search = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     before = os.environ.copy()
-    os.environ.update(QUIET_BARS | variables)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, search))
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with tempfile.TemporaryDirectory(prefix="earlyexit-", ignore_cleanup_errors=True) as own:
+        os.environ.update(QUIET_BARS | variables)
+        os.environ |= {"IPYTHONDIR": own, "JUPYTER_RUNTIME_DIR": own}
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, search))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)

@@ -63,12 +63,13 @@ def needs(path: Path, notebooks: list[Path]) -> list[str]:
 
 def published(project: Project, label: str, notebook: str) -> Record | None:
     """Return the record of a notebook's published run; None if none finished under this label."""
-    return read_record(project.published(label), notebook)
+    return read_record(project.published(label), notebook, label)
 
 
 def all_published(project: Project) -> list[Record]:
     """Return every published record of every label."""
-    return [r for folder in sorted(project.results.glob("*/")) for r in read_records(folder)]
+    folders = sorted(project.results.glob("*/"))
+    return [record for folder in folders for record in read_records(folder, folder.name)]
 
 
 def fingerprint(

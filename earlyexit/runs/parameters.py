@@ -6,7 +6,8 @@ this module: a cell that is saved with other values changes nothing that is publ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,7 +42,8 @@ _some = Field(strict=False, min_length=1)
 Pair = Annotated[tuple[Count, Count], _list]
 Sizes = Annotated[tuple[Count, Count, Count, Count], _list]
 Depths = Annotated[tuple[Annotated[float, Field(ge=1, le=8)], ...], _some]
-Seeds = Annotated[tuple[Limit, ...], _list, AfterValidator(_distinct)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator of random numbers takes
+Seeds = Annotated[tuple[Seed, ...], _list, AfterValidator(_distinct)]
 Counts = Annotated[tuple[Count, ...], _some]
 Positives = Annotated[tuple[Positive, ...], _some]
 Shares = Annotated[tuple[Share, ...], _some]
@@ -144,12 +146,11 @@ class MemoryProfiling(Common):
 @dataclass(frozen=True)
 class Guarantees(Common):
     criterion: Criterion = "gate"
-    epsilons: Positives = (0.01, 0.025, 0.05, 0.072, 0.1)
+    epsilons: Positives = (0.003, 0.01, 0.025, 0.05, 0.072, 0.1)
     epsilon: Positive = 0.05
     delta: Probability = 0.05
-    n_candidates: Count = 16
+    n_candidates: Count = 20
     trials: Count = 1000
-    real_trials: Count = 200
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ NOTEBOOKS: dict[str, type[Common]] = {
     "07_combinations": Combinations,
     "08_study": Answer,
 }
+INJECTED = "# Parameters\n"  # how papermill begins the cell that it adds
 KINDS = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "dict": dict}
 
 
@@ -219,11 +221,26 @@ def read_parameters(path: Path, namespace: Mapping[str, Any]) -> Common:
     """Return the parameters of a notebook from its variables, or else their defaults.
 
     Raises:
-        ValueError: a value has another type than its parameter, or lies outside its bounds.
+        ValueError: a value has another type than its parameter, or lies outside its bounds, or papermill
+            injected a parameter that the notebook does not have.
     """
     kind = declared(path) if path.is_file() else NOTEBOOKS.get(path.stem, Common)
-    known = (field.name for field in fields(kind))
+    known = [field.name for field in fields(kind)]
+    for name in _injected(namespace.get("In", ())):
+        if name not in known:
+            raise ValueError(f"{path.stem} has no parameter {name!r}; it has {', '.join(known)}")
     return kind(**{name: namespace[name] for name in known if name in namespace})
+
+
+def _injected(cells: Sequence[str]) -> list[str]:
+    """Return the names that papermill's cell sets among the cells that IPython ran last.
+
+    Args:
+        cells: sources in the order in which they ran, IPython's ``In``.
+    """
+    source = next((source for source in reversed(cells) if source.startswith(INJECTED)), "")
+    targets = [node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def plain(value: Any) -> Any:

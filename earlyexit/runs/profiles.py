@@ -23,9 +23,9 @@ from earlyexit.training.config import RECIPES, GatesConfig, TrainingConfig
 # Small profiles share the embedded text, the original's model, and the training of it and its gates.
 TEXT = CorpusConfig()
 GATES = GatesConfig()
-MODEL = ModelConfig(10_000, output_head="adaptive")
+MODEL = ModelConfig(10_000, output_head="adaptive", exit_head="own")
 TRAINING = TrainingConfig(
-    batch_size=16, optimizer="muon", learning_rate=2e-2, exit_sampling="all", exit_loss_weight=1.5
+    batch_size=16, optimizer="muon", learning_rate=2e-2, exit_sampling="all", exit_loss_weight=3.0
 )
 
 
@@ -38,6 +38,8 @@ class Profile(Checked):
         max_train_tokens: tokens of the training split; 0: all.
         max_eval_tokens: about as many tokens of each other split, in whole documents; 0: all.
         certify_tokens: tokens of each certification document; 0: all.
+        threads: of torch, in trainings, traces and timed runs alike. They belong to what fixes a result:
+            two threads add up in another order than one.
         notebooks: notebook → parameters that differ from their defaults in
             :mod:`earlyexit.runs.parameters`.
 
@@ -55,6 +57,7 @@ class Profile(Checked):
     max_eval_tokens: Limit = 0
     certify_tokens: Limit = 2_048
     timing_repeats: Count = 9
+    threads: Count = 1
     seeds: Seeds = (0,)
     notebooks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -62,6 +65,8 @@ class Profile(Checked):
         super().__post_init__()
         object.__setattr__(self, "model", replace(self.model, vocab_size=self.corpus.vocab_size))
         self.model.check_trainable()
+        if self.model.n_layers < 2:
+            raise ValueError(f"n_layers={self.model.n_layers}: exits need two layers or more")
         if self.corpus.tokenizer == "bpe" and self.model.output_head == "adaptive":
             raise ValueError(
                 "an adaptive head wants words numbered by falling frequency, which byte pairs are not:"
@@ -101,7 +106,7 @@ PROFILES = {
                 "05_memory_profiling": {
                     "batch_sizes": (1, 4), "lengths": (64, 256), "resident_runs": 1
                 },
-                "06_guarantees": {"n_candidates": 8, "trials": 200, "real_trials": 50},
+                "06_guarantees": {"n_candidates": 8, "trials": 200},
                 "07_combinations": {"combination_tokens": 2_000, "combination_eval": 500},
                 "08_study": {"repeats": 3},
             },
@@ -116,13 +121,14 @@ PROFILES = {
         ),
         Profile(
             "recipes",
-            "03 with every way of training exits, on 200,000 tokens of the embedded text, minutes",
-            # Self-distillation needs the probabilities of all words.
-            model=ModelConfig(10_000, dropout_p=0.0, output_head="linear"),
+            "03 with every way of training exits, on 400,000 tokens of the embedded text, an hour",
+            model=replace(MODEL, dropout_p=0.0),
             gates=GatesConfig(max_tokens=40_000),
-            max_eval_tokens=20_000,
+            max_train_tokens=400_000,
+            max_eval_tokens=50_000,
             notebooks={
-                "03_threshold_sweep": {"recipes": tuple(RECIPES), "recipe_tokens": 200_000}
+                "01_build": {"controls": (), "changes": ("as it is",)},
+                "03_threshold_sweep": {"recipes": tuple(RECIPES), "recipe_tokens": 0},
             },
         ),
         Profile(
@@ -153,7 +159,7 @@ PROFILES = {
         Profile(
             "wikitext2",
             "the original's configuration on WikiText-2, three seeds, hours",
-            corpus=CorpusConfig("wikitext-2"),
+            corpus=CorpusConfig("wikitext-2", certify_articles=90),
             model=replace(MODEL, dropout_p=0.0),
             training=replace(TRAINING, epochs=4.0),
             gates=GatesConfig(hidden=16),
@@ -175,7 +181,7 @@ PROFILES = {
         Profile(
             "wikitext2-wide",
             "six layers of width 128 on WikiText-2, two seeds, many hours",
-            corpus=CorpusConfig("wikitext-2"),
+            corpus=CorpusConfig("wikitext-2", certify_articles=90),
             model=replace(MODEL, d_model=128, n_layers=6, bk_heads=32),
             training=replace(TRAINING, epochs=6.0, learning_rate=5e-3),
             gates=GatesConfig(hidden=16),
@@ -196,7 +202,7 @@ PROFILES = {
         Profile(
             "gpu",
             "the same study larger, for a GPU: twelve layers of width 512 on WikiText-103; not run yet",
-            corpus=CorpusConfig("wikitext-103", vocab_size=50_000),
+            corpus=CorpusConfig("wikitext-103", vocab_size=50_000, certify_articles=90),
             model=replace(
                 MODEL, d_model=512, n_layers=12, n_seq=512, num_experts=8, bk_heads=64
             ),
@@ -212,6 +218,8 @@ PROFILES = {
         ),
     )
 }  # fmt: skip
+
+UNKNOWN = "unknown"  # a folder with local text whose name is not recorded
 
 # Fields of a profile's parts that are set in another way → the option that sets them.
 ELSEWHERE = {
@@ -231,7 +239,7 @@ def _keys() -> dict[str, str]:
     taken.update(name for kind in NOTEBOOKS.values() for name in names(kind))
     taken.update(name for part, name in every if part == "gates")  # `steps` would be unclear
     keys = {f"{p}.{n}": n if taken[n] == 1 else f"{p}.{n}" for p, n in every}
-    top = ("max_train_tokens", "max_eval_tokens", "certify_tokens", "timing_repeats")
+    top = ("max_train_tokens", "max_eval_tokens", "certify_tokens", "timing_repeats", "threads")
     return keys | {"corpus.name": "corpus"} | {name: name for name in top}
 
 
@@ -262,10 +270,11 @@ def get_profile(
 
     Args:
         overrides: dotted or shortest key → value, such as ``{"epochs": 2.0, "gates.hidden": 16}``.
-        data_dir: folder with local text.
+        data_dir: folder with local text, or ``UNKNOWN``.
 
     Raises:
-        ValueError: the profile or a field is unknown, or a field cannot have its value.
+        ValueError: the profile or a field is unknown, a field cannot have its value, or the text is
+            embedded and no folder is read.
     """
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
@@ -285,7 +294,13 @@ def get_profile(
             top[part] = replace(getattr(profile, part), **new)
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from None
-    return replace(profile, **top)
+    changed = replace(profile, **top)
+    if data_dir not in (None, UNKNOWN) and changed.corpus.name == "sotu":
+        raise ValueError(
+            "data_dir: the text of corpus 'sotu' is embedded, and the folder would not be read; choose"
+            " another corpus, such as 'folder'"
+        )
+    return changed
 
 
 LONGEST_LABEL = 100  # bytes; file systems allow 255, and file names are built from it

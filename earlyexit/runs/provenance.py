@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
 import psutil
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from earlyexit.atomic import atomic_path
 from earlyexit.runs import digests
@@ -41,8 +41,17 @@ class File:
     kind: Literal["table", "figure", "document", "weights"]
     name: str
     caption: str
-    sha256: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     text_hash: str | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Profile, seeds and sets as ``run`` was asked for them; no profile: a run by hand."""
+
+    profile: str = ""
+    seeds: tuple[int, ...] = ()
+    sets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Record:
             (``results/cpu/front.csv``), an unpublished one at the run's folder (``results/front.csv``).
         parameters: all parameters of the notebook.
         dirty: whether the sources differed from ``commit``.
-        settings: profile, seeds and sets as ``run`` was asked for them; empty for a run by hand.
+        settings: what ``run`` was asked for.
         fingerprint: what the results depend on; None for a run by hand.
         seconds: duration of the run.
         work: FLOPs of its training; None if unknown.
@@ -81,7 +90,7 @@ class Record:
     hardware: dict[str, Any]
     time: str
     files: dict[str, File] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Asked = Asked()
     fingerprint: Fingerprint | None = None
     seconds: float | None = None
     work: float | None = None
@@ -115,22 +124,40 @@ class Record:
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_record(folder: Path, notebook: str) -> Record | None:
-    """Return a notebook's record in a folder; None if it does not exist or cannot be read."""
+def read_record(folder: Path, notebook: str, label: str = "") -> Record | None:
+    """Return a notebook's record in a folder; None if it does not exist or cannot be used.
+
+    Args:
+        label: label that the record must be of; empty: any.
+    """
     path = folder / f"{notebook}{SUFFIX}"
     if not path.is_file():
         return None
     try:
-        return TypeAdapter(Record).validate_json(path.read_bytes())
+        record = TypeAdapter(Record).validate_json(path.read_bytes())
     except ValidationError as error:
-        _warn(path, f"{error.error_count()} errors, the first: {error.errors()[0]['msg']}")
-        return None
+        why = f"{error.error_count()} errors, the first: {error.errors()[0]['msg']}"
+    except OSError as error:
+        why = str(error)
+    else:
+        of = (record.label if label else "", record.notebook)
+        if of == (label, notebook) and all(map(_is_inside, record.files)):
+            return record
+        why = f"it is of {record.label}/{record.notebook}, or lists files elsewhere"
+    _warn(path, why)
+    return None
 
 
-def read_records(folder: Path) -> list[Record]:
-    """Return all records in a folder that can be read."""
+def read_records(folder: Path, label: str = "") -> list[Record]:
+    """Return all records in a folder that can be used; see :func:`read_record`."""
     names = [path.name.removesuffix(SUFFIX) for path in sorted(folder.glob(f"*{SUFFIX}"))]
-    return [record for name in names if (record := read_record(folder, name))]
+    return [record for name in names if (record := read_record(folder, name, label))]
+
+
+def _is_inside(name: str) -> bool:
+    """Tell whether a path of a record stays where results are written."""
+    first, *rest = PurePosixPath(name).parts or [""]
+    return first in ("results", "figures") and bool(rest) and ".." not in rest
 
 
 @cache

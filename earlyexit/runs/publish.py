@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 
 from earlyexit.atomic import atomic_path
 from earlyexit.calibration.audit import PROCEDURES
+from earlyexit.calibration.bounds import seed_interval
 from earlyexit.runs.artifacts import MissingResult, owner_of, read_table
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.freshness import all_published
@@ -162,17 +163,25 @@ def _time(rows: pd.DataFrame, column: str) -> str:
 
 
 def _span(values: pd.Series, form: str = ".2f") -> str:
-    """Format the mean, and the least and the largest value if they differ."""
+    """Format the mean, and the range, the least and the largest value, if they differ."""
     mean, ends = f"{values.mean():{form}}", [f"{v:{form}}" for v in (values.min(), values.max())]
     return mean if ends[0] == ends[1] else f"{mean} [{ends[0]}, {ends[1]}]"
 
 
 def _verdict(rows: pd.DataFrame) -> str:
-    """Format what the intervals of the perplexity differences show, one per seed."""
-    ends = f"95 % over documents: {rows['low'].min():+.1%} to {rows['high'].max():+.1%}"
-    if (rows["low"] > 0).all():
+    """Format what the intervals of the perplexity differences show: over documents, and over seeds.
+
+    A verdict holds if both do, for every seed.
+    """
+    low, high = rows["low"].min(), rows["high"].max()
+    ends = f"95 % over documents: {low:+.1%} to {high:+.1%}"
+    if len(rows) > 1:
+        _, *seeds = seed_interval(rows["difference"])
+        ends += f", over {len(rows)} seeds: {seeds[0]:+.1%} to {seeds[1]:+.1%}"
+        low, high = min(low, seeds[0]), max(high, seeds[1])
+    if low > 0:
         return f"worse; {ends}"
-    return f"better; {ends}" if (rows["high"] < 0).all() else f"not told apart; {ends}"
+    return f"better; {ends}" if high < 0 else f"not told apart; {ends}"
 
 
 def _commit(record: Record) -> str:

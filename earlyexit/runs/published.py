@@ -66,7 +66,7 @@ def load(
             f"no published model of profile {profile!r} with seed {seed}; there are {_known()}. "
             f"`python -m earlyexit run --profile NAME --only 01` trains the models of a profile"
         )
-    _check_bytes(path)
+    check_bytes(path)
     model = load_model(path, device=resolve_device(device))
     corpus = load_corpus(get_profile(profile, data_dir=data_dir).corpus, project().cache / "corpus")
     trained_on = checkpoint_about(path)["text"]
@@ -77,7 +77,7 @@ def load(
         )
     certified = path.with_name("certificate.json")
     if certified.is_file():
-        _check_bytes(certified)
+        check_bytes(certified)
         try:
             certificate = Certificate.load(certified)
             if certificate.check(model, corpus):
@@ -95,7 +95,7 @@ def _known() -> str:
     return ", ".join(f"{name} (seed {', '.join(found)})" for name, found in seeds.items()) or "none"
 
 
-def _check_bytes(path: Path) -> None:
+def check_bytes(path: Path) -> None:
     """Compare a file with the record of the run that wrote it.
 
     Raises:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from earlyexit.corpus.documents import CorpusConfig, read_documents
 from earlyexit.runs import freshness, publish
 from earlyexit.runs.execute import execute
 from earlyexit.runs.freshness import RunError
@@ -136,10 +137,10 @@ def status(profile: str | None = None, root: str | Path | None = None) -> list[P
     wanted = {profile: Settings(profile)} if profile else {}
     for record in freshness.all_published(project(root)):
         asked, label = record.settings, record.label
-        if asked and profile in (None, asked["profile"]):
-            changes = {key: tuple(asked[key]) for key in ("seeds", "sets")}
-            plain = label == asked["profile"]
-            wanted[label] = Settings(asked["profile"], data_dir=None, **({} if plain else changes))
+        if asked.profile and profile in (None, asked.profile):
+            plain = label == asked.profile
+            changes = {} if plain else {"seeds": asked.seeds, "sets": asked.sets}
+            wanted[label] = Settings(asked.profile, data_dir=None, **changes)
     plans = []
     for label, settings in wanted.items():
         try:
@@ -161,6 +162,8 @@ def _request(place: Project, settings: Settings, only: tuple[str, ...]) -> _Requ
     for path in reversed(notebooks):
         relevant |= set(needs[path.stem]) if path.stem in relevant else set()
     resolved = resolve(settings, [path for path in notebooks if path.stem in relevant])
+    if settings.data_dir:
+        _check_text(resolved.profile.corpus)
     request = _Request(place, chosen, resolved, needs)
     for other in sorted(request.inputs_left_out()):
         if freshness.published(place, resolved.label, other) is None:
@@ -170,6 +173,14 @@ def _request(place: Project, settings: Settings, only: tuple[str, ...]) -> _Requ
                 f"add `--only {other}` or leave out --only"
             )
     return request
+
+
+def _check_text(corpus: CorpusConfig) -> None:
+    """Raise UsageError unless a text of the user's own can be read and fills every split."""
+    try:
+        read_documents(corpus)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--data-dir: {error}") from None
 
 
 def _find(name: str, notebooks: list[Path]) -> Path:

@@ -25,6 +25,7 @@ from earlyexit.runs.parameters import (
     plain,
     saved_otherwise,
 )
+from earlyexit.runs.provenance import Asked
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +70,14 @@ class Resolved:
         label: folder of the results.
         profile: profile with its overrides applied.
         seeds: seeds that are used.
-        asked: profile, seeds and sets as they were asked for.
+        asked: what was asked for.
         parameters: name of a notebook → all its parameters.
     """
 
     label: str
     profile: profiles.Profile
     seeds: tuple[int, ...]
-    asked: dict[str, Any]
+    asked: Asked
     parameters: dict[str, dict[str, Any]]
 
 
@@ -89,7 +90,7 @@ def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
     """
     if settings.data_dir and not Path(settings.data_dir).is_dir():
         raise UsageError(f"--data-dir: no folder {settings.data_dir}")
-    data_dir = "unknown" if settings.data_dir is None else settings.data_dir or None
+    data_dir = profiles.UNKNOWN if settings.data_dir is None else settings.data_dir or None
     try:
         kinds = {path.stem: _declared(path) for path in notebooks}
         overrides, changes = _sorted(settings.sets, kinds)
@@ -111,9 +112,9 @@ def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
         label = profiles.label(settings.profile, changed, settings.seeds)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if Path(label).name != label:
+    if Path(label).name != label or not label.isprintable():
         raise UsageError(f"no folder can be called {label!r}")
-    asked = {key: getattr(settings, key) for key in ("profile", "seeds", "sets")}
+    asked = Asked(settings.profile, settings.seeds, settings.sets)
     return Resolved(label, profile, settings.seeds or profile.seeds, asked, parameters)
 
 
@@ -188,5 +189,5 @@ def read_value(text: str, hint: Any = None) -> Any:
         return text
     try:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

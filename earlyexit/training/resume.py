@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import pickle
 from pathlib import Path
 
@@ -33,8 +35,11 @@ class TrainingState:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
         with atomic_path(self.path) as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(hashlib.sha256(content).digest() + content)
 
     def restore(self, model, optimizer) -> dict:
         """Load a state of the same key into the arguments, and return its log, or else an empty one.
@@ -45,8 +50,11 @@ class TrainingState:
         empty = {"step": 0, "history": [], "recent": [], "tokens": 0}
         if not self.path or not self.path.exists():
             return empty
+        digest, content = (data := self.path.read_bytes())[:32], data[32:]
         try:
-            state = torch.load(self.path, weights_only=True)
+            if hashlib.sha256(content).digest() != digest:
+                raise ValueError("it was changed after it was written")
+            state = torch.load(io.BytesIO(content), weights_only=True)
             if state["key"] != self.key:
                 return empty
             model.load_state_dict(state["model"])

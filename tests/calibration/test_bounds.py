@@ -13,6 +13,7 @@ from earlyexit.calibration.bounds import (
     fixed_sequence,
     hoeffding_bentkus_p_value,
     paired_interval,
+    seed_interval,
     smallest_level,
     upper_bound,
 )
@@ -106,3 +107,16 @@ def test_intervals():
     mean, half, p = paired_interval(x)
     assert half == pytest.approx(stats.t.ppf(0.975, 49) * x.std(ddof=1) / np.sqrt(50))
     assert (p < 0.05) == (abs(mean) > half)
+
+
+def test_an_interval_over_seeds_covers_and_one_seed_has_none():
+    x = np.array([1.0, 2.0, 4.0])
+    mean, low, high = seed_interval(x)
+    half = stats.t.ppf(0.975, 2) * x.std(ddof=1) / np.sqrt(3)
+    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
+    assert seed_interval(x[:1])[0] == 1 and np.isnan(seed_interval(x[:1])[1:]).all()
+    seeds = np.random.default_rng(0).normal(0, 1, (2000, 3))
+    low, high = np.array([seed_interval(three)[1:] for three in seeds]).T
+    assert ((low <= 0) & (high >= 0)).mean() == pytest.approx(0.95, abs=0.02)
+    inside = (seeds.min(axis=1) <= 0) & (seeds.max(axis=1) >= 0)
+    assert inside.mean() == pytest.approx(0.75, abs=0.04), "the range of three is no 95 % interval"

@@ -194,6 +194,34 @@ def test_no_threshold_static_exit_or_coin_is_cheaper_within_epsilon(
     assert loss <= epsilon and spent <= best + 1e-9
 
 
+@pytest.mark.slow
+def test_a_coin_between_two_thresholds_is_rarely_better_and_never_by_much():
+    """No threshold can follow the hull of a front that is not convex: what that costs, at most."""
+    gains = []
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        layers, price = int(rng.choice([3, 4, 6])), rng.choice([0, 0.02, 0.3])
+        trace = gated_trace(seed, layers, rng.uniform(0, 1.5), tokens=1500)
+        costs = ExitCosts(np.arange(1.0, layers + 1), np.append([price] * (layers - 1), 0))
+        statics = [loss_and_cost(trace, p, costs) for p in always(layers)]
+        loss, cost = np.concatenate([single_thresholds(trace, costs), statics]).T
+        budget = rng.uniform(1 + price, layers)
+        within = cost <= budget
+        share = (budget - cost[within, None]) / (cost[~within] - cost[within, None])
+        coin = (1 - share) * np.log1p(loss[within, None]) + share * np.log1p(loss[~within])
+        policy = fit_policy_to_cost(trace, "gate", budget, costs)
+        gains.append(np.log1p(loss_and_cost(trace, policy, costs)[0]) - coin.min(initial=np.inf))
+    assert np.mean(np.array(gains) > 1e-9) <= 0.2 and max(gains) < 0.005
+
+
+def always(layers: int) -> list[ExitPolicy]:
+    """Gates that let every token leave at one exit, checked there and nowhere else."""
+    never = [-np.inf] * layers
+    return [
+        ExitPolicy("gate", (*never[:k], np.inf, *never[k + 1 :])) for k in range(layers - 1)
+    ] + [ExitPolicy("gate", tuple(never))]
+
+
 def test_a_single_threshold_is_the_best_of_all():
     trace, costs = gated_trace(3, 4, 0.5, 800), ExitCosts(np.arange(1.0, 5), np.array([0.1] * 4))
     for epsilon in (0.01, 0.05):
@@ -208,21 +236,42 @@ def test_a_single_threshold_is_the_best_of_all():
         assert mean_cost(trace, policy, costs) == pytest.approx(min(slow), abs=1e-12)
 
 
-@pytest.mark.parametrize("price", [0.0, 0.05])
-def test_finds_what_brute_force_finds(price):
-    """Both fits over every pair of thresholds of a small trace, checks skipped or not."""
-    costs = ExitCosts(np.array([1.0, 2.0, 3.5]), np.array([price, price, 0]))
-    for seed in range(5):
-        trace = gated_trace(seed, 3, 0.5, tokens=60)
-        pairs = product(*(np.append(trace.scores["gate"][:, i], -np.inf) for i in (0, 1)))
-        every = [ExitPolicy("gate", (*pair, -np.inf)) for pair in pairs]
-        reads = np.array([loss_and_cost(trace, p, costs) for p in every])
-        for budget in (1.5, 2.2, 3.0):
-            found = loss_and_cost(trace, fit_policy_to_cost(trace, "gate", budget, costs), costs)
-            assert found[0] == pytest.approx(reads[reads[:, 1] <= budget, 0].min(), abs=1e-9)
-        within = reads[reads[:, 0] <= 0.05, 1].min()
-        cheapest = mean_cost(trace, fit_policy(trace, "gate", 0.05, costs=costs), costs)
-        assert cheapest == pytest.approx(within)
+def brute_force(trace: ExitTrace, costs: ExitCosts) -> np.ndarray:
+    """Loss and cost of every choice of thresholds, no check among them ``(n, 2)``."""
+    scores = trace.scores["gate"][:, :-1]
+    every = np.array(list(product(*(np.append(-np.inf, np.unique(s)) for s in scores.T))))
+    leaves = scores <= every[:, None]  # (n, tokens, layers − 1)
+    exits = np.pad(leaves, ((0, 0), (0, 0), (0, 1)), constant_values=True).argmax(axis=2)
+    loss = np.expm1(trace.nll[np.arange(len(scores)), exits].mean(axis=1) - trace.full_nll)
+    checked = np.pad(every > -np.inf, ((0, 0), (0, 1)))
+    paid = costs.leaving + np.cumsum(checked * costs.checks, axis=1)
+    return np.stack([loss, np.take_along_axis(paid, exits, axis=1).mean(axis=1)], axis=1)
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(2, 60), (3, 60), (4, 14)])
+def test_finds_what_brute_force_finds(layers, tokens):
+    """Both fits over all thresholds of a small trace; each check has its price, and may be skipped."""
+    skipped = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        trace = gated_trace(seed, layers, rng.uniform(0, 1), tokens)
+        prices = np.append(rng.choice([0, 0.02, 0.3], layers - 1), 0)
+        costs = ExitCosts(np.cumsum(rng.uniform(0.5, 1.5, layers)), prices)
+        loss, cost = brute_force(trace, costs).T
+        for budget in np.quantile(cost, (0.2, 0.5, 0.8)) + 1e-9:  # a sum may round up
+            policy = fit_policy_to_cost(trace, "gate", budget, costs)
+            best = loss[cost <= budget].min()
+            assert loss_and_cost(trace, policy, costs)[0] == pytest.approx(best, abs=1e-6)
+        for epsilon in (0.02, 0.1):
+            best = min(cost[loss <= epsilon].min(), costs.leaving[-1])
+            try:
+                policy = fit_policy(trace, "gate", epsilon, costs=costs)
+            except Unreachable:
+                assert best == pytest.approx(costs.leaving[-1])
+                continue
+            assert mean_cost(trace, policy, costs) == pytest.approx(best)
+            skipped += not all(policy.checks(k) for k in range(layers - 1))
+    assert skipped or layers == 2, "no check was too dear, so nothing was tried"
 
 
 def test_a_check_that_does_not_pay_is_skipped():

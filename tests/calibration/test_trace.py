@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 
 import numpy as np
 import pytest
@@ -272,13 +273,32 @@ def test_a_trace_survives_its_file(traced, tmp_path):
 def test_files_that_are_no_trace_are_refused(traced, tmp_path):
     *_, trace = traced
     trace.to_frame().to_parquet(tmp_path / "table.parquet")
-    with pytest.raises(ValueError, match="not an exit trace"):
+    with pytest.raises(ValueError, match=r"table\.parquet is no exit trace"):
         ExitTrace.load(tmp_path / "table.parquet")
     trace.save(tmp_path / "trace.parquet")
     whole = (tmp_path / "trace.parquet").read_bytes()
     (tmp_path / "trace.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"trace\.parquet is no exit trace"):
         ExitTrace.load(tmp_path / "trace.parquet")
+
+
+def test_a_flipped_bit_of_a_trace_is_found_wherever_it_is(traced, tmp_path):
+    """Or changes nothing, and then what is saved again is what was saved first."""
+    *_, trace = traced
+    path, places = tmp_path / "trace.parquet", random.Random(0)
+    trace.save(path)
+    whole = path.read_bytes()
+    for _ in range(100):
+        flipped = bytearray(whole)
+        flipped[places.randrange(len(whole))] ^= 1 << places.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            back = ExitTrace.load(path)
+        except ValueError as error:
+            assert f"{path} is no exit trace" in str(error)
+        else:
+            back.save(path)
+            assert path.read_bytes() == whole
 
 
 def test_what_a_trace_does_not_hold_is_said(traced):

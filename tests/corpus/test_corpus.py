@@ -281,6 +281,29 @@ def test_wikitext_articles_and_lines(wiki_dir):
     assert (fit, certify) == ({9, 11, 13}, {10, 12})
 
 
+@pytest.mark.parametrize("kept", [1, 4, 8])
+def test_training_articles_that_certify_are_not_trained_on(wiki_dir, kept):
+    whole = load_corpus(CorpusConfig("wikitext-2", str(wiki_dir)))
+    corpus = load_corpus(CorpusConfig("wikitext-2", str(wiki_dir), certify_articles=kept))
+    assert corpus.data_hash != whole.data_hash
+    documents = {name: set(split.document.tolist()) for name, split in corpus.splits.items()}
+    moved = set(whole.splits["train"].document.tolist()) - documents["train"]
+    assert documents["certify"] == moved | {10, 12} and len(moved) == kept
+    gaps = np.diff([-1, *sorted(moved)])
+    assert gaps.max() - gaps.min() <= 1, "not evenly spaced"
+    assert documents["fit"] == {9, 11, 13} and documents["test"] == {14, 15, 16}
+    assert corpus.counts.sum() == corpus.splits["train"].n_tokens, "counted where it is not trained"
+    tokens = sum(whole.splits[name].n_tokens for name in ROLES)
+    assert sum(corpus.splits[name].n_tokens for name in ROLES) == tokens
+
+
+def test_articles_that_cannot_be_kept_out(wiki_dir):
+    with pytest.raises(ValueError, match="certify_articles=9 leaves none of 9 articles"):
+        load_corpus(CorpusConfig("wikitext-2", str(wiki_dir), certify_articles=9))
+    with pytest.raises(ValueError, match="certify_articles=2 is for WikiText"):
+        CorpusConfig("sotu", certify_articles=2)
+
+
 def write_hub(folder: Path, readme: bool = True) -> Path:
     """The hub's layout: parquet files with a column of lines, empty lines as empty strings."""
     (folder / "wikitext-2-v1").mkdir(parents=True)
@@ -373,6 +396,9 @@ def test_wikitext2_counts():
     assert [s.n_tokens for s in splits] == [2_088_628, 217_646, 245_569]
     assert [s.n_documents for s in splits] == [600, 60, 60]
     assert (corpus.splits["fit"].n_documents, corpus.splits["certify"].n_documents) == (30, 30)
+    more = load_corpus(CorpusConfig("wikitext-2", WIKITEXT2, certify_articles=90))
+    assert (more.splits["train"].n_documents, more.splits["certify"].n_documents) == (510, 120)
+    assert more.splits["train"].n_tokens == 1_751_831
     assert corpus.vocab_size == 10000
     assert 0.11 < corpus.splits["test"].unk_share < 0.13
     full = load_corpus(CorpusConfig("wikitext-2", WIKITEXT2, vocab_size=50000))

@@ -94,5 +94,6 @@ def test_devices():
     assert resolve_device("cpu") == resolve_device(CPU) == CPU
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     assert resolve_device().type == resolve_device("auto").type == automatic
-    with pytest.raises(RuntimeError):
-        resolve_device("abacus")
+    for name in ("abacus", "meta", "cpu:x", "xla"):
+        with pytest.raises(ValueError, match=f"^device {name}: choose auto, cpu or cuda"):
+            resolve_device(name)

@@ -14,6 +14,12 @@ from earlyexit.evaluation.claims import (
 )
 from earlyexit.evaluation.compare import compare, original_thresholds
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
+from earlyexit.runs.parameters import Guarantees
+
+
+def test_every_claimed_loss_that_a_certificate_can_have_is_tried():
+    claimed = claimed_test_rows()["quality_loss"]
+    assert set(claimed[claimed > 0]) <= set(Guarantees().epsilons)
 
 
 def test_claimed_and_measured(subject):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from earlyexit.calibration.bounds import seed_interval
 from earlyexit.calibration.thresholds import Unreachable, fit_policy
 from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops
 from earlyexit.evaluation import compare as tables
@@ -151,3 +152,20 @@ def test_tables_are_stacked_with_their_keys_first():
     assert found["seed"].tolist() == [0, 0, 1] and found["name"].tolist() == ["a", "a", "b"]
     assert found.index.tolist() == [0, 1, 2] and found["y"].isna().sum() == 2
     assert tables.stack({0: one, 5: two}, "seed")["seed"].tolist() == [0, 0, 5]
+
+
+def test_seeds_count_once_each():
+    table = pd.DataFrame(
+        {
+            "seed": [0, 0, 1, 2, 0],
+            "depth": [1, 1, 1, 1, 2],
+            "x": [1.0, 3.0, 4.0, 3.0, 7.0],
+            "y": [np.nan] * 5,
+        }
+    )
+    found = tables.over_seeds(table, ["depth"], ["x", "y"]).set_index("depth")
+    assert found["quantity"].tolist() == ["x", "x"], "y has no value"
+    row = found.loc[1]
+    assert (row["seeds"], row["least"], row["largest"]) == (3, 2.0, 4.0)
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx(seed_interval([2.0, 4.0, 3.0]))
+    assert found.loc[2, "mean"] == 7 and np.isnan(found.loc[2, ["low", "high"]].astype(float)).all()

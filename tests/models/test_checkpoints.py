@@ -140,7 +140,9 @@ def test_weights_that_are_not_finite_are_refused(stored):
         model, path = stored
         save_model(model, path)
         rewrite(path, lambda tensors, _, bad=bad: tensors[name].fill_(bad))
-        with pytest.raises(CheckpointError, match=re.escape(f"{path} holds NaN or infinity in {name}")):
+        with pytest.raises(
+            CheckpointError, match=re.escape(f"{path} holds NaN or infinity in {name}")
+        ):
             load_model(path)
         before = path.read_bytes()
         broken = copy.deepcopy(model)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from earlyexit.runs.parameters import COMMON, NOTEBOOKS, as_dict, declared, names, saved_otherwise
+from earlyexit.runs.parameters import (
+    COMMON,
+    NOTEBOOKS,
+    as_dict,
+    declared,
+    names,
+    read_parameters,
+    saved_otherwise,
+)
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
 
@@ -47,3 +55,23 @@ def test_every_profile_has_valid_parameters_for_every_notebook(profile, notebook
 def test_a_value_outside_its_bounds_is_refused(notebook, wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
         NOTEBOOKS[notebook](**wrong)
+
+
+def test_what_papermill_injects_is_a_parameter_of_its_type():
+    """A notebook's variables hold all that papermill set, and IPython's ``In`` the cell that did."""
+    path = project().notebooks / "06_guarantees.ipynb"
+
+    def read(**injected):
+        cell = "# Parameters\n" + "".join(f"{k} = {v!r}\n" for k, v in injected.items())
+        return read_parameters(path, {"In": ["", "delta: float = 0.05", cell, "x = 1"], **injected})
+
+    assert read(epsilons=[0.03]).epsilons == (0.03,)
+    with pytest.raises(ValueError, match=r"06_guarantees has no parameter 'epsilonz'; it has prof"):
+        read(epsilonz=[0.03])
+    with pytest.raises(ValueError, match=r"^epsilons='\[0.03\]': must be a list$"):
+        read(epsilons="[0.03]")
+    with pytest.raises(ValueError, match=r"^epsilons=0.03: must be a list$"):
+        read(epsilons=0.03)
+    with pytest.raises(ValueError, match=r"^epsilons\[0\]=-0.03: must be > 0$"):
+        read(epsilons=[-0.03])
+    assert read_parameters(path, {"x": 1}) == NOTEBOOKS["06_guarantees"]()  # outside IPython

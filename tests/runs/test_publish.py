@@ -68,8 +68,19 @@ def test_a_card_says_what_the_weights_are(make_model):
     [(0.1, 0.2, "worse"), (-0.2, -0.1, "better"), (-0.1, 0.1, "not told apart")],
 )
 def test_a_difference_is_a_verdict_only_with_its_whole_interval(low, high, verdict):
-    rows = pd.DataFrame({"low": [low, low], "high": [high, high]})
-    assert publish._verdict(rows) == f"{verdict}; 95 % over documents: {low:+.1%} to {high:+.1%}"
+    rows = pd.DataFrame({"difference": [(low + high) / 2], "low": [low], "high": [high]})
+    told = f"{verdict}; 95 % over documents: {low:+.1%} to {high:+.1%}"
+    assert publish._verdict(rows) == told
+    many = pd.concat([rows.assign(difference=rows["difference"] + d) for d in (-1e-3, 0, 1e-3)])
+    assert publish._verdict(many).startswith(f"{told}, over 3 seeds: ")
+
+
+def test_seeds_that_disagree_leave_a_verdict_open():
+    """Each seed's documents say better; the seeds, as three units, do not."""
+    apart = pd.DataFrame({"difference": [-0.01, -0.02, -0.06]})
+    rows = apart.assign(low=apart["difference"] - 0.005, high=apart["difference"] + 0.005)
+    assert publish._verdict(rows).startswith("not told apart; 95 % over documents: -6.5% to -0.5%")
+    assert publish._verdict(rows.assign(seed=0).iloc[:1]).startswith("better")
 
 
 @pytest.mark.slow

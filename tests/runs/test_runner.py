@@ -109,17 +109,43 @@ def test_a_clone_takes_what_is_published_and_runs_nothing(finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "no JSON"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "foreign", "no JSON", "deep", "another's", "elsewhere", "settings"]
+)
 def test_a_damaged_record_stops_nobody_else(finished, tmp_path, caplog, damage):
     for folder in ("notebooks", "results", "figures"):
         shutil.copytree(finished / folder, tmp_path / folder)
     path = tmp_path / "results/smoke/02_plot.run.json"
     text = path.read_bytes()
-    path.write_bytes({"truncated": text[:-50], "foreign": b"[1]", "no JSON": b"\xff"}[damage])
+    changed = {
+        "truncated": text[:-50],
+        "foreign": b"[1]",
+        "no JSON": b"\xff",
+        "deep": b"[" * 10**5,
+        "another's": path.with_name("01_build.run.json").read_bytes(),
+        "elsewhere": text.replace(b"figures/smoke/line.pdf", b"results/../../line.pdf"),
+        "settings": text.replace(b'"profile": "smoke",\n  "seeds"', b'"profile": 3,\n  "seeds"'),
+    }
+    assert changed[damage] != text
+    path.write_bytes(changed[damage])
     assert why(tmp_path) == {"01_build": [], "02_plot": ["never run"]}
     assert [plan.label for plan in runner.status(root=tmp_path)] == ["smoke"]
     said = [r.message for r in caplog.records if r.levelname == "WARNING"]
     assert len(said) == 1 and said[0].startswith("smoke/02_plot.run.json is no record (")
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_a_record_concerns_its_notebook_alone(finished, tmp_path):
+    for folder in ("notebooks", "results", "figures"):
+        shutil.copytree(finished / folder, tmp_path / folder)
+    path, places = tmp_path / "results/smoke/02_plot.run.json", random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(15):
+        flipped = bytearray(whole)
+        flipped[places.randrange(len(whole))] ^= 1 << places.randrange(8)
+        path.write_bytes(flipped)
+        assert why(tmp_path)["01_build"] == []
+        assert [plan.label for plan in runner.status(root=tmp_path)] == ["smoke"]
 
 
 @pytest.mark.slow
@@ -251,14 +277,15 @@ def test_local_text_counts_by_its_content(tmp_path):
     path = freshness.discover(place)[0]
 
     def now(data_dir):
-        resolved = resolve(Settings("smoke", data_dir=str(data_dir)), [path])
+        settings = Settings("smoke", sets=("corpus=folder",), data_dir=data_dir and str(data_dir))
+        resolved = resolve(settings, [path])
         return freshness.fingerprint(place, path, resolved, [])
 
     first = now(text)
     assert str(tmp_path) not in repr(first)
     text = text.rename(tmp_path / "elsewhere")
     assert freshness.differences(first, now(text)) == []
-    assert freshness.differences(first, now("")) == []
+    assert freshness.differences(first, now(None)) == []
     (text / "a.txt").write_text("two")
     assert freshness.differences(first, now(text)) == ["input text in data_dir changed"]
 

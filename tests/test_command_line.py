@@ -1,0 +1,178 @@
+"""Whatever is asked on the command line is done, or refused in one line; and it ends as it should."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tiny_project import write_project
+
+from earlyexit.__main__ import main
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models.checkpoints import save_model
+from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE
+from earlyexit.runs.provenance import Record
+from earlyexit.training.resume import TrainingState
+
+# ------------------------------------------------------------------ a short fuzz
+
+VALUES = st.one_of(
+    st.sampled_from(
+        ["0", "-1", "1", "2", "nan", "1e400", "null", "true", "[]", "[0]", '"x"', "{}", "nope", "",
+         "[" * 9999, "\ud800", "a\0b", "../x", "99999999999999999999", "~", "é≥"]
+    ),
+    st.text(max_size=8),
+)  # fmt: skip
+KEYS = [
+    "n_layers",
+    "corpus",
+    "output_head",
+    "rows",
+    "epochs",
+    "threads",
+    "hub",
+    "tokenizer",
+    "x",
+    "",
+]
+OPTIONS = st.one_of(
+    st.tuples(st.just("--set"), st.builds("{}={}".format, st.sampled_from(KEYS), VALUES)),
+    st.tuples(st.sampled_from(["--profile", "--device", "--only", "--data-dir", "--set"]), VALUES),
+    st.tuples(st.sampled_from(["--seeds", "--threads"]), VALUES, st.just("1")),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(options=st.lists(OPTIONS, max_size=3))
+@example(options=[("--seeds", "1", "1")])
+@example(options=[("--set", "corpus=folder")])
+def test_a_dry_run_answers_or_refuses_in_one_line(tmp_path_factory, monkeypatch, capsys, options):
+    root = tmp_path_factory.getbasetemp() / "fuzzed"
+    if not root.exists():
+        write_project(root)
+    monkeypatch.setenv(HOME_VARIABLE, str(root))
+    files = sorted(root.rglob("*"))
+    arguments = [word for option in options for word in option]
+    try:
+        code = main(["run", "--profile", "smoke", *arguments, "--dry-run"])
+    except SystemExit as error:  # argparse; its usage takes several lines
+        assert error.code == 2
+    else:
+        said = capsys.readouterr()
+        assert code in (0, 2)
+        assert said.err.count("\n") == (code == 2) and bool(said.out) == (code == 0)
+    capsys.readouterr()
+    assert sorted(root.rglob("*")) == files
+
+
+# ------------------------------------------------------------------ signals, encodings, places
+
+
+def python(source: str, **environment: str) -> list:
+    """A command, and the environment in which it runs the package of this test."""
+    variables = os.environ | {"PYTHONPATH": str(PACKAGE.parent)} | environment
+    return [[sys.executable, "-c", source], variables]
+
+
+@pytest.mark.slow
+def test_a_termination_ends_as_an_interruption():
+    source = (
+        "import sys, time, earlyexit.__main__ as command\n"
+        "command._status = lambda options: print('ready', flush=True) or time.sleep(60)\n"
+        "sys.exit(command.main(['status']))"
+    )
+    command, environment = python(source)
+    pipe = subprocess.PIPE
+    started = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    assert started.stdout.readline() == "ready\n"
+    started.send_signal(signal.SIGTERM)
+    assert "interrupted; what was finished before is kept" in started.communicate(timeout=30)[1]
+    assert started.returncode == 130
+
+
+@pytest.mark.slow
+def test_output_survives_an_encoding_that_lacks_a_sign(tmp_path):
+    source = (
+        "from earlyexit.__main__ import main\n"
+        "assert main(['run', '--dry-run', '--set', 'bk_heads=0']) == 2\n"
+        "print('at least ≥')"
+    )
+    command, environment = python(source, PYTHONIOENCODING="cp1252", EARLYEXIT_HOME=str(tmp_path))
+    write_project(tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert done.stdout == b"at least ?\n"
+    assert b"bk_heads=0: must be ? 1" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_package_that_cannot_be_written_works_without_a_home(tmp_path):
+    """Root may write anywhere: a file stands where a folder for compiled code would be made."""
+    shutil.copytree(PACKAGE, tmp_path / "earlyexit", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in {path.parent for path in (tmp_path / "earlyexit").rglob("*.py")}:
+        (folder / "__pycache__").write_text("")
+    source = (
+        "import os, torch, earlyexit\n"
+        "print(earlyexit.__file__, os.environ['NUMBA_CACHE_DIR'])\n"
+        "earlyexit.BKCore(2)(torch.zeros(1, 3, 2))"
+    )
+    command, environment = python(source, PYTHONPATH=str(tmp_path), HOME="/proc/nowhere")
+    environment.pop("XDG_CACHE_HOME", None)
+    environment.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, check=True, text=True
+    )
+    file, folder = done.stdout.split()
+    assert file == str(tmp_path / "earlyexit/__init__.py")
+    assert not Path(folder).exists()  # it was of that process
+
+
+@contextmanager
+def no_room(size: int = 100):
+    """Files may not grow beyond ``size`` bytes, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def writers(make_model) -> dict:
+    """Kind of file → a function that writes it to a path."""
+    model = make_model()
+    record = Record("01", "cpu", "0" * 300, "", {}, None, None, {}, {}, "")
+    return {
+        "model": lambda path: save_model(model, path),
+        "policy": lambda path: ExitPolicy.constant(0.5, 99).save(path),
+        "record": lambda path: record.write(path.parent),
+        "state": lambda path: TrainingState(path.parent, {"a": 1}).save(model, AnyState(), {}),
+    }
+
+
+class AnyState:
+    def state_dict(self) -> dict:
+        return {}
+
+
+@pytest.mark.parametrize("kind", ["model", "policy", "record", "state"])
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(make_model, tmp_path, kind):
+    write = writers(make_model)[kind]
+    with suppress(FileNotFoundError):
+        write(tmp_path / "file")
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    with no_room(), pytest.raises(OSError) as full:
+        write(tmp_path / "file")
+    assert str(path) in str(full.value)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
