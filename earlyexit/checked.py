@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
@@ -39,6 +40,50 @@ _RULES = {
     "too_long": "must have at most {max_length} values",
     "value_error": "{error}",
 }
+
+
+def brief(value: object) -> str:
+    """Return the beginning of a value's ``repr``, on one line."""
+    return " ".join(repr(value).split())[:60]
+
+
+def whole(name: str, value: object, low: int = 0, high: int = 2**63 - 1) -> int:
+    """Return a whole number from ``low`` to ``high``.
+
+    Raises:
+        TypeError: the value is no whole number.
+        ValueError: it is smaller or larger.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={brief(value)}: must be a whole number")
+    if (number := int(value)) < low:
+        raise ValueError(f"{name}={number}: must be ≥ {low}")
+    if number > high:
+        raise ValueError(f"{name}={number}: must be ≤ {high}")
+    return number
+
+
+def real(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return a finite number ≥ ``least``, > ``above`` and < ``below``.
+
+    Raises:
+        TypeError: the value is no number.
+        ValueError: it lies outside, or is NaN or infinite.
+    """
+    if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={brief(value)}: must be a number")
+    number, bounds = float(value), {"≥": least, ">": above, "<": below}
+    if not (least <= number < below and number > above and math.isfinite(number)):
+        told = " and".join(f" {sign} {x:g}" for sign, x in bounds.items() if math.isfinite(x))
+        raise ValueError(f"{name}={number}: must be a finite number{told}")
+    return number
 
 
 class Checked:

@@ -14,16 +14,19 @@ documents, or, as a labelled alternative, windows; never tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import get_args
 
 import numpy as np
 
 from earlyexit.calibration.bounds import METHODS, fixed_sequence, smallest_level, upper_bound
 from earlyexit.calibration.certificate import Certificate
+from earlyexit.calibration.exit_costs import ExitCosts
 from earlyexit.calibration.power import ceilings, chosen_ceiling
-from earlyexit.calibration.thresholds import ExitCosts, Thresholds, Unreachable, fit_policy
+from earlyexit.calibration.thresholds import Thresholds, Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.calibration.unit_losses import Unit, WindowLosses, traced_losses, window_losses
+from earlyexit.checked import brief, real
 from earlyexit.corpus.splits import Split
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
@@ -88,6 +91,7 @@ def certify_losses(
         raise ValueError(f"{losses.shape[0]} units: no test can use fewer than two")
     if np.isnan(losses).any():
         raise ValueError("NaN among the losses: the model's NLL is broken on some unit")
+    _known("method", method, METHODS)
     level = math.log1p(epsilon)
     ceiling *= level
     clipped = np.minimum(losses, ceiling)
@@ -126,6 +130,8 @@ def certify(
         Refused: the safest candidate could not be certified.
     """
     check_risk(epsilon, delta)
+    _known("unit", unit, get_args(Unit))
+    _known("method", method, METHODS)
     if split.name != "certify":
         raise ValueError(f"certify on the certification part, not on {split.name!r}")
     if trace.split in ("certify", "valid"):
@@ -201,9 +207,12 @@ def decide(
     )
 
 
+def _known(name: str, value: object, known: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}={brief(value)}: choose {' or '.join(map(repr, known))}")
+
+
 def check_risk(epsilon: float, delta: float) -> None:
-    """Raise ValueError unless ε > 0 and δ lies in (0, 1)."""
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon} must be > 0: it is the tolerated quality loss")
-    if not 0 < delta < 1:
-        raise ValueError(f"delta={delta} must lie in (0, 1): it is a probability of failure")
+    """Raise TypeError or ValueError unless ε > 0 and δ lies in (0, 1)."""
+    real("epsilon", epsilon, above=0)
+    real("delta", delta, above=0, below=1)

@@ -9,12 +9,14 @@ import torch
 from tqdm.auto import tqdm
 
 from earlyexit.calibration.trace import ExitTrace
+from earlyexit.checked import real, whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, windows
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.execution import scored_states
 from earlyexit.exits.protocol import ExitModel, exit_state
-from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
+from earlyexit.nn.borrowed import borrowed
+from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS, precise
 
 
 @torch.no_grad()
@@ -33,28 +35,34 @@ def collect_trace(
 
     Raises:
         FloatingPointError: an NLL is not finite.
-        ValueError: the number of temperatures differs from that of exits.
+        TypeError: a temperature is no number.
+        ValueError: the number of temperatures differs from that of exits, one is not > 0, or the
+            split is empty or of another text than the model was trained on.
     """
+    model.check_text(split)
+    batch_size = whole("batch_size", batch_size, 1)
     device, exits = next(model.parameters()).device, model.n_layers
-    temperatures = list(temperatures or [1.0] * exits)
+    temperatures = [1.0] * exits if temperatures is None else list(temperatures)
     if len(temperatures) != exits:
         raise ValueError(f"{len(temperatures)} temperatures for {exits} exits")
-    was_training = model.training
-    model.eval()
+    temperatures = [real("temperature", t, above=0) for t in temperatures]
+    if not split.n_tokens:
+        raise ValueError(f"the split {split.name!r} holds no token")
     gated = model.gates is not None and bool(model.gates.trained)
     names = [c.name for c in CRITERIA.values() if not c.derived and (gated or not c.needs_gates)]
     kept: dict[str, list[np.ndarray]] = {k: [] for k in ("nll", "kl", "prediction", *names)}
     w = windows(split, model.n_seq, eos_id)
     inputs, targets = (torch.as_tensor(a) for a in (w.inputs, w.targets))
-    for start in tqdm(range(0, len(inputs), batch_size), desc=f"trace {split.name}", mininterval=2):
-        x, y = (a[start : start + batch_size].to(device) for a in (inputs, targets))
-        states, target = scored_states(model, x, y)
-        rows = max(1, CHUNK_ELEMENTS // (model.vocab_size * exits))
-        for chunk in torch.arange(len(target), device=device).split(rows):
-            part = _judge(model, [h[chunk] for h in states], target[chunk], temperatures, names)
-            for name, values in part.items():
-                kept[name].append(torch.stack(values, dim=1).cpu().numpy())
-    model.train(was_training)
+    batches = tqdm(range(0, len(inputs), batch_size), desc=f"trace {split.name}", mininterval=2)
+    with borrowed(model):
+        for start in batches:
+            x, y = (a[start : start + batch_size].to(device) for a in (inputs, targets))
+            states, target = scored_states(model, x, y)
+            rows = max(1, CHUNK_ELEMENTS // (model.vocab_size * exits))
+            for chunk in torch.arange(len(target), device=device).split(rows):
+                part = _judge(model, [h[chunk] for h in states], target[chunk], temperatures, names)
+                for name, values in part.items():
+                    kept[name].append(precise(torch.stack(values, dim=1)).cpu().numpy())
     arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
     if not np.isfinite(arrays["nll"]).all():
         raise FloatingPointError("the model's NLL is not finite: its weights hold NaN or infinity")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from earlyexit.calibration.trace import ExitTrace
+from earlyexit.checked import real, whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.exits.execution import scored_states
 from earlyexit.exits.protocol import ExitModel
+from earlyexit.nn.borrowed import borrowed
 from earlyexit.nn.heads import ExitHead
 
 N_BINS = 15  # as in Guo et al. 2017
@@ -35,10 +39,26 @@ def fit_temperatures(
         precision: the method stops at a step below this share of β.
 
     Raises:
-        ValueError: the split is the test split, which nothing may be fitted on.
+        TypeError: a number is not whole, or no number.
+        ValueError: the split is the test split, which nothing may be fitted on, empty or of another text
+            than the model was trained on, or a number is out of range.
+        FloatingPointError: logits are not finite.
     """
     refuse_test(split.name)
-    model.eval()
+    model.check_text(split)
+    max_tokens, precision = (
+        whole("max_tokens", max_tokens, 1),
+        real("precision", precision, above=0),
+    )
+    if not split.n_tokens:
+        raise ValueError(f"the split {split.name!r} holds no token")
+    with borrowed(model):
+        return _fit(model, split, eos_id, max_tokens, precision)
+
+
+def _fit(
+    model: ExitModel, split: Split, eos_id: int, max_tokens: int, precision: float
+) -> list[float]:
     device = next(model.parameters()).device
     features: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
     targets, count = [], 0
@@ -66,6 +86,8 @@ def _newton(head: ExitHead, features: Tensor, target: Tensor, precision: float) 
             mean = (p * logits).sum(dim=-1)
             slope += (mean - logits.gather(1, target[part, None]).squeeze(1)).double().sum().item()
             curvature += ((p * logits.square()).sum(-1) - mean**2).double().sum().item()
+        if not math.isfinite(slope + curvature):
+            raise FloatingPointError("logits are not finite: the weights hold NaN or infinity")
         step = slope / max(curvature, 1e-12)
         beta = min(max(beta - step, beta / 2), beta * 2)  # stays positive far from the optimum
         if abs(step) < precision * beta:

@@ -9,17 +9,19 @@ Where the front of thresholds is not convex, a coin between two policies can sti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from earlyexit.calibration.exit_costs import ExitCosts
 from earlyexit.calibration.temperature import refuse_test
 from earlyexit.calibration.trace import ExitTrace
+from earlyexit.checked import real
 from earlyexit.exits.criteria import CRITERIA
-from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.policy import ExitPolicy, known_criterion
 from earlyexit.exits.statistics import layers_executed
 
 Thresholds = Literal["global", "per_layer", "decaying"]
@@ -35,40 +37,6 @@ ROUNDING = 1e-12  # relative; the sums of the search and of the read-outs may di
 
 class Unreachable(ValueError):
     """No policy of this criterion keeps to the limit; the message says what the best one does."""
-
-
-@dataclass(frozen=True, eq=False)
-class ExitCosts:
-    """What a token pays, in one unit: for leaving at an exit, and for every check on the way.
-
-    Attributes:
-        leaving: cost per token of leaving at exit 0 … L − 1, without any check ``(L,)``.
-        checks: price of the check after each layer ``(L,)``, of every token that reaches it; a policy
-            that makes no check there does not pay it.
-
-    Raises:
-        ValueError: the two have different lengths.
-    """
-
-    leaving: np.ndarray
-    checks: np.ndarray
-
-    def __post_init__(self):
-        if self.leaving.shape != self.checks.shape:
-            raise ValueError(f"{self.leaving.size} exits have {self.checks.size} prices of checks")
-
-    @classmethod
-    def of(cls, costs: ExitCosts | Sequence[float]) -> ExitCosts:
-        """Return the costs; numbers ``(L,)`` are what leaving costs, and their checks are free."""
-        if isinstance(costs, ExitCosts):
-            return costs
-        leaving = np.asarray(costs, dtype=float)
-        return cls(leaving, np.zeros_like(leaving))
-
-    def paid(self, policy: ExitPolicy) -> np.ndarray:
-        """Return the cost per token of leaving at each exit ``(L,)``, with the policy's checks."""
-        checked = [policy.checks(layer) for layer in range(len(self.checks))]
-        return self.leaving + np.cumsum(self.checks * checked)
 
 
 def fit_policy(
@@ -90,12 +58,13 @@ def fit_policy(
             from :func:`earlyexit.cost.parts.policy_costs`.
 
     Raises:
-        ValueError: ε is not positive, the trace is of the test split, or costs have another length.
+        TypeError: ε or a cost is no number.
+        ValueError: ε is not positive, the trace is of the test split or does not hold the criterion, or
+            costs have another length.
         Unreachable: no policy within ε is cheaper than full depth without checks.
     """
-    refuse_test(trace.split)
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon} must be > 0: it is the tolerated quality loss")
+    _check(trace, criterion, thresholds)
+    epsilon = real("epsilon", epsilon, above=0)
     costs = _checked_costs(trace, np.arange(1.0, trace.n_layers + 1) if costs is None else costs)
     limit = trace.full_nll + np.log1p(epsilon)
 
@@ -132,8 +101,8 @@ def fit_policy_to_cost(
         ValueError: the trace is of the test split, or costs have another length.
         Unreachable: even leaving at the cheapest exit costs more.
     """
-    refuse_test(trace.split)
-    costs = _checked_costs(trace, costs)
+    _check(trace, criterion, "per_layer")
+    costs, cost = _checked_costs(trace, costs), real("cost", cost)
 
     def merit(limit: float) -> Merit:
         return lambda nll, spent: np.where(spent <= limit, nll, np.inf)
@@ -152,6 +121,20 @@ def mean_cost(trace: ExitTrace, policy: ExitPolicy, costs: ExitCosts | Sequence[
     executed = layers_executed(trace.exit_layers(policy), trace.n_layers)
     shares = np.bincount(executed - 1, minlength=trace.n_layers) / trace.n_tokens
     return float(shares @ ExitCosts.of(costs).paid(policy))  # exact where all leave at one exit
+
+
+def _check(trace: ExitTrace, criterion: str, thresholds: str) -> None:
+    """Raise ValueError unless a policy can be fitted so."""
+    refuse_test(trace.split)
+    known_criterion(criterion)
+    if thresholds not in get_args(Thresholds):
+        raise ValueError(f"{thresholds=}: must be {' or '.join(map(repr, get_args(Thresholds)))}")
+    if thresholds == "decaying" and not known_criterion(criterion).may_decay:
+        raise ValueError(
+            f"thresholds of {criterion!r} cannot decay: choose 'global' or 'per_layer'"
+        )
+    if trace.n_layers < 2:
+        raise Unreachable("a model of one layer has no exit before its last: nothing to fit")
 
 
 def _checked_costs(trace: ExitTrace, costs: ExitCosts | Sequence[float]) -> ExitCosts:
@@ -177,7 +160,7 @@ def _best(trace, criterion, thresholds, costs, limit, merit, keeps) -> ExitPolic
         else:
             policy = _one_threshold(trace, criterion, costs, now, decays[thresholds])
         if policy is not None and keeps(policy):
-            return policy
+            return replace(policy, model_hash=trace.model_hash)
     return None
 
 

@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from earlyexit.atomic import atomic_path
-from earlyexit.checked import parse
-from earlyexit.exits.criteria import CRITERIA
-from earlyexit.exits.policy import ExitPolicy
+from earlyexit.checked import brief, parse
+from earlyexit.exits.policy import ExitPolicy, known_criterion
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.statistics import layers_executed
 
@@ -91,8 +90,16 @@ class ExitTrace:
         """Return where each token would leave ``(T,)``.
 
         Raises:
-            ValueError: the policy is for another depth.
+            TypeError: it is no policy.
+            ValueError: the policy is for another model or depth, or of a criterion that is not traced.
         """
+        if not isinstance(policy, ExitPolicy):
+            raise TypeError(f"policy={brief(policy)}: give an ExitPolicy")
+        if policy.model_hash and self.model_hash not in ("", policy.model_hash):
+            raise ValueError(
+                f"the policy was fitted for model {policy.model_hash}, the trace is of"
+                f" {self.model_hash}: give one of the same, or replace(policy, model_hash='')"
+            )
         if len(policy.thresholds) != self.n_layers:
             raise ValueError(
                 f"the policy has {len(policy.thresholds)} thresholds, the trace {self.n_layers} exits"
@@ -103,14 +110,16 @@ class ExitTrace:
         """Return the scores of a criterion ``(T, L)``.
 
         Raises:
-            KeyError: the trace does not hold it.
+            ValueError: the trace does not hold it.
         """
+        known_criterion(criterion)
         if criterion == "depth":
             return np.broadcast_to(np.arange(self.n_layers, dtype=np.float32), self.nll.shape)
         if criterion == "patience":
             return self._streaks
         if criterion not in self.scores:
-            raise KeyError(f"the trace holds no {criterion!r}; it holds {', '.join(self.scores)}")
+            known = ", ".join((*self.scores, "patience", "depth"))
+            raise ValueError(f"the trace holds no {criterion!r:.60}; it holds {known}")
         return self.scores[criterion]
 
     @cached_property
@@ -140,11 +149,10 @@ class ExitTrace:
         Args:
             thresholds: by default 200 quantiles of the scores, and the one that no score reaches.
         """
-        rule = CRITERIA[criterion]
+        scores, rule = self.score(criterion), known_criterion(criterion)
         sign = 1.0 if rule.exit_above else -1.0
         # Leaving at the last exit is full depth; a model of one layer has no other.
         early = slice(0, max(1, self.n_layers - 1))
-        scores = self.score(criterion)
         best = np.maximum.accumulate(sign * scores[:, early], axis=1)  # (T, L − 1)
         if thresholds is None:
             found = np.quantile(scores[:, early], np.linspace(0, 1, 200))

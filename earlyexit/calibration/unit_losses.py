@@ -11,11 +11,13 @@ import torch
 from tqdm.auto import tqdm
 
 from earlyexit.calibration.trace import ExitTrace
+from earlyexit.checked import whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, windows
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import layers_executed
+from earlyexit.nn.borrowed import borrowed
 
 Unit = Literal["document", "window"]
 
@@ -115,8 +117,24 @@ def window_losses(
 
     Raises:
         FloatingPointError: an NLL is not finite.
+        ValueError: the split is empty or of another text than the model was trained on, or a policy is
+            of another model.
     """
-    model.eval()
+    model.check_text(split)
+    batch_size = whole("batch_size", batch_size, 1)
+    if not split.n_tokens:
+        raise ValueError(f"the split {split.name!r} holds no token")
+    with borrowed(model):
+        return _measure(model, split, eos_id, policies, batch_size)
+
+
+def _measure(
+    model: EarlyExitModel,
+    split: Split,
+    eos_id: int,
+    policies: Sequence[ExitPolicy],
+    batch_size: int,
+) -> WindowLosses:
     device = next(model.parameters()).device
     w = windows(split, model.n_seq, eos_id)
     tokens = (w.targets != IGNORE).sum(axis=1)

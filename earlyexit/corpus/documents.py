@@ -10,7 +10,8 @@ and owns the blank line before. Elsewhere a document is a file, or a section of 
 certificate only; "test" reports. "valid" is fit and certify together, in document order. WikiText's
 validation articles alternate between fit and certify, and as many of its training articles as the
 configuration says certify instead; years of addresses, and files of a folder, are dealt in cycles of
-20, so that every era of a chronological corpus is in every split.
+20, so that every era of a chronological corpus is in every split. Files of equal text share a split:
+what was learned is not what is tested.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def read_documents(config: CorpusConfig) -> list[Document]:
     missing = set(ROLES) - {d.role for d in documents}
     if missing:
         raise ValueError(
-            f"{config.name}: too little text, no document for {', '.join(sorted(missing))}; "
-            "give at least one training, two validation and one test article"
+            f"{config.name}: too little text, no document for {', '.join(sorted(missing))} (copies share"
+            " a split); give at least one training, two validation and one test article"
         )
     return documents
 
@@ -119,13 +120,27 @@ def read_documents(config: CorpusConfig) -> list[Document]:
 def _read_lines(path: Path) -> list[str]:
     """Read the stripped lines of a UTF-8 file, the empty ones included."""
     try:
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        return split_lines(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 at byte offset {error.start}; save the file as UTF-8"
         ) from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
-    return [line.strip() for line in lines]
+
+
+def split_lines(text: str) -> list[str]:
+    """Return the stripped lines of a text, the empty ones included, without a byte order mark.
+
+    Lines end at a line feed, a carriage return or both, and nowhere else.
+    """
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return [line.strip() for line in text.removesuffix("\n").split("\n")]
+
+
+def document_lines(text: str, config: CorpusConfig) -> list[str]:
+    """Return a document's lines: of WikiText all, elsewhere those with text, of a blank one none."""
+    lines = split_lines(text)
+    kept = [line for line in lines if line]
+    return lines if config.is_wikitext and kept else kept
 
 
 def _folder(config: CorpusConfig) -> Path:
@@ -151,11 +166,22 @@ def _sotu() -> list[Document]:
 
 
 def _text_folder(config: CorpusConfig) -> list[Document]:
-    """Read every ``*.txt`` file below a folder, and cut the files into sections if they are few."""
+    """Read every ``*.txt`` file below a folder, and cut the files into sections if they are few.
+
+    Hidden files and folders are tools' own: a notebook's checkpoints, what archives of a Mac hold.
+    """
     folder = _folder(config)
-    paths = sorted(p for p in folder.rglob("*.txt") if p.is_file())
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() == ".txt"
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if not paths:
-        raise ValueError(f"{folder} holds no .txt file; put one there for each document")
+        raise ValueError(
+            f"{folder} holds no .txt file that is not hidden; put one there for each document"
+        )
     texts = [[line for line in _read_lines(path) if line] for path in paths]
     texts = [lines for lines in texts if lines]
     if not texts:
@@ -163,7 +189,11 @@ def _text_folder(config: CorpusConfig) -> list[Document]:
     if len(texts) < len(CYCLE):
         n_files, texts = len(texts), _sections(texts)
         log.info("%d files cut into %d sections, each a document", n_files, len(texts))
-    return [Document(CYCLE[i % len(CYCLE)], lines) for i, lines in enumerate(texts)]
+    number = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
+    if len(number) < len(texts):
+        copies = len(texts) - len(number)
+        log.warning("%s: %d documents are copies, and share a split", folder, copies)
+    return [Document(CYCLE[number[tuple(lines)] % len(CYCLE)], lines) for lines in texts]
 
 
 def _sections(texts: list[list[str]]) -> list[list[str]]:

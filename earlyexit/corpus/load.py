@@ -11,30 +11,43 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from earlyexit.atomic import atomic_path
 from earlyexit.corpus.corpus import Corpus
-from earlyexit.corpus.documents import ROLES, CorpusConfig, Document, read_documents
+from earlyexit.corpus.documents import (
+    ROLES,
+    CorpusConfig,
+    Document,
+    document_lines,
+    read_documents,
+)
 from earlyexit.corpus.splits import Split
-from earlyexit.corpus.tokenizers import encode, train_bpe, train_words
+from earlyexit.corpus.tokenizers import encode, read_tokenizer, train_bpe, train_words
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # part of every data hash: raise it when the same text is to give other ids
 
 
 def encode_texts(corpus: Corpus, texts: Sequence[str], name: str) -> Split:
-    """Encode other texts in the vocabulary of ``corpus``, each a document without empty lines."""
-    documents = [
-        Document(name, lines)
-        for text in texts
-        if (lines := [line.strip() for line in text.splitlines() if line.strip()])
-    ]
+    """Encode other texts in the vocabulary of ``corpus``, document i being text i.
+
+    They are read as the corpus itself is; a blank text has no token, and keeps its number.
+
+    Raises:
+        TypeError: ``texts`` is one string, or holds something else than strings.
+        ValueError: there is no text, or all are blank.
+    """
+    texts = [None] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("texts must be a list of strings: of one text, give [text]")
+    documents = [Document(name, document_lines(text, corpus.config)) for text in texts]
+    if not any(document.lines for document in documents):
+        raise ValueError(f"{len(texts)} texts, none with a word: there is nothing to encode")
     arrays = encode(corpus.tokenizer, documents)
     document = np.repeat(np.arange(len(documents), dtype=np.int32), arrays["lengths"])
     return Split(name, arrays["ids"], document, arrays["characters"])
@@ -61,7 +74,7 @@ def load_corpus(config: CorpusConfig, cache_dir: Path | str | None = None) -> Co
         arrays["tokenizer"] = np.frombuffer(tokenizer.to_str().encode(), np.uint8)
         if path:
             _write_cache(path, data_hash, arrays)
-    tokenizer = Tokenizer.from_str(arrays["tokenizer"].tobytes().decode())
+    tokenizer = read_tokenizer(arrays["tokenizer"].tobytes().decode(), config)
     document = np.repeat(np.arange(len(documents), dtype=np.int32), arrays["lengths"])
     role = np.repeat(np.array([ROLES.index(d.role) for d in documents]), arrays["lengths"])
     splits = {}
@@ -80,8 +93,8 @@ def _data_hash(config: CorpusConfig, documents: list[Document]) -> str:
     del settings["data_dir"], settings["hub"], settings["certify_articles"]
     digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode())
     for document in documents:
-        digest.update(f"\0{document.role}\n".encode())
-        digest.update("\n".join(document.lines).encode())
+        digest.update(f"\0{document.role}\n".encode())  # a NUL of the text is doubled
+        digest.update("\n".join(document.lines).replace("\0", "\0\0").encode())
     return digest.hexdigest()
 
 

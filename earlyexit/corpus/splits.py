@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from earlyexit.checked import whole
 from earlyexit.corpus.tokenizers import UNK_ID
 
 MIN_LIMITED = 8  # documents a limited split keeps, cut if need be
@@ -64,10 +65,9 @@ class Split:
         cut to one common length, at least one token each.
 
         Raises:
-            ValueError: ``max_tokens`` is negative.
+            TypeError, ValueError: ``max_tokens`` is no whole number ≥ 0.
         """
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens={max_tokens} is negative; use 0 for the whole split")
+        whole("max_tokens", max_tokens)
         if max_tokens == 0 or max_tokens >= self.n_tokens:
             return self
         _, lengths = self.spans()
@@ -85,10 +85,9 @@ class Split:
         """Cut every document to its first ``max_length`` tokens; 0 keeps all of them.
 
         Raises:
-            ValueError: ``max_length`` is negative.
+            TypeError, ValueError: ``max_length`` is no whole number ≥ 0.
         """
-        if max_length < 0:
-            raise ValueError(f"max_length={max_length} is negative; use 0 for whole documents")
+        whole("max_length", max_length)
         return self._beginnings(max_length) if max_length else self
 
     def _beginnings(self, length: int, chosen: np.ndarray | slice = slice(None)) -> Split:

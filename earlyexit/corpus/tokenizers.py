@@ -57,7 +57,14 @@ def train_bpe(config: CorpusConfig, lines: Iterator[str]) -> Tokenizer:
     if config.is_wikitext:
         lines = (line.replace(f" {UNK}", "").replace(UNK, "") for line in lines)
     tokenizer.train_from_iterator(lines, trainer)
-    tokenizer.encode_special_tokens = not config.is_wikitext  # elsewhere "<unk>" is just text
+    return read_tokenizer(tokenizer.to_str(), config)
+
+
+def read_tokenizer(text: str, config: CorpusConfig) -> Tokenizer:
+    """Return the tokenizer that ``to_str`` wrote, with the setting that is not written."""
+    tokenizer = Tokenizer.from_str(text)
+    # Byte pairs outside of WikiText: "<unk>" is just text.
+    tokenizer.encode_special_tokens = config.tokenizer == "bpe" and not config.is_wikitext
     return tokenizer
 
 
@@ -77,8 +84,8 @@ def encode(tokenizer: Tokenizer, documents: list[Document]) -> dict[str, np.ndar
     characters = np.maximum(0, end - np.maximum(start, np.concatenate([[0], end[:-1]])))
     if isinstance(tokenizer.model, models.BPE):
         characters[ids == UNK_ID] = len(UNK)  # its span holds the space before it
-    first = np.cumsum([0, *(len(d.lines) for d in documents[:-1])])
-    lengths = np.add.reduceat(np.array(per_line), first)
+    ends = np.cumsum([0, *per_line])[np.cumsum([0, *(len(d.lines) for d in documents)])]
+    lengths = np.diff(ends)
     return {
         "ids": ids,
         "characters": characters.astype(np.int32),

@@ -6,12 +6,62 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from earlyexit.checked import whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.tokenizers import EOS_ID
 
 IGNORE = -100  # target of a padded position, as in torch.nn.functional.cross_entropy
+
+LONGEST = 2**24  # positions of a window
+
+
+def check_whole(ids: object, name: str) -> None:
+    """Raise TypeError unless ``ids`` is a tensor of whole numbers."""
+    kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+    if not isinstance(ids, Tensor) or kind.is_floating_point or kind.is_complex or ids.is_quantized:
+        raise TypeError(f"{name} are {kind}: give a tensor of whole numbers, such as torch.int64")
+    if kind is torch.bool:
+        raise TypeError(
+            f"{name} are {kind}, which is a mask: give the ids themselves, as torch.int64"
+        )
+
+
+def checked_ids(ids: Tensor, vocab_size: int) -> Tensor:
+    """Return token ids of any shape and integer type as int64.
+
+    Raises:
+        TypeError: they are no tensor of whole numbers.
+        ValueError: one is outside 0 … V − 1.
+    """
+    check_whole(ids, "token ids")
+    _check_range(ids := ids.long(), vocab_size, "token id", "encode the text with this vocabulary")
+    return ids
+
+
+def checked_targets(targets: Tensor, vocab_size: int) -> Tensor:
+    """Return targets of any shape and integer type as int64: words 0 … V − 1, or ``IGNORE``.
+
+    Raises:
+        TypeError: they are no tensor of whole numbers.
+        ValueError: one is neither a word nor ``IGNORE``.
+    """
+    check_whole(targets, "targets")
+    targets = targets.long()
+    words = torch.where(targets == IGNORE, 0, targets)
+    _check_range(words, vocab_size, "target", f"{IGNORE} is the one that is not scored")
+    return targets
+
+
+def _check_range(ids: Tensor, vocab_size: int, name: str, remedy: str) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = torch.stack(ids.aminmax()).tolist()  # one transfer to the host
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} {wrong} is outside the vocabulary 0 … {vocab_size - 1}: {remedy}")
 
 
 class Windows(NamedTuple):
@@ -39,8 +89,7 @@ def windows(split: Split, n_seq: int, eos_id: int = EOS_ID) -> Windows:
     Raises:
         ValueError: ``n_seq`` is less than 1.
     """
-    if n_seq < 1:
-        raise ValueError(f"n_seq={n_seq}: a window needs at least 1 position")
+    n_seq = whole("n_seq", n_seq, 1, LONGEST)
     first, length = split.spans()
     before = np.concatenate([[eos_id], split.ids[:-1]])[: split.n_tokens]  # (T,)
     before[first] = eos_id
@@ -69,8 +118,13 @@ def loader(
     """Load batches (inputs, targets), both (B, n_seq) int64; the last, smaller batch is kept.
 
     Windows are shuffled, in an order that depends on ``seed`` and the number of passes made only.
+
+    Raises:
+        TypeError, ValueError: a number is not whole, ``n_seq`` or ``batch_size`` is less than 1.
     """
+    batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed)
     cut = windows(split, n_seq, eos_id)
     data = TensorDataset(torch.from_numpy(cut.inputs), torch.from_numpy(cut.targets))
+    data.data_hash = split.data_hash  # a model knows the words of one text
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)

@@ -19,6 +19,7 @@ from earlyexit.exits.original import original_early_exit
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel, exit_state
 from earlyexit.nn.block import MoEResNetBKLayer
+from earlyexit.nn.borrowed import borrowed
 
 ORIGINAL = "original's procedure"
 
@@ -82,8 +83,8 @@ def part_times(model: ExitModel, x: Tensor, repeats: int) -> pd.DataFrame:
     Returns:
         Columns group, part, milliseconds, share_of_block (of the whole block's median).
     """
-    model.eval()
-    seconds = interleaved_times(part_functions(model, x), x.device, repeats)
+    with borrowed(model):
+        seconds = interleaved_times(part_functions(model, x), x.device, repeats)
     rows = [(*key, taken) for key, taken in median_ms(seconds).items()]
     table = pd.DataFrame(rows, columns=["group", "part", "milliseconds"])
     whole = table.loc[table["group"] == "whole", "milliseconds"].item()

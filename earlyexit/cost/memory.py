@@ -23,6 +23,7 @@ from earlyexit.devices import synchronize
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.original import original_early_exit
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.nn.borrowed import borrowed
 from earlyexit.nn.config import ModelConfig
 
 MIB = 2**20
@@ -56,13 +57,13 @@ def peak_memory(
     Returns:
         Columns output, execution, logits_mib (of the B · N · V logits returned), rest_mib, peak_mib.
     """
-    model.eval()
     rows = []
-    for (output, execution), run in executions(model, x, y, policy, threshold).items():
-        run()  # warm-up: libraries allocate workspaces that they keep
-        peak = peak_tensor_bytes(run, x.device) / MIB
-        logits = x.numel() * model.vocab_size * 4 / MIB if output == RETURNED else 0.0
-        rows.append((output, execution, logits, peak - logits, peak))
+    with borrowed(model):
+        for (output, execution), run in executions(model, x, y, policy, threshold).items():
+            run()  # warm-up: libraries allocate workspaces that they keep
+            peak = peak_tensor_bytes(run, x.device) / MIB
+            logits = x.numel() * model.vocab_size * 4 / MIB if output == RETURNED else 0.0
+            rows.append((output, execution, logits, peak - logits, peak))
     columns = ["output", "execution", "logits_mib", "rest_mib", "peak_mib"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from earlyexit.calibration.thresholds import ExitCosts
+from earlyexit.calibration.exit_costs import ExitCosts
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.operations import FLOAT, Operations, flops, norm, weighted_sum
 from earlyexit.exits.policy import ExitPolicy

@@ -17,6 +17,7 @@ from earlyexit.exits.execution import decide
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.nn.block import MoEResNetBKLayer
 from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.record import recorded
 from earlyexit.nn.sparse_bk import SparseMixing
 
 
@@ -85,20 +86,21 @@ def sparse_times(
         ms = median_ms(interleaved_times(layers | calls | norm, device, repeats))
         parts = sum(ms[name] for name in calls)  # the norm is a part of the projection
         share = (ms["contribution"] + ms["core"] + ms["norm"]) / parts
-        chooser.reset_kept()
-        sparse(u)
+        with recorded(torch.ones(batch, n, dtype=torch.bool, device=device)) as record:
+            sparse(u)
+        kept = (record.notes["kept"][0][0] / (batch * n)).item()
         rows.append(
             {
                 "batch": batch,
                 "positions": n,
                 "d_model": d,
                 "heads": heads,
-                "kept": chooser.kept(),
+                "kept": kept,
                 "dense_ms": ms["dense"],
                 "sparse_ms": ms["sparse"],
                 "core_share": ms["core"] / parts,
                 "skippable_share": share,
-                "at_most": 1 / (1 - share * (1 - chooser.kept())),
+                "at_most": 1 / (1 - share * (1 - kept)),
                 "measured": ms["dense"] / ms["sparse"],
             }
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from earlyexit.corpus.windows import IGNORE
-from earlyexit.evaluation.evaluator import on_device
+from earlyexit.evaluation.evaluator import on_device, perplexity
 from earlyexit.exits.api import EarlyExitModel
 
 
@@ -42,7 +41,7 @@ def perplexity_without_future(
         The two perplexities; they are equal for a causal model.
     """
     totals, count = torch.zeros(2, dtype=torch.float64), 0
-    for x, y in on_device(batches, next(model.parameters()).device):
+    for x, y in on_device(batches, model):
         true = model.nll(x, y)
         cuts = {1 + k * (x.shape[1] - 1) // n_cuts for k in range(n_cuts)} - {x.shape[1]}
         for k, cut in enumerate(sorted(cuts)):
@@ -51,7 +50,9 @@ def perplexity_without_future(
                 [nll[:, cut - 1].double().sum() for nll in (true, replaced)]
             ).cpu()
             count += int((y[:, cut - 1] != IGNORE).sum())
-    return tuple(math.exp(total / count) for total in totals.tolist())
+    if not count:
+        raise ValueError("the loader gave no scored token: check the split")
+    return tuple(perplexity(total, count) for total in totals.tolist())
 
 
 def leak(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from earlyexit.corpus.windows import IGNORE
+from earlyexit.checked import brief, whole
+from earlyexit.corpus.windows import IGNORE, check_whole
 from earlyexit.cost.timing import interleaved_times
 from earlyexit.devices import resolve_device
 from earlyexit.exits.api import EarlyExitModel
@@ -20,18 +21,36 @@ from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy, check_threshold
 from earlyexit.exits.protocol import Execution
 from earlyexit.exits.statistics import exit_statistics
+from earlyexit.nn.borrowed import borrowed
 
 
-def on_device(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield token ids and targets ``(B, N)`` of batches on a device.
+def on_device(batches: Iterable, model: EarlyExitModel) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield token ids and targets ``(B, N)`` of batches on a model's device.
 
     Raises:
-        ValueError: a batch is empty.
+        TypeError: a batch is no pair of tensors of whole numbers.
+        ValueError: a batch is empty, ids and targets differ in number, or the loader is of another
+            text than the model was trained on.
     """
-    for x, y in batches:
-        if x.numel() == 0:
-            raise ValueError("the loader gave an empty batch")
-        yield x.to(device), y.view(x.shape).to(device)
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
+        raise TypeError(f"batches={brief(batches)}: give pairs of token ids and targets (B, N)")
+    model.check_text(getattr(batches, "dataset", None))
+    device = next(model.parameters()).device
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            of = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
+            raise TypeError(
+                f"a batch is a {type(batch).__name__}{of}: give pairs of token ids and targets (B, N)"
+            )
+        x, y = batch
+        check_whole(x, "token ids")
+        check_whole(y, "targets")
+        if x.numel() == 0 or x.numel() != y.numel():
+            raise ValueError(
+                f"token ids {tuple(x.shape)} and targets {tuple(y.shape)}: give a target for each of at"
+                " least one token"
+            )
+        yield x.to(device), y.reshape(x.shape).to(device)
 
 
 def run_batches(
@@ -41,11 +60,16 @@ def run_batches(
     execution: Execution = "compacted",
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Run a policy on batches and yield targets, NLL and exit layers ``(B, N)``; None is full depth."""
-    for x, y in on_device(batches, next(model.parameters()).device):
+    for x, y in on_device(batches, model):
         if policy is None:
             yield y, model.nll(x, y), torch.full_like(x, model.n_layers)
         else:
             yield y, *model.nll(x, y, policy, execution)
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """Return exp(NLL per token); infinity where that is too large for a number."""
+    return torch.tensor(nll / tokens, dtype=torch.float64).exp().item()
 
 
 class EarlyExitEvaluator:
@@ -79,7 +103,7 @@ class EarlyExitEvaluator:
         """
         rule = CRITERIA["max_probability"]
         thresholds = [check_threshold(t, rule) for t in confidence_thresholds]
-        batches = list(dataloader)  # read once: it may be an iterator
+        batches = list(on_device(dataloader, self.model))  # read once: it may be an iterator
         return {
             t: self.evaluate_policy(batches, ExitPolicy.constant(t, self.model.n_layers))
             for t in thresholds
@@ -95,8 +119,8 @@ class EarlyExitEvaluator:
         n_layers, nll, tokens = self.model.n_layers, 0.0, 0
         counts = torch.zeros(n_layers + 1, dtype=torch.int64)
         with self._borrowed_model() as model:
-            batches = tqdm(dataloader, desc="evaluate", mininterval=2, leave=False)
-            for y, batch_nll, exits in run_batches(model, batches, policy, execution):
+            runs = run_batches(model, dataloader, policy, execution)
+            for y, batch_nll, exits in tqdm(runs, "evaluate", leave=False, mininterval=2):
                 scored = y != IGNORE
                 nll += batch_nll[scored].double().sum().item()
                 tokens += int(scored.sum())
@@ -107,7 +131,7 @@ class EarlyExitEvaluator:
             raise ValueError(f"NLL is {nll}: the weights or logits hold NaN or infinity")
         statistics = exit_statistics(counts)
         statistics["total_tokens"] = statistics.pop("total_tokens_processed")
-        return {"perplexity": math.exp(nll / tokens), **statistics}
+        return {"perplexity": perplexity(nll, tokens), **statistics}
 
     def benchmark_speedup(
         self,
@@ -130,13 +154,12 @@ class EarlyExitEvaluator:
             (their ratio), ``theoretical_speedup`` (layers), ``avg_exit_layer``,
             ``exit_distribution`` (percentages).
         """
-        if num_batches < 1:
-            raise ValueError(f"num_batches={num_batches} must be at least 1")
-        policy = policy or self.model.default_policy()
+        num_batches = whole("num_batches", num_batches, 1)
+        policy = self.model.default_policy() if policy is None else policy
         plain, early = [], []
         counts = torch.zeros(self.model.n_layers + 1, dtype=torch.int64)
         with self._borrowed_model() as model:
-            for x, y in on_device(islice(dataloader, num_batches), self.device):
+            for x, y in islice(on_device(dataloader, model), num_batches):
                 _, exits = model.nll(x, y, policy, execution)
                 counts += exits[y != IGNORE].cpu().bincount(minlength=model.n_layers + 1)
                 pair = [
@@ -166,13 +189,11 @@ class EarlyExitEvaluator:
         A model keeps its statistics in buffers, so the values of all buffers are restored in place.
         """
         model, device = self.model, next(self.model.parameters()).device
-        training = {module: module.training for module in model.modules()}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         try:
-            yield model.to(self.device).eval()
+            with borrowed(model.to(self.device)):
+                yield model
         finally:
             model.to(device)
-            for module, was_training in training.items():
-                module.training = was_training
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])

@@ -31,8 +31,9 @@ def with_left_behind(model: EarlyExitLanguageModel, way: str) -> EarlyExitLangua
         ValueError: the configuration of the model refuses the way.
     """
     other = type(model).from_config(replace(model.config, left_behind=way))
-    other.load_state_dict(model.state_dict())
-    return other.to(next(model.parameters()).device).eval()
+    other.to(next(model.parameters())).load_state_dict(model.state_dict())
+    other.trained_on = model.trained_on
+    return other.eval()
 
 
 def compare_ways(
@@ -65,7 +66,7 @@ def compare_ways(
     refuse_test(trace.split)
     (x, y), batches, in_use = batch, list(batches), model.config.left_behind
     runs = {(math.nan, FULL_DEPTH): (model, None)} | {
-        (epsilon, way): (with_left_behind(model, way), policy)
+        (epsilon, way): (with_left_behind(model, way), replace(policy, model_hash=""))
         for epsilon, policy in policies.items()
         for way in WAYS
         if way != "potentials" or model.config.mixing == "resolvent"

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit.corpus.windows import IGNORE
+from earlyexit.evaluation.evaluator import on_device
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import sparse_layers
+from earlyexit.nn.record import BatchRecord, recorded
 
 
 @torch.no_grad()
 def expert_shares(model: EarlyExitLanguageModel, batches: Iterable) -> Tensor:
-    """Return the share of tokens routed to each expert ``(L, E)`` at full depth; rows sum to 1."""
-    device = next(model.parameters()).device
-    layers = [block.bk_layer.moe for block in model.blocks]
-    for moe in layers:
-        moe.reset_expert_utilisation()
-    for x, _ in batches:
-        model.hidden_states(x.to(device))
-    return torch.stack([moe.expert_utilisation() for moe in layers])
+    """Return the share of scored tokens routed to each expert ``(L, E)`` at full depth.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    counts = sum(torch.stack(record.notes["routed"]) for record in _records(model, batches))
+    return counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 def expert_table(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFrame:
@@ -55,8 +56,7 @@ def opened_shares(model: EarlyExitLanguageModel, batches: Iterable) -> pd.DataFr
     heads = [block.exit_classifier for block in model.blocks]
     cuts, tokens = heads[0].unembedding.softmax.cutoffs, 0
     counts = np.zeros((len(heads), len(cuts) - 1, 2))
-    for x, y in batches:
-        x, y = (t.to(model.token_embedding.weight.device) for t in (x, y))
+    for x, y in on_device(batches, model):
         states, scored = model.hidden_states(x), y != IGNORE
         tokens += int(scored.sum())
         for layer, head in enumerate(heads):
@@ -87,9 +87,19 @@ def _rows_into(module: nn.Module) -> Iterator[list[int]]:
 @torch.no_grad()
 def kept_shares(model: EarlyExitLanguageModel, batches: Iterable) -> list[float]:
     """Return the share of positions that each sparse layer's BK-Core visits at full depth."""
-    device = next(model.parameters()).device
-    for layer in sparse_layers(model):
-        layer.reset_kept()
-    for x, _ in batches:
-        model.hidden_states(x.to(device))
-    return [layer.kept() for layer in sparse_layers(model)]
+    if not any(sparse_layers(model)):
+        return []
+    kept, of = sum(torch.stack(record.notes["kept"], dim=1) for record in _records(model, batches))
+    return (kept / of.clamp_min(1)).tolist()
+
+
+def _records(model: EarlyExitLanguageModel, batches: Iterable) -> Iterator[BatchRecord]:
+    """Run the model at full depth, and yield what its layers tell of each batch's scored positions."""
+    found = False
+    for x, y in on_device(batches, model):
+        with recorded(y != IGNORE) as record:
+            model.hidden_states(x)
+        found = True
+        yield record
+    if not found:
+        raise ValueError("the loader is empty: there is nothing to count")

@@ -20,7 +20,7 @@ from torch import Tensor
 from earlyexit.corpus.windows import IGNORE
 from earlyexit.cost.parts import run_flops
 from earlyexit.cost.synthetic import rule_threshold
-from earlyexit.evaluation.evaluator import run_batches
+from earlyexit.evaluation.evaluator import perplexity, run_batches
 from earlyexit.evaluation.routing import kept_shares
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
@@ -48,27 +48,27 @@ def run_policy(
         kept: share of positions that each sparse core visits, if it was measured.
 
     Returns:
-        ``perplexity``, ``layers`` (positions per token), ``mean_exit`` (layers run per token, at any
-        scale), ``flops_layers`` (without the head) and ``flops_total`` per token.
+        ``perplexity``, and per scored token ``layers`` (positions), ``mean_exit`` (layers run, at any
+        scale), ``flops_layers`` (without the head) and ``flops_total``.
     """
     operations = model.operations()
     if len(kept):
         operations = replace(operations, kept=tuple(kept))
-    nll, count, tokens, depth = 0.0, 0, 0, 0.0
+    nll, count, depth = 0.0, 0, 0.0
     positions = np.zeros(model.n_layers)
     for y, losses, exits in run_batches(model, batches, policy):
         scored = y != IGNORE
         nll += losses[scored].double().sum().item()
         count += int(scored.sum())
-        tokens += y.numel()
+        exits = torch.where(scored, exits, -1)  # padding runs no layer
         positions += operations.run_positions(exits) * y.numel()
         depth += layers_executed(exits, model.n_layers).sum().item()
-    positions /= tokens
+    positions /= count
     flops = run_flops(operations, positions, policy)
     return {
-        "perplexity": math.exp(nll / count),
+        "perplexity": perplexity(nll, count),
         "layers": float(positions.sum()),
-        "mean_exit": depth / tokens,
+        "mean_exit": depth / count,
         "flops_layers": flops["total"] - flops["head"],
         "flops_total": flops["total"],
     }

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from earlyexit.corpus.windows import check_whole
 from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.execution import run
@@ -18,6 +19,7 @@ from earlyexit.exits.policy import ExitPolicy, check_threshold
 from earlyexit.exits.protocol import Execution, ExitModel
 from earlyexit.exits.readers import Predictions, Reader, Scores
 from earlyexit.exits.statistics import exit_statistics
+from earlyexit.nn.borrowed import own_precision
 
 
 class EarlyExitModel(ExitModel):
@@ -30,6 +32,7 @@ class EarlyExitModel(ExitModel):
     def start_statistics(self, confidence_threshold: float = 0.9) -> None:
         """Set the threshold of the default policy, and count exits from zero."""
         self.confidence_threshold = confidence_threshold
+        self._last_fingerprint: tuple[list, str] = [], ""
         self.register_buffer("avg_exit_layer", torch.zeros(()), persistent=False)
         counts = torch.zeros(self.n_layers + 1, dtype=torch.int64)
         self.register_buffer("exit_layer_counts", counts, persistent=False)
@@ -70,10 +73,30 @@ class EarlyExitModel(ExitModel):
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits of the SHA-256 of configuration and weights, gates included."""
+        state = self._state_of_weights()
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + raw.numpy().tobytes())
+        self._last_fingerprint = state, (found := digest.hexdigest()[:16])
+        return found
+
+    def _state_of_weights(self) -> list[tuple[int, int]]:
+        """Return where each weight lies and how often it was changed there, which is read at once."""
+        return [(tensor.data_ptr(), tensor._version) for tensor in self.state_dict().values()]
+
+    def check_policy(self, policy: ExitPolicy) -> None:
+        """Raise TypeError for what is no policy, ValueError for a policy of another model or depth."""
+        super().check_policy(policy)
+        if not policy.model_hash or self._last_fingerprint == (
+            self._state_of_weights(), policy.model_hash,
+        ):  # fmt: skip
+            return
+        if (found := self.fingerprint()) != policy.model_hash:
+            raise ValueError(
+                f"the policy was fitted for model {policy.model_hash}, not for {found}: fit it on a"
+                " trace of this one, or use replace(policy, model_hash='') to run it all the same"
+            )
 
     def forward(
         self,
@@ -94,14 +117,17 @@ class EarlyExitModel(ExitModel):
             ``exit_confidences`` (the criterion at the exit) and ``exited_mask``, each ``(B, N)``.
 
         Raises:
-            ValueError: ``embed`` refuses the ids, the policy is for another depth or given without
-                ``use_early_exit``, or scores are NaN.
+            TypeError: ids or policy are of another type.
+            ValueError: ``embed`` refuses the ids, the policy is for another model or depth or given
+                without ``use_early_exit``, or scores are NaN.
         """
         if not use_early_exit:
             if policy is not None:
                 raise ValueError("a policy does nothing unless use_early_exit=True")
-            return self.head(self.n_layers - 1)(self.final_state(x))
-        result = run(self, x, policy or self.default_policy(), Reader(), execution)
+            with own_precision(self):
+                return self.head(self.n_layers - 1)(self.final_state(x))
+        policy = self.default_policy() if policy is None else policy
+        result = run(self, x, policy, Reader(), execution)
         self._count_exits(result.exit_layers)
         return result.outputs.view(*x.shape, -1), {
             "exit_layers": result.exit_layers.view_as(x),
@@ -124,10 +150,17 @@ class EarlyExitModel(ExitModel):
 
         Returns:
             NLL ``(B, N)``, 0 where ignored; with a policy also the exit layers ``(B, N)``.
+
+        Raises:
+            TypeError, ValueError: ids or targets are no whole numbers, not of one shape, or outside
+                the vocabulary, or a score is NaN.
         """
+        check_whole(x, "token ids")
+        check_whole(targets, "targets")
         if targets.shape != x.shape:
             raise ValueError(f"targets {tuple(targets.shape)} do not fit tokens {tuple(x.shape)}")
-        return self._read_tokens(x, Scores(targets.reshape(-1)), policy, execution)
+        reader = Scores(targets.reshape(-1), self.vocab_size)
+        return self._read_tokens(x, reader, policy, execution)
 
     def predict(
         self, x: Tensor, policy: ExitPolicy | None = None, execution: Execution = "compacted"
@@ -139,9 +172,10 @@ class EarlyExitModel(ExitModel):
     def _read_tokens(self, x: Tensor, read: Reader, policy, execution):
         if policy is None:
             head = self.head(self.n_layers - 1)
-            features = head.features(self.final_state(x)).flatten(0, 1)
-            tokens = torch.arange(len(features), device=x.device)
-            out = read.from_features(head.unembedding, features, tokens).view_as(x)
+            with own_precision(self):
+                features = head.features(self.final_state(x)).flatten(0, 1)
+                tokens = torch.arange(len(features), device=features.device)
+                out = read.from_features(head.unembedding, features, tokens).view(x.shape)
             marker()("head")
             return out
         result = run(self, x, policy, read, execution)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from earlyexit.corpus.windows import IGNORE
+from earlyexit.corpus.windows import IGNORE, check_whole, checked_targets
 from earlyexit.exits.clock import marker
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.propagation import LeftBehind
 from earlyexit.exits.protocol import Execution, ExitModel, ExitState, Observation, Walk, exit_state
 from earlyexit.exits.readers import Reader
 from earlyexit.exits.tally import ExitRun, Tally
+from earlyexit.nn.borrowed import own_precision
 
 
 def run(
@@ -35,24 +36,28 @@ def run(
         execution: ``"compacted"`` or ``"dense"``.
 
     Raises:
-        ValueError: the execution is unknown, the policy is for another depth, scores are NaN, or
-            ``embed`` refuses the ids.
+        TypeError: the policy is no :class:`ExitPolicy`, or the ids are no whole numbers.
+        ValueError: the execution is unknown, the policy is for another model or depth, scores are NaN,
+            or ``embed`` refuses the ids.
     """
     if execution not in ("compacted", "dense"):
         raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
-    walk = model.walk(x, execution, policy.rule.history)
-    if walk is None:
-        walk = (CompactedWalk if execution == "compacted" else DenseWalk)(model, x)
-    progress = torch.arange(x.shape[1], device=x.device).expand_as(x).flatten() / model.n_seq
-    tally = Tally(model, walk, progress, policy, read)
-    tally.mark("rest")
-    for layer in range(model.n_layers):
-        walk.advance(layer)
-        tally.judge(layer)
-        if not len(walk.alive):  # the slowest has left
-            break
-    del walk
-    return tally.finish()
+    model.check_policy(policy)
+    check_whole(x, "token ids")
+    with own_precision(model):
+        walk = model.walk(x, execution, policy.rule.history)
+        if walk is None:
+            walk = (CompactedWalk if execution == "compacted" else DenseWalk)(model, x)
+        progress = torch.arange(x.shape[1], device=x.device).expand_as(x).flatten() / model.n_seq
+        tally = Tally(model, walk, progress, policy, read)
+        tally.mark("rest")
+        for layer in range(model.n_layers):
+            walk.advance(layer)
+            tally.judge(layer)
+            if not len(walk.alive):  # the slowest has left
+                break
+        del walk
+        return tally.finish()
 
 
 @torch.no_grad()
@@ -75,10 +80,14 @@ def scored_states(model: ExitModel, x: Tensor, y: Tensor) -> tuple[list[Tensor],
     Returns:
         Their states before the first and after every layer, L + 1 tensors ``(S, D)``, and their
         targets ``(S,)``.
+
+    Raises:
+        TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
     """
-    scored = (y.flatten() != IGNORE).nonzero().squeeze(1)
+    targets = checked_targets(y.flatten(), model.vocab_size)
+    scored = (targets != IGNORE).nonzero().squeeze(1)
     states = [h.flatten(0, 1)[scored] for h in model.hidden_states(x)]
-    return states, y.flatten()[scored]
+    return states, targets[scored]
 
 
 class DenseWalk(Walk):

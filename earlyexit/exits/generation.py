@@ -7,11 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from earlyexit.checked import real, whole
 from earlyexit.exits.execution import DenseWalk, run
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.readers import Reader
 from earlyexit.exits.tally import ExitRun, Tally
+from earlyexit.nn.borrowed import borrowed
+from earlyexit.nn.unembedding import finite_words
 
 # Maps the ids so far and a position to the run of the tokens at that position, one per sequence.
 NextRun = Callable[[Tensor, int], ExitRun]
@@ -36,35 +39,33 @@ def generate(
         Token ids ``(B, N + n_new)``, and the exit layer of every token run ``(B, N + n_new − 1)``.
 
     Raises:
-        ValueError: prompt and continuation exceed n_seq, the policy is for another depth, logits
-            are not finite, or ``embed`` refuses the prompt.
+        ValueError: prompt and continuation exceed n_seq, ``n_new`` or the temperature is negative, the
+            policy is for another depth, logits are not finite, or ``embed`` refuses the prompt.
     """
     model.embed(prompt)  # refuses what cannot be run
     batch, length = prompt.shape
+    n_new, temperature = whole("n_new", n_new), real("temperature", temperature, least=0)
     if length + n_new > model.n_seq + 1:
         raise ValueError(
             f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
         )
-    policy = policy or ExitPolicy.static(model.n_layers, model.n_layers)
-    ids, exits, was_training = prompt, [], model.training
+    policy = ExitPolicy.static(model.n_layers, model.n_layers) if policy is None else policy
+    model.check_policy(policy)
+    ids, exits = prompt.long(), []
     next_run = _stepping(model, policy) if model.can_step else _running_again(model, policy)
-    model.eval()
-    try:
+    with borrowed(model):
         for position in range(length + n_new - 1):
             result = next_run(ids, position)
             exits.append(result.exit_layers)
             if position >= length - 1:
                 ids = torch.cat([ids, _choose(result.outputs, temperature, generator)], dim=1)
-    finally:
-        model.train(was_training)
     return ids, torch.stack(exits, dim=1) if exits else ids.new_zeros(batch, 0)
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    if not torch.isfinite(logits).all():
-        raise ValueError("logits are not finite: the weights hold NaN or infinity")
+    word = finite_words(*logits.max(dim=-1, keepdim=True))
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
+        return word
     return (logits / temperature).softmax(dim=-1).multinomial(1, generator=generator)
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from earlyexit.exits.clock import marker
 from earlyexit.exits.protocol import ExitModel
+from earlyexit.nn.borrowed import own_precision
+from earlyexit.nn.cross_entropy import precise
 
 
 @torch.no_grad()
@@ -18,9 +20,18 @@ def original_early_exit(model: ExitModel, x: Tensor, threshold: float) -> tuple[
 
     Returns:
         Logits ``(B, N, V)`` and exit layers ``(B, N)``.
+
+    Raises:
+        TypeError, ValueError: ``embed`` refuses the ids.
     """
+    with own_precision(model):
+        return _run(model, x, threshold)
+
+
+def _run(model: ExitModel, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     mark, h = marker(), model.embed(x)
-    logits = h.new_zeros(*x.shape, model.vocab_size)
+    x = x.long()
+    logits = precise(h.new_zeros(*x.shape, model.vocab_size))
     exit_layers = torch.full_like(x, model.n_layers)
     exited = torch.zeros_like(x, dtype=torch.bool)
     mark("rest")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from earlyexit.atomic import atomic_path
-from earlyexit.checked import Checked, Weight, exact_fields, read_document
+from earlyexit.checked import Checked, Weight, brief, exact_fields, read_document, whole
 from earlyexit.exits.criteria import CRITERIA, Criterion
 
+MANY = 1_000_000  # layers: more thresholds than any model has
 Extended = Annotated[float, Field(allow_inf_nan=True)]
 
 
@@ -31,6 +32,8 @@ class ExitPolicy(Checked):
         thresholds: one per layer; ``criterion.never`` where no token may exit.
         decay: τ ≥ 0; where it is positive, thresholds fall with the position t in a window of N as
             0.9 λ + 0.1 exp(−τ t / N) (CALM, eq. 5), for criteria that lie in [0, 1] and exit above.
+        model_hash: fingerprint of the model that the policy was fitted for, which alone runs it; "":
+            any model. It takes no part in comparisons.
 
     Raises:
         ValueError: the criterion is unknown, there is no threshold, a threshold is no number, NaN or
@@ -40,12 +43,12 @@ class ExitPolicy(Checked):
     criterion: str
     thresholds: tuple[Extended, ...]
     decay: Weight = 0.0
+    model_hash: str = field(default="", compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "thresholds", _numbers(self.thresholds))
         super().__post_init__()
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"unknown criterion {self.criterion!r}; known: {', '.join(CRITERIA)}")
+        known_criterion(self.criterion)
         for threshold in self.thresholds:
             if threshold != self.rule.never:
                 check_threshold(threshold, self.rule)
@@ -55,13 +58,13 @@ class ExitPolicy(Checked):
     @classmethod
     def constant(cls, threshold: float, n_layers: int, criterion: str = "max_probability"):
         """Make a policy with the same threshold at every layer."""
-        return cls(criterion, (threshold,) * n_layers)
+        return cls(criterion, (threshold,) * whole("n_layers", n_layers, 1, MANY))
 
     @classmethod
     def static(cls, layer: int, n_layers: int):
         """Make a policy by which every token leaves at ``layer``; ``n_layers`` is full depth."""
-        threshold = layer if layer < n_layers else math.inf
-        return cls.constant(threshold, n_layers, "depth")
+        whole("layer", layer, high=whole("n_layers", n_layers, 1, MANY))
+        return cls.constant(layer if layer < n_layers else math.inf, n_layers, "depth")
 
     @property
     def rule(self) -> Criterion:
@@ -108,7 +111,8 @@ class ExitPolicy(Checked):
             raise ValueError(
                 f"threshold {-self.rule.never} of {self.criterion!r} cannot be saved: give a finite one"
             )
-        return {"criterion": self.criterion, "thresholds": thresholds, "decay": self.decay}
+        plain = {"criterion": self.criterion, "thresholds": thresholds, "decay": self.decay}
+        return plain | ({"model_hash": self.model_hash} if self.model_hash else {})
 
     @classmethod
     def from_dict(cls, data: object) -> ExitPolicy:
@@ -117,12 +121,12 @@ class ExitPolicy(Checked):
         Raises:
             ValueError: a field is missing, unknown or of a wrong type, or the class refuses its value.
         """
+        if isinstance(data, dict):
+            data = {"model_hash": ""} | data  # not written where any model may run it
         form = _Form(**exact_fields(data, _Form))
-        if form.criterion not in CRITERIA:
-            raise ValueError(f"unknown criterion {form.criterion!r}; known: {', '.join(CRITERIA)}")
-        never = CRITERIA[form.criterion].never
+        never = known_criterion(form.criterion).never
         thresholds = tuple(never if t is None else t for t in form.thresholds)
-        return cls(form.criterion, thresholds, form.decay)
+        return cls(form.criterion, thresholds, form.decay, form.model_hash)
 
     def save(self, path: str | Path) -> None:
         """Write the policy as JSON."""
@@ -142,15 +146,30 @@ class _Form(Checked):
     criterion: str
     thresholds: Annotated[tuple[float | None, ...], Field(strict=False, min_length=1)]
     decay: Weight
+    model_hash: str
+
+
+def known_criterion(name: object) -> Criterion:
+    """Return the criterion of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(name, str) and name in CRITERIA:
+        return CRITERIA[name]
+    raise ValueError(f"unknown criterion {brief(name)}; known: {', '.join(CRITERIA)}")
 
 
 def check_threshold(threshold: float, criterion: Criterion) -> float:
     """Return the threshold if it lies within the criterion's bounds.
 
     Raises:
+        TypeError: it is no number.
         ValueError: it does not.
     """
     low, high = criterion.bounds
+    if isinstance(threshold, (str, bool)) or not hasattr(threshold, "__float__"):
+        raise TypeError(f"threshold {brief(threshold)} of {criterion.name!r}: must be a number")
     if low <= threshold <= high:
         return float(threshold)
     raise ValueError(f"threshold {threshold} of {criterion.name!r} must lie in [{low}, {high}]")

@@ -21,10 +21,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from earlyexit.checked import brief
 from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import ExitState
 from earlyexit.exits.operations import Operations
+from earlyexit.exits.policy import ExitPolicy
 from earlyexit.nn.heads import ExitHead
+from earlyexit.nn.record import BatchRecord
 
 Execution = Literal["compacted", "dense"]
 
@@ -35,12 +38,14 @@ class ExitModel(nn.Module, ABC):
     Attributes:
         n_layers: layers L; n_seq: longest sequence; vocab_size: words V.
         gates: predictors that read a normed state, or None.
+        trained_on: hash of the text whose words the model knows; "" where that is not known.
         can_step: whether the model has :meth:`step` and ``embed(x, start)``, to generate in O(1) state.
     """
 
     n_layers: int
     n_seq: int
     vocab_size: int
+    trained_on: str = ""
     can_step: bool = False
 
     def __init__(self):
@@ -169,12 +174,9 @@ class ExitModel(nn.Module, ABC):
 
         return handed_on
 
-    def auxiliary_loss(self) -> Tensor | float:
-        """Return what training may add to the last batch's loss, such as the imbalance of experts."""
+    def auxiliary_loss(self, record: BatchRecord) -> Tensor | float:
+        """Return what training may add to the loss of a recorded batch: the imbalance of experts."""
         return 0.0
-
-    def reset_auxiliary_loss(self) -> None:
-        """Forget the batches so far."""
 
     def check_training(self, exit_sampling: str, layer_dropout: float) -> None:
         """Raise ValueError if the model cannot be trained in this way."""
@@ -182,9 +184,28 @@ class ExitModel(nn.Module, ABC):
     def prepare_step(self, progress: float) -> None:
         """Change what depends on ``progress``, the share of the training that is done."""
 
-    def own_loss(self) -> Tensor | float:
-        """Return what the kind of model adds to the loss of the last batch, weighted."""
+    def own_loss(self, record: BatchRecord) -> Tensor | float:
+        """Return what the kind of model adds to the loss of a recorded batch, weighted."""
         return 0.0
+
+    def check_policy(self, policy: ExitPolicy) -> None:
+        """Raise TypeError for what is no policy, ValueError for a policy of another model or depth."""
+        if not isinstance(policy, ExitPolicy):
+            raise TypeError(f"policy={brief(policy)}: give an ExitPolicy")
+        if len(policy.thresholds) != self.n_layers:
+            raise ValueError(
+                f"the policy has {len(policy.thresholds)} thresholds, the model {self.n_layers} layers"
+            )
+
+    def check_text(self, text: object) -> None:
+        """Raise ValueError if a split, or a loader's data, is of another text than the model knows."""
+        found = getattr(text, "data_hash", "")
+        if found and self.trained_on and found != self.trained_on:
+            raise ValueError(
+                f"the ids are of text {found[:16]}, where words have other numbers than in"
+                f" {self.trained_on[:16]}, on which the model was trained: load that corpus, and"
+                " encode_texts of other texts with it"
+            )
 
     def unit_size(self, layer: int) -> int:
         """Return how many neighbouring tokens are decided together at the exit after ``layer``."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from earlyexit.nn.unembedding import Unembedding, nll_of_logits
+from earlyexit.corpus.windows import checked_targets
+from earlyexit.nn.unembedding import Unembedding, finite_words, nll_of_logits
 
 
 class Reader:
@@ -26,10 +27,14 @@ class Reader:
 
 
 class Scores(Reader):
-    """It takes the NLL of ``targets`` ``(T,)`` in nats, 0 where they are ``IGNORE``."""
+    """It takes the NLL of ``targets`` ``(T,)`` in nats, 0 where they are ``IGNORE``.
 
-    def __init__(self, targets: Tensor):
-        self.targets = targets
+    Raises:
+        TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
+    """
+
+    def __init__(self, targets: Tensor, vocab_size: int):
+        self.targets = checked_targets(targets, vocab_size)
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         return nll_of_logits(logits, self.targets[tokens])
@@ -39,10 +44,14 @@ class Scores(Reader):
 
 
 class Predictions(Reader):
-    """It takes the most probable word."""
+    """It takes the most probable word.
+
+    Raises:
+        ValueError: logits are not finite.
+    """
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        return logits.argmax(dim=-1)
+        return finite_words(*logits.max(dim=-1))
 
     def from_top(self, word: Tensor) -> Tensor:
         return word

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from earlyexit.corpus.windows import IGNORE
 from earlyexit.exits.execution import run
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel
@@ -40,7 +41,7 @@ def exit_statistics(counts: Tensor) -> dict:
 
 @torch.no_grad()
 def exit_shares(model: ExitModel, x: Tensor, y: Tensor, policy: ExitPolicy) -> np.ndarray:
-    """Return the share of a batch's tokens per exit layer ``(L + 1,)``, padded ones included."""
-    exits = run(model, x, policy, Scores(y.flatten())).exit_layers
-    counts = exits.bincount(minlength=model.n_layers + 1)
-    return (counts.double() / exits.numel()).cpu().numpy()
+    """Return the share of a batch's scored tokens per exit layer ``(L + 1,)``."""
+    exits = run(model, x, policy, Scores(y.flatten(), model.vocab_size)).exit_layers
+    counts = exits[y.flatten() != IGNORE].bincount(minlength=model.n_layers + 1)
+    return (counts.double() / counts.sum().clamp_min(1)).cpu().numpy()

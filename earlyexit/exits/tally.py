@@ -11,6 +11,7 @@ from earlyexit.exits.clock import marker
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.protocol import ExitModel, Observation, Walk
 from earlyexit.exits.readers import Reader
+from earlyexit.nn.cross_entropy import precise
 from earlyexit.nn.heads import ExitHead
 
 
@@ -38,9 +39,6 @@ class Tally:
     Args:
         progress: position of each token over n_seq ``(T,)``.
         read: None makes no prediction.
-
-    Raises:
-        ValueError: the policy is for another depth.
     """
 
     def __init__(
@@ -51,15 +49,11 @@ class Tally:
         policy: ExitPolicy,
         read: Reader | None,
     ):
-        if len(policy.thresholds) != model.n_layers:
-            raise ValueError(
-                f"the policy has {len(policy.thresholds)} thresholds, the model {model.n_layers} layers"
-            )
         self.model, self.walk, self.policy, self.read = model, walk, policy, read
         self.progress = progress
         self.exit_layers = torch.full_like(walk.alive, model.n_layers)
-        dtype = next(model.parameters()).dtype
-        self.scores = torch.full_like(progress, torch.nan, dtype=dtype)
+        weight = precise(next(model.parameters())[:0])
+        self.scores = torch.full_like(progress, torch.nan, dtype=weight.dtype)
         self.last_word = self.scores.clone()  # what a streak's criterion read at the exit before
         self.streak = torch.zeros_like(self.scores)
         self.outputs: Tensor | None = None
@@ -113,7 +107,7 @@ class Tally:
         """Return scores ``(A,)`` and, where the check made them, features and outputs."""
         rule, features, output = self.policy.rule, None, None
         if rule.reads == "state":
-            score = rule.score(judged.state)
+            score = precise(rule.score(judged.state))
         else:
             features = head.features(judged.state.hidden)
             if judged.row is not None:  # a few tokens decide for all: nothing to read from

@@ -162,7 +162,16 @@ def coloured_html(words: list[str], layers: np.ndarray, n_layers: int, title: st
     Args:
         words: words in order; ``<eos>`` ends a line.
         layers: layers executed ``(T,)``, 1 … n_layers.
+
+    Raises:
+        ValueError: there is not one number of layers for each word, or one is out of range.
     """
+    layers = np.asarray(layers)
+    if layers.shape != (len(words),) or (layers < 1).any() or (layers > n_layers).any():
+        raise ValueError(
+            f"{len(words)} words, layers {layers.shape} from {layers.min(initial=1)} to"
+            f" {layers.max(initial=1)}: give 1 … {n_layers} for each word"
+        )
     colours = style.layer_colours(n_layers)
     body = []
     for word, depth in zip(words, layers.tolist(), strict=True):

@@ -31,6 +31,7 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, SparseConfig
 from earlyexit.nn.halting import AverageHead, HaltingGates, HaltingLayer, StreamNorm
+from earlyexit.nn.record import BatchRecord, listening
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,11 @@ class HaltingExits:
 
 
 class Pondering:
-    """Such a model is trained and run with ACT: it follows its own threshold, no policy.
-
-    Attributes:
-        ponder: ponder cost of the last batch that was run with gradients ``(B, N)``.
-    """
+    """Such a model is trained and run with ACT: it follows its own threshold, no policy."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.gates = None
-        self.ponder: Tensor | None = None
 
     def check_training(self, exit_sampling: str, layer_dropout: float) -> None:
         """Raise ValueError for exits sampled by token, because halting alone decides who stops."""
@@ -116,10 +112,15 @@ class Pondering:
         if exit_sampling == "tokens":
             raise ValueError("in ACT halting decides who stops: take exit_sampling='one'")
 
-    def own_loss(self) -> Tensor | float:
+    def own_loss(self, record: BatchRecord) -> Tensor | float:
         """Return ``ponder_weight`` × mean ponder cost, beside what the base class adds."""
-        ponder = 0.0 if self.ponder is None else self.config.ponder_weight * self.ponder.mean()
-        return super().own_loss() + ponder
+        return super().own_loss(record) + self.config.ponder_weight * sum(record.notes["ponder"])
+
+    def tell_ponder(self, streams: list[Tensor]) -> None:
+        """Note ``ponder``, the mean cost of the tokens that count, given the ``hidden_states``."""
+        if (record := listening()) is not None:
+            cost = record.counted(self.ponder_cost(streams).flatten())
+            record.notes["ponder"].append(cost.sum() / max(1, len(cost)))
 
     def final_state(self, x: Tensor) -> Tensor:
         return self.hidden_states(x)[-1]
@@ -177,7 +178,7 @@ class ACTLanguageModel(Pondering, ACTEarlyExitModel):
         for block in self.blocks:
             halted = streams[-1][..., -1:] >= 1 - self.config.epsilon
             streams.append(torch.where(halted, streams[-1], block.hidden(streams[-1])))
-        self.ponder = self.ponder_cost(streams) if torch.is_grad_enabled() else None
+        self.tell_ponder(streams)
         return streams
 
 
@@ -192,6 +193,7 @@ def convert_act_to_early_exit(act_model: ACTLanguageModel) -> ACTEarlyExitModel:
     model = ACTEarlyExitModel.from_config(act_model.config).to(next(act_model.parameters()))
     model.load_state_dict(act_model.state_dict())
     copy_final_head(model)
+    model.trained_on = act_model.trained_on
     return model.train(act_model.training)
 
 

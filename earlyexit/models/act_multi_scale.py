@@ -90,7 +90,7 @@ class ACTMultiScaleLanguageModel(Pondering, ACTMultiScaleExitModel):
                 new if alive is None else torch.where(alive[..., None], new, streams[-1])
             )
             alive = streams[-1][..., -1] < 1 - self.config.epsilon
-        self.ponder = self.ponder_cost(streams) if torch.is_grad_enabled() else None
+        self.tell_ponder(streams)
         return streams
 
 
@@ -99,4 +99,5 @@ def convert_act_multi_scale(model: ACTMultiScaleLanguageModel) -> ACTMultiScaleE
     out = ACTMultiScaleExitModel.from_config(model.config).to(next(model.parameters()))
     out.load_state_dict(model.state_dict())
     copy_final_head(out)
+    out.trained_on = model.trained_on
     return out.train(model.training)

@@ -35,7 +35,8 @@ def save_model(model: EarlyExitLanguageModel, path: Path, about: dict | None = N
 
     Args:
         model: a model of the package, or what ``torch.compile`` made of one.
-        about: describes the weights (training, text hash) in values that JSON knows.
+        about: describes the weights in values that JSON knows; "text" is the hash of the text that
+            they were trained on.
 
     Raises:
         CheckpointError: the model could not be read back: it is of another kind, holds NaN or infinity,
@@ -55,7 +56,8 @@ def save_model(model: EarlyExitLanguageModel, path: Path, about: dict | None = N
             shared.add(tensor.data_ptr())
             tensors[name] = tensor.detach().cpu().contiguous()
     config = asdict(model.config) | {"confidence_threshold": model.confidence_threshold}
-    document = {"kind": type(model).__name__, "config": config, "about": about or {}}
+    text = {"text": model.trained_on} if model.trained_on else {}
+    document = {"kind": type(model).__name__, "config": config, "about": text | (about or {})}
     if json.loads(json.dumps(document, allow_nan=False)) != document:
         raise ValueError("about: give lists, and dictionaries with keys of text, as JSON has them")
     if wrong := _unfit(type(model), type(model.config)(**config), tensors):
@@ -99,6 +101,7 @@ def load_model(
         if name in tensors:
             tensor.data = tensor.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
+    model.trained_on = str((document.get("about") or {}).get("text", ""))
     return model.to(device).eval()
 
 

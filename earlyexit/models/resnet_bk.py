@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from earlyexit.corpus.windows import check_whole, checked_ids
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.clock import marker
 from earlyexit.exits.operations import Operations
@@ -19,6 +20,7 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.gates import ExitGates
 from earlyexit.nn.heads import ExitHead
 from earlyexit.nn.mixing import Contribution
+from earlyexit.nn.record import BatchRecord
 from earlyexit.nn.unembedding import AdaptiveUnembedding, LinearUnembedding, Unembedding
 
 
@@ -85,8 +87,10 @@ class EarlyExitLanguageModel(EarlyExitModel):
         """Return the states ``(B, N, D)`` of token ids ``(B, N)`` at positions ``start`` …
 
         Raises:
+            TypeError: they are no tensor of whole numbers.
             ValueError: ids are not two-dimensional, empty, beyond n_seq, or outside 0 … V − 1.
         """
+        check_whole(x, "token ids")
         if x.dim() != 2 or x.numel() == 0:
             raise ValueError(f"expected token ids (B, N) with B, N ≥ 1, got shape {tuple(x.shape)}")
         end = start + x.shape[1]
@@ -95,10 +99,7 @@ class EarlyExitLanguageModel(EarlyExitModel):
                 f"sequence of {end} tokens is longer than n_seq={self.n_seq}: cut it, or build"
                 " the model with a larger n_seq"
             )
-        low, high = torch.stack(x.aminmax()).tolist()
-        if low < 0 or high >= self.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"token id {bad} is outside the vocabulary 0 … {self.vocab_size - 1}")
+        x = checked_ids(x, self.vocab_size)
         return self.token_embedding(x) + self.position_embedding.weight[start:end]
 
     def normed(self, layer: int, h: Tensor) -> Tensor:
@@ -137,13 +138,8 @@ class EarlyExitLanguageModel(EarlyExitModel):
             return torch.cat([potentials, torch.zeros_like(b), others], dim=-1)
         return now
 
-    def auxiliary_loss(self) -> Tensor | float:
-        losses = [block.bk_layer.moe.load_balancing_loss for block in self.blocks]
-        return sum(loss for loss in losses if loss is not None) / self.n_layers
-
-    def reset_auxiliary_loss(self) -> None:
-        for block in self.blocks:
-            block.bk_layer.moe.load_balancing_loss = None
+    def auxiliary_loss(self, record: BatchRecord) -> Tensor | float:
+        return sum(record.notes["imbalance"]) / self.n_layers
 
     def propagation(self) -> Callable[[Tensor, Tensor, int], Tensor]:
         """Return a function that makes what exited tokens hand on by one product for all layers.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from earlyexit.exits.operations import Operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.record import BatchRecord
 from earlyexit.nn.sparse_bk import SparseContribution, SparseMixing
 
 
@@ -81,12 +82,12 @@ class SparseBKLanguageModel(EarlyExitLanguageModel):
         for layer in sparse_layers(self):
             layer.noise = 1 - progress
 
-    def own_loss(self) -> Tensor | float:
+    def own_loss(self, record: BatchRecord) -> Tensor | float:
         """Return ``sparsity_weight`` × mean over layers of (kept share − keep)²."""
-        shares = [s.kept_share for s in sparse_layers(self) if s.kept_share is not None]
-        if not shares:
+        if not record.notes["kept"]:
             return 0.0
-        distance = torch.stack(shares) - self.config.keep
+        kept, of = torch.stack(record.notes["kept"], dim=1)  # (layers,) each
+        distance = kept / of.clamp_min(1) - self.config.keep
         return self.config.sparsity_weight * distance.square().mean()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from earlyexit.checked import Checked, Count, Dropout, Limit, Share
 
@@ -39,7 +41,7 @@ class ModelConfig(Checked):
             head that is tied or that exits should own as Linear(V).
     """
 
-    vocab_size: Count
+    vocab_size: Annotated[int, Field(ge=2)]
     d_model: Count = 64
     n_layers: Count = 4
     n_seq: Count = 128

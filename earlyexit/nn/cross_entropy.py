@@ -8,9 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlyexit.corpus.windows import IGNORE
+from earlyexit.corpus.windows import IGNORE, checked_targets
 
 CHUNK_ELEMENTS = 320_000  # 1.3 MB of float32: stays in a second-level cache
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision in float32, others as they are.
+
+    Logits of a model of half precision are made in float32: in bfloat16 all that follows from them would
+    be rounded to three digits.
+    """
+    return tensor.float() if tensor.itemsize < 4 else tensor
 
 
 def logit_chunks(
@@ -76,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         offset = bias.to(matrix.dtype) if bias is not None else None
         loss = features.new_zeros(())
         for part, logits in logit_chunks(inputs, matrix, offset, reuse=True):
-            logits = logits.float()
+            logits = precise(logits)
             target, valid = targets[part].clamp_min(0)[:, None], scored[part]
             share = 1.0  # of the target that is the word itself
             wanted = logits.gather(1, target).squeeze(1)
@@ -118,8 +127,12 @@ def linear_cross_entropy(
     """Return the mean cross-entropy in nats over the targets that are not ``IGNORE``.
 
     Args:
-        features: ``(T, D)``; weight: ``(V, D)``; bias: ``(V,)`` or None; targets: ``(T,)`` int64.
+        features: ``(T, D)``; weight: ``(V, D)``; bias: ``(V,)`` or None; targets: ``(T,)``.
         bf16: matrix products in bfloat16, sums and exponentials in float32.
         teacher: supplies part of each target (self-distillation); the rest is the word.
+
+    Raises:
+        TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
     """
+    targets = checked_targets(targets, len(weight))
     return _LinearCrossEntropy.apply(features, weight, bias, targets, bf16, teacher)

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from earlyexit.checked import real, whole
+from earlyexit.nn.record import BatchRecord, listening
+
 
 class SparseMoELayer(nn.Module):
     """This is a mixture of experts (Shazeer et al. 2017) with token-choice top-k routing.
@@ -22,7 +25,8 @@ class SparseMoELayer(nn.Module):
         expert_hidden: hidden width of an expert, by default 2 D.
 
     Raises:
-        ValueError: top_k is not in 1 … num_experts.
+        TypeError: a size is no whole number.
+        ValueError: top_k is not in 1 … num_experts, or another value out of range.
     """
 
     def __init__(
@@ -35,6 +39,12 @@ class SparseMoELayer(nn.Module):
         expert_hidden: int | None = None,
     ):
         super().__init__()
+        sizes = {"d_model": d_model, "num_experts": num_experts, "top_k": top_k}
+        if expert_hidden is not None:
+            sizes["expert_hidden"] = expert_hidden
+        for name, size in sizes.items():
+            whole(name, size, 1)
+        real("dropout_p", dropout_p, least=0, below=1)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie in 1 … num_experts={num_experts}")
         self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
@@ -49,14 +59,20 @@ class SparseMoELayer(nn.Module):
             )
             for _ in range(num_experts)
         )
-        self.register_buffer("_expert_counts", torch.zeros(num_experts), persistent=False)
-        self.load_balancing_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, ``(…, D)`` → ``(…, D)``.
 
-        The batch's ``load_balancing_loss`` is left on the module.
+        It notes ``routed``, the tokens per expert ``(E,)``, and ``imbalance``, the loss that is least
+        if all experts get as many.
+
+        Raises:
+            ValueError: the last dimension is not D.
         """
+        if x.shape[-1:] != (self.d_model,):
+            raise ValueError(
+                f"states {tuple(x.shape)}: their last dimension must be {self.d_model}"
+            )
         tokens = x.reshape(-1, self.d_model)  # (T, D)
         gates = F.softmax(self.gating_network(tokens), dim=-1)  # (T, E)
         weight, expert = gates.topk(self.top_k, dim=-1)  # (T, k)
@@ -66,22 +82,14 @@ class SparseMoELayer(nn.Module):
         sorted_out = torch.cat([f(r) for f, r in zip(self.experts, rows, strict=True)])
         out = sorted_out.index_select(0, order.argsort()).view(-1, self.top_k, self.d_model)
         out = torch.einsum("tkd,tk->td", out, weight)
-        self._record(gates, counts)
+        if (record := listening()) is not None:
+            self._tell(record, gates, expert)
         return out.view_as(x)
 
-    def _record(self, gates: Tensor, counts: Tensor) -> None:
+    def _tell(self, record: BatchRecord, gates: Tensor, expert: Tensor) -> None:
+        gates, expert = record.counted(gates), record.counted(expert)
+        counts = expert.flatten().bincount(minlength=self.num_experts)
+        record.notes["routed"].append(counts)
         # Switch Transformer (Fedus et al. 2022), eq. 4: E Σ_e f_e P_e, at least 1 when balanced.
-        with torch.no_grad():
-            self._expert_counts += counts
-            share = counts / counts.sum().clamp_min(1)
-        self.load_balancing_loss = None
-        if torch.is_grad_enabled() and gates.shape[0]:
-            self.load_balancing_loss = self.num_experts * (share * gates.mean(dim=0)).sum()
-
-    def expert_utilisation(self) -> Tensor:
-        """Return the share of routed tokens per expert ``(E,)`` since the last reset."""
-        return self._expert_counts / self._expert_counts.sum().clamp_min(1)
-
-    def reset_expert_utilisation(self) -> None:
-        """Forget the tokens routed so far."""
-        self._expert_counts.zero_()
+        share, mean = counts / counts.sum().clamp_min(1), gates.sum(dim=0) / max(1, len(gates))
+        record.notes["imbalance"].append(self.num_experts * (share * mean).sum())

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.mixing import Contribution, ResolventMixing
+from earlyexit.nn.record import listening
 
 TEMPERATURE = 1.0  # of the sigmoid that the mask is differentiated as
 
@@ -21,7 +22,6 @@ class SparseContribution(nn.Module):
 
     Attributes:
         noise: scale of the noise in training, which the model lets fall to 0.
-        kept_share: share kept in the last batch, without noise, differentiable; None outside training.
     """
 
     def __init__(self, product: Contribution, keep: float):
@@ -34,21 +34,20 @@ class SparseContribution(nn.Module):
             self.importance.bias, torch.tensor(keep, device="cpu").logit().item() / 1.7
         )
         self.noise = 1.0
-        self.kept_share: Tensor | None = None
-        self.register_buffer("_counts", torch.zeros(2), persistent=False)  # kept, all
 
     def forward(self, u: Tensor) -> Tensor:
         """Return potentials, values and mask ``(…, K + 1)`` of u ``(…, D)``.
 
         Skipped positions hand on zeros; in training, where the mask's derivative needs them, theirs.
+        It notes ``kept``, how many positions are kept, without noise, differentiable, and of how many.
         """
         score = self.importance(u)  # (…, 1)
         hard = (score > 0).to(u.dtype)
-        self._counts += torch.stack([hard.detach().sum(), hard.new_tensor(hard.numel())])
-        self.kept_share = None
-        if self.training and torch.is_grad_enabled():
+        if (record := listening()) is not None:
             soft = score.sigmoid()
-            self.kept_share = (hard + soft - soft.detach()).mean()
+            kept = record.counted((hard + (soft - soft.detach())).flatten())
+            record.notes["kept"].append(torch.stack([kept.sum(), kept.new_tensor(len(kept))]))
+        if self.training and torch.is_grad_enabled():
             return torch.cat([self.product(u), self._sample(score)], dim=-1)
         out = u.new_zeros(hard.numel(), self.product.out_features + 1)
         rows = hard.flatten().nonzero().squeeze(1)
@@ -61,14 +60,6 @@ class SparseContribution(nn.Module):
         uniform = torch.rand_like(score).clamp(1e-6, 1 - 1e-6)
         soft = ((score + self.noise * uniform.logit()) / TEMPERATURE).sigmoid()
         return (soft > 0.5).to(score.dtype) + soft - soft.detach()
-
-    def kept(self) -> float:
-        """Return the share of positions kept since the last reset."""
-        return float(self._counts[0] / self._counts[1].clamp_min(1))
-
-    def reset_kept(self) -> None:
-        """Forget the positions counted so far."""
-        self._counts.zero_()
 
 
 class SparseMixing(ResolventMixing):

@@ -6,18 +6,30 @@ again. These functions hold no more than one chunk of about ``CHUNK_ELEMENTS`` o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from earlyexit.corpus.windows import IGNORE
-from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS, Teacher, linear_cross_entropy, logit_chunks
+from earlyexit.corpus.windows import IGNORE, checked_targets
+from earlyexit.nn.cross_entropy import (
+    CHUNK_ELEMENTS,
+    Teacher,
+    linear_cross_entropy,
+    logit_chunks,
+    precise,
+)
 
 
 @torch.no_grad()
 def token_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Return the negative log-likelihood of ``targets`` ``(T,)`` in nats, 0 where ``IGNORE``."""
+    """Return the negative log-likelihood of ``targets`` ``(T,)`` in nats, 0 where ``IGNORE``.
+
+    Raises:
+        TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
+    """
+    targets = checked_targets(targets, len(weight))
     nll, scored = features.new_zeros(targets.shape), (targets != IGNORE).nonzero().squeeze(1)
     features, wanted = features.index_select(0, scored), targets[scored, None]
     for part, logits in logit_chunks(features, weight, bias, reuse=True):
@@ -27,7 +39,7 @@ def token_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
 
 
 def nll_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the NLL ``(T,)`` of targets under logits ``(T, V)`` in nats, 0 where ``IGNORE``."""
+    """Return the NLL ``(T,)`` of checked targets under logits ``(T, V)``, 0 where ``IGNORE``."""
     picked = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
     return (logits.logsumexp(dim=-1) - picked) * (targets != IGNORE)
 
@@ -38,18 +50,36 @@ def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
     return value - logits.logsumexp(dim=-1), word
 
 
+def finite_words(value: Tensor, word: Tensor) -> Tensor:
+    """Return most probable words ``(T,)``, given their logits or log-probabilities ``(T,)``.
+
+    Raises:
+        ValueError: one of these is not finite; then no word is the most probable.
+    """
+    if not value.isfinite().all():
+        raise ValueError("logits are not finite: the weights hold NaN or infinity")
+    return word
+
+
 class LinearUnembedding(nn.Linear):
     """A linear unembedding, Linear(D, V), is one product with the whole vocabulary."""
 
     cheap_top = False  # the most probable word takes all logits
 
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits ``(…, V)`` of features ``(…, D)``, in float32 at least."""
+        return nn.functional.linear(precise(features), *self._matrix())
+
+    def _matrix(self) -> tuple[Tensor, Tensor]:
+        return precise(self.weight), precise(self.bias)
+
     def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield the :func:`logit_chunks` of features ``(T, D)``."""
-        return logit_chunks(features, self.weight, self.bias)
+        return logit_chunks(precise(features), *self._matrix())
 
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
         """Return the :func:`token_nll` ``(T,)`` of features ``(T, D)`` and targets ``(T,)``."""
-        return token_nll(features, self.weight, self.bias, targets)
+        return token_nll(precise(features), *self._matrix(), targets)
 
     def top(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the :func:`most_probable` word of features ``(T, D)``."""
@@ -57,8 +87,9 @@ class LinearUnembedding(nn.Linear):
         return tuple(map(torch.cat, zip(*tops, strict=True)))
 
     def predict(self, features: Tensor) -> Tensor:
-        """Return the most probable word ``(T,)`` of features ``(T, D)``."""
-        return torch.cat([logits.argmax(dim=-1) for _, logits in self.chunks(features)])
+        """Return the :func:`finite_words` ``(T,)`` of features ``(T, D)``."""
+        tops = [logits.max(dim=-1) for _, logits in self.chunks(features)]
+        return finite_words(*map(torch.cat, zip(*tops, strict=True)))
 
     def loss(
         self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
@@ -99,12 +130,19 @@ class AdaptiveUnembedding(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the log-probabilities ``(…, V)`` of features ``(…, D)``."""
-        flat = features.reshape(-1, features.shape[-1])
-        return self.softmax.log_prob(flat).view(*features.shape[:-1], self.vocab_size)
+        flat = precise(features.reshape(-1, features.shape[-1]))
+        return self._precise().log_prob(flat).view(*features.shape[:-1], self.vocab_size)
+
+    def _precise(self) -> nn.AdaptiveLogSoftmaxWithLoss:
+        """Return the softmax, or of one in half precision a copy in float32."""
+        half = self.softmax.head.weight.itemsize < 4
+        return copy.deepcopy(self.softmax).float() if half else self.softmax
 
     def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield log-probabilities ``(rows, V)`` of features ``(T, D)``, chunk by chunk."""
-        return ((part, self(features[part])) for part in self._parts(features, self.vocab_size))
+        features, softmax = precise(features), self._precise()
+        parts = self._parts(features, self.vocab_size)
+        return ((part, softmax.log_prob(features[part])) for part in parts)
 
     @torch.no_grad()
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
@@ -112,25 +150,29 @@ class AdaptiveUnembedding(nn.Module):
 
         It is that of ``softmax``, but a cluster works on its words of all chunks at once, and the
         head's logits are written over by their log-softmax.
+
+        Raises:
+            TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
         """
-        head, (column, clusters) = self.softmax.head, self._divided(targets)
+        features, softmax = precise(features), self._precise()
+        head, (column, clusters) = softmax.head, self._divided(softmax, targets)
         nll = token_nll(features, head.weight, head.bias, column)
         for rows, narrow, words, index in clusters:
             nll[rows] += token_nll(narrow(features[rows]), words.weight, None, index)
         return nll
 
     def _divided(
-        self, targets: Tensor
+        self, softmax: nn.AdaptiveLogSoftmaxWithLoss, targets: Tensor
     ) -> tuple[Tensor, list[tuple[Tensor, nn.Module, nn.Module, Tensor]]]:
         """Return each target's column of the head ``(T,)``, and what the clusters have to do.
 
         That is, for each cluster, the rows whose targets it holds ``(R,)``, its two matrices, and the
         indices in it of the words ``(R,)``.
         """
-        cutoffs = self.softmax.cutoffs
+        targets, cutoffs = checked_targets(targets, self.vocab_size), softmax.cutoffs
         cluster = torch.bucketize(targets, targets.new_tensor(cutoffs[:-1]), right=True)
         clusters = []
-        for index, (narrow, words) in enumerate(self.softmax.tail):
+        for index, (narrow, words) in enumerate(softmax.tail):
             rows = (cluster == index + 1).nonzero().squeeze(1)
             clusters.append((rows, narrow, words, targets[rows] - cutoffs[index]))
         return torch.where(cluster > 0, cutoffs[0] + cluster - 1, targets), clusters
@@ -140,26 +182,14 @@ class AdaptiveUnembedding(nn.Module):
 
         It is exact: a cluster is opened where all of it outweighs the best word so far.
         """
-        parts = self._parts(features, self.softmax.head_size)
-        tops = [self._most_probable(features[part]) for part in parts]
+        features, softmax = precise(features), self._precise()
+        parts = self._parts(features, softmax.head_size)
+        tops = [_most_probable(softmax, features[part]) for part in parts]
         return tuple(map(torch.cat, zip(*tops, strict=True)))
 
     def predict(self, features: Tensor) -> Tensor:
-        """Return the most probable word ``(T,)`` of features ``(T, D)``."""
-        return self.top(features)[1]
-
-    def _most_probable(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        head = self.softmax.head(features).log_softmax(dim=-1)  # words, then one column per cluster
-        best, word = head[:, : self.softmax.shortlist_size].max(dim=-1)
-        clusters = head[:, self.softmax.shortlist_size :].unbind(dim=-1)
-        firsts = self.softmax.cutoffs[:-1]
-        for first, weight, tail in zip(firsts, clusters, self.softmax.tail, strict=True):
-            rows = (weight > best).nonzero().squeeze(1)
-            inside, index = tail(features[rows]).log_softmax(dim=-1).max(dim=-1)
-            value, before = weight[rows] + inside, best[rows]
-            word[rows] = torch.where(value > before, first + index, word[rows])
-            best[rows] = torch.maximum(value, before)
-        return best, word
+        """Return the :func:`finite_words` ``(T,)`` of features ``(T, D)``."""
+        return finite_words(*self.top(features))
 
     def loss(
         self, features: Tensor, targets: Tensor, bf16: bool = False, teacher: Teacher | None = None
@@ -168,8 +198,11 @@ class AdaptiveUnembedding(nn.Module):
 
         A teacher supplies its share of the target among the head's columns, frequent words and clusters;
         inside a cluster the word is the whole target.
+
+        Raises:
+            TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
         """
-        head, (column, clusters) = self.softmax.head, self._divided(targets)
+        head, (column, clusters) = self.softmax.head, self._divided(self.softmax, targets)
         if teacher is not None:
             teacher = teacher._replace(unembedding=teacher.unembedding.softmax.head)
         loss = linear_cross_entropy(features, head.weight, head.bias, column, bf16, teacher)
@@ -183,6 +216,23 @@ class AdaptiveUnembedding(nn.Module):
     def _parts(rows: Tensor, width: int) -> Iterator[slice]:
         step = max(1, CHUNK_ELEMENTS // width)
         return (slice(i, i + step) for i in range(0, max(1, len(rows)), step))
+
+
+def _most_probable(
+    softmax: nn.AdaptiveLogSoftmaxWithLoss, features: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log-probability and index ``(T,)`` of the most probable word of features ``(T, D)``."""
+    head = softmax.head(features).log_softmax(dim=-1)  # words, then one column per cluster
+    best, word = head[:, : softmax.shortlist_size].max(dim=-1)
+    clusters = head[:, softmax.shortlist_size :].unbind(dim=-1)
+    firsts = softmax.cutoffs[:-1]
+    for first, weight, tail in zip(firsts, clusters, softmax.tail, strict=True):
+        rows = (weight > best).nonzero().squeeze(1)
+        inside, index = tail(features[rows]).log_softmax(dim=-1).max(dim=-1)
+        value, before = weight[rows] + inside, best[rows]
+        word[rows] = torch.where(value > before, first + index, word[rows])
+        best[rows] = torch.maximum(value, before)
+    return best, word
 
 
 Unembedding = LinearUnembedding | AdaptiveUnembedding

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from earlyexit.checked import real, whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.exits.execution import scored_states
 from earlyexit.exits.protocol import ExitModel
+from earlyexit.nn.borrowed import borrowed
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 from earlyexit.nn.gates import AGREE, KL, ExitGates
+from earlyexit.training.train import check_trainable
 
 
 @torch.no_grad()
@@ -81,7 +84,9 @@ def train_gates(
         One row per exit: the share of the KL's deviance explained, and the mean KL and agreement.
 
     Raises:
-        ValueError: the model has no gates or only one layer, or ``split`` is not the training split.
+        ValueError: the model has no gates that learn, only one layer or half precision, ``split`` is not
+            the training split, or another argument is out of range.
+        FloatingPointError: the gates' weights are not finite afterwards.
     """
     if split.name != "train":
         raise ValueError(f"gates are trained on the training split, not on {split.name!r}")
@@ -89,10 +94,38 @@ def train_gates(
         raise ValueError(
             "the model has no gates: build it with gate_hidden=0 and two layers or more"
         )
-    model.eval()
-    torch.manual_seed(seed)
-    normal, kl, agree = gate_data(model, split, eos_id, max_tokens)
-    gates = model.gates
+    if not isinstance(model.gates, ExitGates):
+        raise ValueError("the gates of this model are its halting units, which ACT trains")
+    sizes = {"max_tokens": max_tokens, "steps": steps, "batch_size": batch_size}
+    max_tokens, steps, batch_size = (whole(name, size, 1) for name, size in sizes.items())
+    learning_rate = real("learning_rate", learning_rate, above=0)
+    check_trainable(model, split)
+    model.check_text(split)
+    model.gates.trained.fill_(False)  # until they are
+    with borrowed(model):
+        torch.manual_seed(seed)
+        data = gate_data(model, split, eos_id, max_tokens)
+        _fit(model.gates, *data, steps, batch_size, learning_rate)
+        report = [_report(model.gates, layer, *data) for layer in range(model.n_layers - 1)]
+    if not all(p.isfinite().all() for p in model.gates.parameters()):
+        raise FloatingPointError(
+            f"the gates' weights are not finite: lower learning_rate={learning_rate}, or look for NaN in"
+            " the model's own weights"
+        )
+    model.gates.trained.fill_(True)
+    model.trained_on = model.trained_on or split.data_hash
+    return report
+
+
+def _fit(
+    gates: ExitGates,
+    normal: Tensor,
+    kl: Tensor,
+    agree: Tensor,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+) -> None:
     with torch.no_grad():  # start at the means
         for layer, gate in enumerate(gates.gates):
             last = gate if isinstance(gate, nn.Linear) else gate[-1]
@@ -108,8 +141,6 @@ def train_gates(
         loss.backward()
         optimizer.step()
         schedule.step()
-    gates.trained.fill_(True)
-    return [_report(gates, layer, normal, kl, agree) for layer in range(len(kl))]
 
 
 def _loss(gates: ExitGates, layer: int, normal, kl, agree, rows) -> Tensor:

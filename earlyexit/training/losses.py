@@ -7,9 +7,10 @@ import random
 import torch
 from torch import Tensor
 
-from earlyexit.corpus.windows import IGNORE
+from earlyexit.corpus.windows import IGNORE, checked_targets
 from earlyexit.exits.protocol import ExitModel
-from earlyexit.nn.cross_entropy import Teacher
+from earlyexit.nn.cross_entropy import Teacher, precise
+from earlyexit.nn.record import BatchRecord, recorded
 from earlyexit.training.config import TrainingConfig
 
 
@@ -29,30 +30,32 @@ def training_loss(
     """Return the loss of one batch, and the last layer's mean NLL in nats (detached).
 
     Joint training minimises NLL_L + w · NLL_exit + b · balance, and what the kind of model adds; on a
-    frozen backbone NLL_exit replaces the first three. With exits sampled by token, each token counts
+    frozen backbone NLL_exit alone. With exits sampled by token, each token counts
     once, at its exit, and the mean NLL of these is returned.
 
     Args:
         step: seeds the draw of the exit and of dropped layers.
         progress: share of the training that is done; ``exit_ramp`` and the kind of model use it.
+
+    Raises:
+        TypeError, ValueError: see :func:`earlyexit.corpus.windows.checked_targets`.
     """
     model.prepare_step(progress)
+    y = checked_targets(y, model.vocab_size)
     last, draw = model.n_layers - 1, random.Random(config.seed * 1_000_003 + step)
     weight = config.exit_loss_weight * min(1.0, progress / max(config.exit_ramp, 1e-9))
     if config.exit_sampling == "tokens":
-        nll = _sampled_exits_nll(model, x, y, weight, config, draw)
-        objective = nll + config.balance_weight * model.auxiliary_loss() + model.own_loss()
-        return objective, nll.detach()
-    with torch.set_grad_enabled(not config.freeze_backbone):
+        with recorded(y != IGNORE) as record:
+            nll = _sampled_exits_nll(model, x, y, weight, config, draw)
+        return nll + _beside(model, record, config), nll.detach()
+    with torch.set_grad_enabled(not config.freeze_backbone), recorded(y != IGNORE) as record:
         states = _states(model, x, config, draw)
 
     def nll(layer: int, teacher: Teacher | None = None) -> Tensor:
         below = states
-        if (
-            layer < last and config.exit_gradient < 1
-        ):  # the same states, with part of their gradient
+        if layer < last and config.exit_gradient < 1:  # the same states, part of their gradient
             below = [h.detach().lerp(h, config.exit_gradient) for h in states]
-        features = exit_features(model, below, layer).float()
+        features = precise(exit_features(model, below, layer))
         unembedding = model.head(layer).unembedding
         return unembedding.loss(features, y.flatten(), config.bf16, teacher)
 
@@ -66,10 +69,14 @@ def training_loss(
     exit_nll = sum((nll(layer, teacher) for layer in exits), torch.zeros((), device=x.device))
     exit_nll = exit_nll / max(1, len(exits))
     if config.freeze_backbone:
-        return exit_nll + model.own_loss(), exit_nll.detach()
+        return exit_nll, exit_nll.detach()
     final = nll(last)
-    loss = final + weight * exit_nll + config.balance_weight * model.auxiliary_loss()
-    return loss + model.own_loss(), final.detach()
+    return final + weight * exit_nll + _beside(model, record, config), final.detach()
+
+
+def _beside(model: ExitModel, record: BatchRecord, config: TrainingConfig) -> Tensor | float:
+    """Return what a recorded batch adds to its NLL: the imbalance of experts, and the kind's own."""
+    return config.balance_weight * model.auxiliary_loss(record) + model.own_loss(record)
 
 
 def _sampled_exits_nll(
@@ -89,7 +96,7 @@ def _sampled_exits_nll(
     for layer in range(model.n_layers):
         h, given = model.layer_around(layer, h, layer_of < layer, given)
         head, leaving = model.head(layer), layer_of == layer
-        part = head.features(h[leaving]).float(), y[leaving]
+        part = precise(head.features(h[leaving])), y[leaving]
         by_head.setdefault(id(head.unembedding), (head.unembedding, []))[1].append(part)
     total, count = torch.zeros((), device=x.device), (y != IGNORE).sum().clamp_min(1)
     for unembedding, parts in by_head.values():
@@ -104,7 +111,6 @@ def _states(model, x: Tensor, config: TrainingConfig, draw: random.Random) -> li
     if not config.layer_dropout:
         return model.hidden_states(x)
     states, last = [model.embed(x)], max(1, model.n_layers - 1)
-    model.reset_auxiliary_loss()  # of layers that are skipped now
     for layer in range(model.n_layers):
         skip = draw.random() < config.layer_dropout * (2 ** (layer / last) - 1)
         states.append(states[-1] if skip else model.layer(layer, states[-1]))

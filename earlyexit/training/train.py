@@ -16,6 +16,7 @@ from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, loader
 from earlyexit.devices import resolve_device
 from earlyexit.exits.protocol import ExitModel
+from earlyexit.nn.borrowed import borrowed
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.losses import exit_features, training_loss
 from earlyexit.training.optimizer import Optimizer
@@ -46,14 +47,49 @@ def train(
 
     Raises:
         FloatingPointError: the loss is NaN or infinite.
-        ValueError: the frozen backbone has one layer, or the model refuses this way of training.
+        ValueError: the frozen backbone has one layer, the model is of half precision or refuses this
+            way of training, or the training split holds no token.
         CheckpointError: the resumable state is damaged.
     """
-    device = resolve_device(device)
+    check_trainable(model, corpus.splits["train"])
+    if config.freeze_backbone:
+        model.check_text(corpus.splits["train"])
     model.check_training(config.exit_sampling, config.layer_dropout)
+    if config.freeze_backbone and model.n_layers < 2:
+        raise ValueError("a model of one layer has no exit to train on a frozen backbone")
+    model.to(device := resolve_device(device))
+    with borrowed(model):
+        # A frozen backbone gives its exits the states they will see: no dropout.
+        model.train(not config.freeze_backbone)
+        history = _train(
+            model, corpus, config, device, checkpoint_dir, checkpoint_every, max_tokens
+        )
+    model.eval().trained_on = corpus.data_hash
+    return history
+
+
+def check_trainable(model: ExitModel, split: Split) -> None:
+    """Raise ValueError unless the model has weights that can learn, and the split tokens."""
+    half = {p.dtype for p in model.parameters() if p.itemsize < 4}
+    if half:
+        raise ValueError(
+            f"weights in {half.pop()} are too coarse to learn: train model.float(), with bf16=True for"
+            " products in bfloat16"
+        )
+    if not split.n_tokens:
+        raise ValueError(f"the split {split.name!r} holds no token to learn from")
+
+
+def _train(
+    model: ExitModel,
+    corpus: Corpus,
+    config: TrainingConfig,
+    device: torch.device,
+    checkpoint_dir: Path | None,
+    checkpoint_every: int,
+    max_tokens: int,
+) -> list[dict]:
     torch.manual_seed(config.seed)
-    # A frozen backbone gives its exits the states they will see: no dropout.
-    model.to(device).train(not config.freeze_backbone)
     if model.gates is not None:
         model.gates.trained.fill_(False)  # of other weights
     split = corpus.splits["train"].limit(max_tokens)
@@ -94,7 +130,6 @@ def train(
             log = {"step": step, "history": history, "recent": recent, "tokens": tokens}
             resume.save(model, optimizer, log)
     bar.close()
-    model.eval().requires_grad_(True)
     return history
 
 
@@ -115,19 +150,21 @@ def perplexity_per_exit(
 
     Raises:
         FloatingPointError: the model's NLL is not finite.
+        ValueError: the split is empty, or of another text than the model was trained on.
     """
-    was_training = model.training
-    model.eval()
+    model.check_text(split)
     device = next(model.parameters()).device
     total, count = torch.zeros(model.n_layers, dtype=torch.float64), 0
-    for x, y in loader(split, model.n_seq, batch_size, eos_id):
-        states, target = model.hidden_states(x.to(device)), y.flatten().to(device)
-        for layer in range(model.n_layers):
-            unembedding = model.head(layer).unembedding
-            nll = unembedding.nll(exit_features(model, states, layer), target)
-            total[layer] += nll.double().sum().cpu()
-        count += int((y != IGNORE).sum())
-    model.train(was_training)
+    with borrowed(model):
+        for x, y in loader(split, model.n_seq, batch_size, eos_id):
+            states, target = model.hidden_states(x.to(device)), y.flatten().to(device)
+            for layer in range(model.n_layers):
+                unembedding = model.head(layer).unembedding
+                nll = unembedding.nll(exit_features(model, states, layer), target)
+                total[layer] += nll.double().sum().cpu()
+            count += int((y != IGNORE).sum())
+    if not count:
+        raise ValueError(f"the split {split.name!r} holds no token to score")
     if not torch.isfinite(total).all():
         raise FloatingPointError("the model's NLL is not finite: its weights hold NaN or infinity")
     return (total / count).exp().tolist()
@@ -143,8 +180,6 @@ def _trainable(model: ExitModel, config: TrainingConfig) -> list[tuple[str, nn.P
     named = list(model.named_parameters())
     if not config.freeze_backbone:
         return [(name, p) for name, p in named if not name.startswith("gates.")]
-    if model.n_layers < 2:
-        raise ValueError("a model of one layer has no exit to train on a frozen backbone")
     heads = [model.head(layer) for layer in range(model.n_layers - 1)]
     trained = {id(p) for head in heads for p in head.parameters()}
     for _, parameter in named:

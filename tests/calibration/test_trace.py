@@ -304,7 +304,7 @@ def test_a_flipped_bit_of_a_trace_is_found_wherever_it_is(traced, tmp_path):
 def test_what_a_trace_does_not_hold_is_said(traced):
     *_, trace = traced
     poor = dataclasses.replace(trace, scores={})
-    with pytest.raises(KeyError, match="entropy"):
+    with pytest.raises(ValueError, match="entropy"):
         poor.evaluate(ExitPolicy.constant(0.5, 3, "entropy"))
     with pytest.raises(ValueError, match="thresholds"):
         trace.evaluate(ExitPolicy.constant(0.5, 4))

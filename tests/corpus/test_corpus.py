@@ -8,7 +8,7 @@ import random
 import re
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from earlyexit.corpus.documents import (
     _sections,
     read_documents,
 )
-from earlyexit.corpus.load import load_corpus
+from earlyexit.corpus.load import encode_texts, load_corpus
 from earlyexit.corpus.splits import MIN_LIMITED, Split
 from earlyexit.corpus.tokenizers import EOS_ID, UNK_ID
 from earlyexit.corpus.windows import IGNORE, loader, windows
@@ -486,10 +486,11 @@ def test_config_errors(wrong):
 
 
 def test_vocabulary_is_by_frequency_then_alphabet_from_training_text_only(tmp_path):
-    folder = tmp_path / "f"
+    folder, orders = tmp_path / "f", sorted(set(permutations(("bb", "cc", "cc", "aa"))))
     folder.mkdir()
     for i, role in enumerate(CYCLE):
-        text = "bb cc cc aa" if role == "train" else "secret secret secret cc"
+        secret = f"{6 * chr(100 + i)} " * 3  # files of equal text would share a split
+        text = " ".join(orders.pop()) if role == "train" else f"{secret}cc"
         (folder / f"{i:02d}.txt").write_text(text)
     corpus = load_corpus(CorpusConfig("folder", str(folder), vocab_size=4))
     assert corpus.decode(range(corpus.vocab_size)) == [UNK, EOS, "cc", "aa"]
@@ -586,3 +587,82 @@ def test_hash_follows_text_and_settings_not_places(tmp_path, wiki_dir):
     with (moved / "test.txt").open("a") as file:
         file.write(" more \n")
     assert load_corpus(same).data_hash != base
+
+
+# ---------------------------------------------------------------- other texts, and other files
+
+ODD = "\ufeffone two\r\nthree\u2028four\u0085five\x0csix\r\r\n  seven <unk> \0eight \n\n"
+
+
+@pytest.mark.parametrize("tokenizer", ["word", "bpe"])
+def test_a_text_has_the_same_ids_through_every_door(tmp_path, tokenizer):
+    folder = write_folder(tmp_path / "f", 20)
+    for i in (0, 3):  # of the training split, and of the test split
+        (folder / f"{i:03d}.txt").write_bytes((ODD + f"{i}").encode())
+    corpus = load_corpus(CorpusConfig("folder", str(folder), 300, tokenizer), tmp_path / "cache")
+    cached = load_corpus(CorpusConfig("folder", str(folder), 300, tokenizer), tmp_path / "cache")
+    for which in (corpus, cached):
+        other = encode_texts(which, [ODD + "0", "", " \n", ODD + "3"], "other")
+        for i, name in ((0, "train"), (3, "test")):
+            split = corpus.splits[name]
+            for field in ("ids", "characters"):
+                found = getattr(other, field)[other.document == i]
+                assert np.array_equal(found, getattr(split, field)[split.document == i])
+        assert set(other.document.tolist()) == {0, 3}  # blank texts keep their places
+
+
+def test_wikitext_has_the_same_ids_through_every_door(wiki_dir):
+    corpus = load_corpus(CorpusConfig("wikitext-2", str(wiki_dir)))
+    other = encode_texts(corpus, [(wiki_dir / "test.txt").read_text(encoding="utf-8")], "other")
+    assert np.array_equal(other.ids, corpus.splits["test"].ids)
+
+
+@pytest.mark.parametrize("texts", ["one text", [b"bytes"], [None], None, 3])
+def test_what_is_no_list_of_texts_is_refused(sotu, texts):
+    with pytest.raises(TypeError):
+        encode_texts(sotu, texts, "other")
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["\n", "\ufeff", " \r\n "]])
+def test_nothing_to_encode_is_said(sotu, texts):
+    with pytest.raises(ValueError, match="nothing to encode"):
+        encode_texts(sotu, texts, "other")
+
+
+def test_texts_that_differ_by_separators_have_different_hashes(tmp_path):
+    def data_hash(name: str, *first: str) -> str:
+        folder = write_folder(tmp_path / name, 41)
+        for i, text in enumerate(first):
+            (folder / f"{i:03d}.txt").write_text(text)
+        return load_corpus(CorpusConfig("folder", str(folder))).data_hash
+
+    whole = data_hash("a", "x\0certify\ny", "z"), data_hash("b", "x", "y\0train\nz")
+    others = data_hash("c", "x", "y"), data_hash("d", "x\0", "y"), data_hash("e", "x\0\0")
+    assert len({*whole, *others}) == 5
+
+
+def test_tools_leftovers_are_no_text_and_copies_share_a_split(tmp_path, caplog):
+    folder = write_folder(tmp_path / "f", 41)
+    plain = load_corpus(CorpusConfig("folder", str(folder)))
+    hidden = folder / ".ipynb_checkpoints"
+    hidden.mkdir()
+    for i in range(41):
+        (hidden / f"{i:03d}-checkpoint.txt").write_bytes((folder / f"{i:03d}.txt").read_bytes())
+    (folder / "._000.txt").write_bytes(b"\0\5\x16\7\xff")
+    assert load_corpus(CorpusConfig("folder", str(folder))).data_hash == plain.data_hash
+    (folder / "005.txt").rename(folder / "005.TXT")
+    assert load_corpus(CorpusConfig("folder", str(folder))).data_hash == plain.data_hash
+    assert not caplog.records
+    (folder / "copy").mkdir()
+    for path in [p for p in folder.iterdir() if p.suffix in (".txt", ".TXT") and p.name[0] != "."]:
+        (folder / "copy" / path.name).write_bytes(path.read_bytes())
+    documents = read_documents(CorpusConfig("folder", str(folder)))
+    assert len(documents) == 82 and "41 documents are copies" in caplog.text
+    role = {}
+    for document in documents:
+        assert role.setdefault(tuple(document.lines), document.role) == document.role
+    folder = tmp_path / "only hidden"
+    folder.mkdir()
+    (folder / ".hidden.txt").write_text("text")
+    with pytest.raises(ValueError, match="is not hidden"):
+        read_documents(CorpusConfig("folder", str(folder)))

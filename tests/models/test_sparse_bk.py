@@ -15,12 +15,14 @@ from earlyexit.exits.criteria import CRITERIA
 from earlyexit.models.sparse_bk import SparseBKLanguageModel, sparse_layers
 from earlyexit.nn.block import MoEResNetBKLayer
 from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.record import recorded
 from earlyexit.nn.sparse_bk import SparseMixing
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.train import train
 
 READY = [name for name in CRITERIA if name != "depth"]
 VALUES = [4, 0]  # channels per head
+EVERY = torch.ones(3, 10, dtype=torch.bool)  # positions count
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +155,9 @@ def sparse_and_dense(mode: float, values: int):
 @pytest.mark.parametrize("values", VALUES)
 def test_a_full_mask_is_the_dense_layer_exactly(values):
     (sparse, dense), u = sparse_and_dense(1.0, values), torch.randn(3, 10, 6)
-    assert torch.equal(sparse(u), dense(u))
-    assert sparse.contribution.kept() == 1
+    with recorded(EVERY) as record:
+        assert torch.equal(sparse(u), dense(u))
+    assert record.notes["kept"][0].tolist() == [30, 30]
 
 
 @torch.no_grad()
@@ -162,8 +165,9 @@ def test_a_full_mask_is_the_dense_layer_exactly(values):
 def test_an_empty_mask_mixes_nothing(values):
     (sparse, _), u = sparse_and_dense(-1.0, values), torch.randn(3, 10, 6)
     mixed = sparse.mixing.bk_scale * sparse.mixing.output_proj.bias
-    torch.testing.assert_close(sparse(u), mixed + sparse.moe(u + mixed))
-    assert sparse.contribution.kept() == 0
+    with recorded(EVERY) as record:
+        torch.testing.assert_close(sparse(u), mixed + sparse.moe(u + mixed))
+    assert record.notes["kept"][0].tolist() == [0, 30]
 
 
 @torch.no_grad()
@@ -175,10 +179,11 @@ def test_the_recursion_is_shorter_and_its_products_are_skipped(make_sparse, make
     core.register_forward_hook(lambda m, inputs, out: lengths.append(inputs[0].shape[1]))
     kept = (chooser.importance(model.blocks[0].layer_norm(model.embed(x))) > 0).squeeze(-1)
     assert 0.2 < kept.double().mean() < 0.8
-    model(x)
+    with recorded(torch.ones_like(x, dtype=torch.bool)) as record:
+        model(x)
     assert lengths == [kept.sum(1).max()] and lengths[0] < 12
     assert rows == [kept.sum()]
-    assert chooser.kept() == pytest.approx(kept.double().mean().item())
+    assert record.notes["kept"][0].tolist() == [kept.sum(), 36]
 
 
 @torch.no_grad()
@@ -267,8 +272,10 @@ def test_the_importance_learns_what_matters(seed):
         position = torch.arange(16).expand(64, 16)
         last = torch.where(marked, position, -1).cummax(dim=1).values
         wanted = u[..., 1].gather(1, last.clamp_min(0)) * (last >= 0)  # the last marked value
-        loss = (layer(u)[..., 2] - wanted).square().mean()
-        loss = loss + 3 * (layer.contribution.kept_share - 0.5).square()
+        with recorded(torch.ones_like(marked)) as record:
+            loss = (layer(u)[..., 2] - wanted).square().mean()
+        kept, of = record.notes["kept"][0]
+        loss = loss + 3 * (kept / of - 0.5).square()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -9,6 +9,7 @@ from torch import nn
 from earlyexit.nn.block import EarlyExitResNetBKBlock, MoEResNetBKLayer
 from earlyexit.nn.heads import ExitHead
 from earlyexit.nn.moe import SparseMoELayer
+from earlyexit.nn.record import recorded
 
 
 def naive(moe: SparseMoELayer, x: torch.Tensor) -> torch.Tensor:
@@ -45,15 +46,17 @@ def test_gradients_are_those_of_the_loop(top_k):
 def test_load_balancing_loss(top_k):
     torch.manual_seed(0)
     moe, x = SparseMoELayer(6, 4, top_k), torch.randn(50, 6)
-    moe(x)
+    with recorded(torch.ones(5, 10, dtype=torch.bool)) as record:
+        moe(x)
     gate = moe.gating_network(x).softmax(-1)
     chosen = torch.zeros(4)
     for row in gate:
         chosen[row.argsort(descending=True)[:top_k]] += 1
     truth = 4 * sum(chosen[e] / (50 * top_k) * gate[:, e].mean() for e in range(4))
-    torch.testing.assert_close(moe.load_balancing_loss, truth)
-    torch.testing.assert_close(moe.expert_utilisation(), chosen / (50 * top_k))
-    moe.load_balancing_loss.backward()
+    (loss,), (counts,) = record.notes["imbalance"], record.notes["routed"]
+    torch.testing.assert_close(loss, truth)
+    assert counts.tolist() == chosen.tolist()
+    loss.backward()
     assert moe.gating_network.weight.grad.abs().sum() > 0
 
 
@@ -61,21 +64,18 @@ def test_a_uniform_router_has_loss_one_and_a_collapsed_one_has_more():
     moe, x = SparseMoELayer(6, 4), torch.randn(50, 6)
     nn.init.zeros_(moe.gating_network.weight)
     nn.init.zeros_(moe.gating_network.bias)
-    moe(x)
-    torch.testing.assert_close(moe.load_balancing_loss, torch.tensor(1.0))
-    nn.init.constant_(moe.gating_network.bias[:1], 20.0)
-    moe(x)
-    torch.testing.assert_close(moe.load_balancing_loss, torch.tensor(4.0), rtol=1e-3, atol=0)
+    with recorded(torch.ones(5, 10, dtype=torch.bool)) as record:
+        moe(x)
+        nn.init.constant_(moe.gating_network.bias[:1], 20.0)
+        moe(x)
+    uniform, collapsed = record.notes["imbalance"]
+    torch.testing.assert_close(uniform, torch.tensor(1.0))
+    torch.testing.assert_close(collapsed, torch.tensor(4.0), rtol=1e-3, atol=0)
 
 
-def test_utilisation_accumulates_until_reset():
-    moe = SparseMoELayer(6, 4, 2)
-    for _ in range(3):
-        moe(torch.randn(11, 6))
-    torch.testing.assert_close(moe.expert_utilisation().sum(), torch.tensor(1.0))
-    assert moe._expert_counts.sum() == 3 * 11 * 2
-    moe.reset_expert_utilisation()
-    assert not moe.expert_utilisation().any()
+def test_experts_refuse_states_of_another_width():
+    with pytest.raises(ValueError, match=r"states \(3, 16\): .* must be 8"):
+        SparseMoELayer(8)(torch.randn(3, 16))
 
 
 @pytest.mark.parametrize("top_k", [0, 5, -1])

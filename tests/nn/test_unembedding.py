@@ -172,7 +172,7 @@ def test_every_heads_loss_is_cross_entropy_with_its_gradients(kind):
 def test_readers_take_the_same_from_logits_and_from_features(chunked, kind):
     head, features, targets = unembedding(kind)
     tokens = torch.randperm(90)[:33]
-    for read in (Reader(), Scores(targets), Predictions()):
+    for read in (Reader(), Scores(targets, len(head(features)[0])), Predictions()):
         from_logits = read(head(features[tokens]), tokens)
         found = read.from_features(head, features[tokens], tokens)
         torch.testing.assert_close(found, from_logits)

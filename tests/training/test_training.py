@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from earlyexit.corpus.windows import IGNORE, loader
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.models import ACTLanguageModel, ACTMultiScaleLanguageModel, SparseBKLanguageModel
 from earlyexit.models.checkpoints import CheckpointError
+from earlyexit.nn.record import recorded
 from earlyexit.training import train as training
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.losses import training_loss
@@ -178,12 +180,13 @@ def test_after_frozen_exits_the_whole_model_can_be_trained_again(make_model, cor
 def test_the_joint_loss_is_the_sum_it_says(make_model, corpus):
     model = make_model()
     x, y = next(iter(loader(corpus.splits["fit"], 12, 8, corpus.eos_id)))
-    states = model.hidden_states(x)
+    with recorded(y != IGNORE) as record:
+        states = model.hidden_states(x)
     nll = [
         F.cross_entropy(b.exit_classifier(h).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
         for b, h in zip(model.blocks, states[1:], strict=True)
     ]
-    balance = sum(b.bk_layer.moe.load_balancing_loss for b in model.blocks) / 3
+    balance = sum(record.notes["imbalance"]) / 3
     config = TrainingConfig(exit_loss_weight=0.7, exit_sampling="all", balance_weight=0.05)
     loss, last = training_loss(model, x, y, config, 0)
     truth = nll[2] + 0.7 * (nll[0] + nll[1]) / 2 + 0.05 * balance
@@ -216,6 +219,50 @@ def test_a_share_of_the_exits_gradient_reaches_the_layers(make_model, corpus):
     assert not torch.equal(
         found[0.0]["token_embedding.weight"], found[1.0]["token_embedding.weight"]
     )
+
+
+@pytest.mark.parametrize(
+    "kind", [SparseBKLanguageModel, ACTLanguageModel, ACTMultiScaleLanguageModel]
+)
+def test_padding_takes_part_in_nothing_that_is_learned(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 53, "d_model": 16, "n_seq": 16, "bk_heads": 4, "keep": 0.5}
+    model = kind(**sizes, **({"ponder_weight": 0.3} if "ACT" in kind.__name__ else {})).eval()
+    x = torch.randint(53, (5, 16))
+    padded = x.clone()
+    padded[:, 8:] = 1  # <eos>, and the tokens before it are those of the short batch
+    config = TrainingConfig(balance_weight=1.0, exit_sampling="all")
+    y = padded.roll(-1, 1)
+    y[:, 8:] = IGNORE
+    short = training_loss(model, x[:, :8], y[:, :8], config, 0)
+    for alone, with_padding in zip(short, training_loss(model, padded, y, config, 0), strict=True):
+        torch.testing.assert_close(with_padding, alone)
+    y[:] = IGNORE  # nothing but padding: nothing is learned, and nothing breaks
+    assert training_loss(model, padded, y, config, 0)[1] == 0
+
+
+def test_what_failed_in_training_leaves_the_model_as_it_was(make_model, corpus):
+    model = make_model().train()
+    model.blocks[0].eval()
+    model.token_embedding.requires_grad_(False)
+    broken = replace(corpus, splits=corpus.splits | {"fit": corpus.splits["fit"].limit(1)})
+    broken.splits["fit"].ids[:] = 99
+    config = TrainingConfig(**FAST, freeze_backbone=True)
+    with pytest.raises(ValueError, match="target 99"):
+        train(model, broken, config, "cpu")
+    assert model.training and not model.blocks[0].training and model.blocks[1].training
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == [
+        "token_embedding.weight"
+    ]
+
+
+def test_half_precision_is_not_trained_and_double_is(make_model, corpus):
+    with pytest.raises(ValueError, match=r"bfloat16 are too coarse .* train model.float\(\)"):
+        train(make_model().bfloat16(), corpus, TrainingConfig(**FAST), "cpu")
+    for change in ({}, {"output_head": "adaptive"}):
+        history = train(make_model(**change).double(), corpus, TrainingConfig(**FAST), "cpu")
+        single = train(make_model(**change), corpus, TrainingConfig(**FAST), "cpu")
+        assert history[-1]["perplexity_2"] == pytest.approx(single[-1]["perplexity_2"], rel=1e-2)
 
 
 @pytest.mark.parametrize("change", [{}, {"exit_head": "full"}, {"output_head": "adaptive"}])
