@@ -22,10 +22,8 @@ from earlyexit.runs.paths import Project, project
 from earlyexit.runs.provenance import Record
 
 # Columns that hold times or follow from them, and tables that hold nothing else.
-TIMED = re.compile(r"time|second|_ms$|milliseconds|_s$|resident|wall|per_second|predicted|error$")
-TIMED_TABLES = re.compile(
-    r"time|batching|break_even|compaction|run_parts|memory_resident|end_to_end"
-)
+TIMED = re.compile(r"time|second|_ms$|resident|predicted|^error$|^against_|^efficiency$")
+TIMED_TABLES = re.compile(r"time|batching|break_even|compaction|run_parts|resident|sparse_limits")
 MACHINE = ("cpu", "threads", "gpu", "platform")  # what numbers may depend on
 
 
@@ -93,7 +91,9 @@ def _differences(table: str, before: pd.DataFrame, after: pd.DataFrame) -> list[
         differs = ~((old == new) | (old.isna() & new.isna()))
         if not differs.any():
             continue
-        kind = "time" if TIMED.search(column) or TIMED_TABLES.search(table) else "number"
+        ends = column in ("low", "high") and any(map(TIMED.search, before))  # of an interval
+        timed = TIMED.search(column) or TIMED_TABLES.search(table) or ends
+        kind = "time" if timed else "number"
         largest, explained = np.nan, kind == "time"
         if all(pd.api.types.is_numeric_dtype(values) for values in (old, new)):
             change = (new - old).abs()
