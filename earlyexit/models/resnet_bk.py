@@ -156,10 +156,12 @@ class EarlyExitLanguageModel(EarlyExitModel):
         if not plain or any(norm.eps != norms[0].eps for norm in norms):
             return super().propagation()
         made = self.config.bk_heads if left_behind == "potentials" else products[0].out_features
+        folded = None
 
         def handed_on(hidden: Tensor, then: Tensor, first: int) -> Tensor:
-            weight, bias = (part[first:] for part in self._folded(norms, products))
-            weight, bias = weight[:, :made].flatten(0, 1), bias[:, :made].flatten()
+            nonlocal folded
+            folded = folded or self._folded(norms, products)
+            weight, bias = (part[first:, :made].flatten(0, 1) for part in folded)
             z = F.layer_norm(hidden, hidden.shape[-1:], eps=norms[0].eps)
             given = F.linear(z, weight, bias).unflatten(1, (-1, made))
             others = then.shape[-1] - made
@@ -175,7 +177,7 @@ class EarlyExitLanguageModel(EarlyExitModel):
             return _fold(norms, products)
         read = [t for norm in norms for t in (norm.weight, norm.bias)]
         read += [t for p in products for t in (p.weight, p.bias, p.start, p.unit)]
-        written = [(t.data_ptr(), t._version, t.dtype, t.device) for t in read]
+        written = [(t.data_ptr(), t._version, t.dtype) for t in read]
         if self._fold_of is None or self._fold_of[0] != written:
             self._fold_of = written, _fold(norms, products)
         return self._fold_of[1]
