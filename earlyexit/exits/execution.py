@@ -159,10 +159,11 @@ class CompactedWalk(Walk):
         return self.h.index_select(0, rows)
 
     def leave(self, layer: int, leaving: Tensor, staying: Tensor, hidden: Tensor) -> None:
-        tokens, self.alive = self.alive[leaving], self.alive[staying]
+        tokens = self.alive.index_select(0, leaving)
+        self.alive = self.alive.index_select(0, staying)
         if not len(staying):
             return
-        self.left_behind.add(layer, tokens, hidden, self.given[leaving])
+        self.left_behind.add(layer, tokens, hidden, self.given.index_select(0, leaving))
         self.mark("propagation")
         self.h, self.u = self.h.index_select(0, staying), self.u.index_select(0, staying)
         self.mark("gather/scatter")

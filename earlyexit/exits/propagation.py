@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from earlyexit.exits.protocol import ExitModel
@@ -17,25 +16,27 @@ class LeftBehind:
     """
 
     def __init__(self, model: ExitModel, n_tokens: int):
-        self.n_layers, self.n_tokens = model.n_layers, n_tokens
+        self.n_tokens = n_tokens
         self._propagate = model.propagation()
-        self.contributions: Tensor | None = None  # (T, L, K); rows of exited tokens are valid
+        self._left: list[tuple[int, Tensor, Tensor]] = []  # an exit, its tokens, what they hand on
 
     def add(self, layer: int, tokens: Tensor, hidden: Tensor, then: Tensor) -> None:
-        """Store what ``tokens`` ``(X,)`` hand on, which left ``layer``.
+        """Keep what ``tokens`` ``(X,)`` hand on, which left ``layer``.
 
         Args:
             hidden: their states ``(X, D)``.
             then: what they contributed in that layer ``(X, K)``.
         """
-        later = self._propagate(hidden, then, layer + 1)  # (X, L′, K)
-        if self.contributions is None:
-            shape = self.n_tokens, self.n_layers, later.shape[-1]
-            self.contributions = torch.empty(shape, dtype=later.dtype, device=later.device)
-        self.contributions[:, layer + 1 :].index_copy_(0, tokens, later)
+        self._left.append((layer, tokens, self._propagate(hidden, then, layer + 1)))
 
     def join(self, layer: int, alive: Tensor, given: Tensor) -> Tensor:
-        """Complete the contributions of the running tokens ``(A, K)`` to those of all ``(T, K)``."""
-        if len(alive) == self.n_tokens:
+        """Complete the contributions of the running tokens ``(A, K)`` to those of all ``(T, K)``.
+
+        Every row is written once, to where its token stands.
+        """
+        if not self._left:
             return given
-        return self.contributions[:, layer].index_copy(0, alive, given)
+        joined = given.new_empty(self.n_tokens, given.shape[1]).index_copy_(0, alive, given)
+        for exit_layer, tokens, later in self._left:
+            joined.index_copy_(0, tokens, later[:, layer - exit_layer - 1])
+        return joined

@@ -85,11 +85,11 @@ class Tally:
             )
         if not n_leaving and not last:
             return
-        order = passed.argsort(stable=True, descending=True)
-        leaving, staying = (order, order[:0]) if last else order.tensor_split([n_leaving])
-        tokens, hidden = alive[leaving], self.walk.states(leaving)
-        self.scores[tokens] = score[leaving]
-        self.exit_layers[tokens] = torch.where(passed[leaving], layer, self.model.n_layers)
+        leaving, staying = self._rows(passed | last, len(alive) if last else n_leaving)
+        tokens, hidden = alive.index_select(0, leaving), self.walk.states(leaving)
+        self.scores.index_copy_(0, tokens, score.index_select(0, leaving).to(self.scores.dtype))
+        exit_layer = torch.where(passed.index_select(0, leaving), layer, self.model.n_layers)
+        self.exit_layers.index_copy_(0, tokens, exit_layer)
         self.mark("gather/scatter")
         if output is not None:
             self._store(tokens, output.index_select(0, leaving))
@@ -120,6 +120,12 @@ class Tally:
         if rule.streak:
             score = self._extend_streak(judged.tokens, score)
         return (score if judged.row is None else score[judged.row]), features, output
+
+    @staticmethod
+    def _rows(passed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the ``count`` rows that passed, and the others; a known count needs no transfer."""
+        sizes = (passed, count), (~passed, len(passed) - count)
+        return tuple(torch.nonzero_static(rows, size=n).squeeze(1) for rows, n in sizes)
 
     def _progress(self) -> Tensor | float:
         """Return each running token's position over n_seq, which only decaying thresholds ask for."""

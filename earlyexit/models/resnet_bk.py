@@ -54,6 +54,7 @@ class EarlyExitLanguageModel(EarlyExitModel):
         self.vocab_size, self.d_model = c.vocab_size, c.d_model
         self.n_layers, self.n_seq = c.n_layers, c.n_seq
         self.can_step = c.causal
+        self._fold_of: tuple[list, tuple[Tensor, Tensor]] | None = None
 
         self.token_embedding = nn.Embedding(c.vocab_size, c.d_model)
         self.position_embedding = nn.Embedding(c.n_seq, c.d_model)
@@ -162,27 +163,36 @@ class EarlyExitLanguageModel(EarlyExitModel):
 
         def handed_on(hidden: Tensor, then: Tensor, first: int) -> Tensor:
             nonlocal folded
-            folded = folded or _fold(norms, products, made)
-            weight, bias = (part[first:] for part in folded)
+            folded = folded or self._folded(norms, products)
+            weight, bias = (part[first:, :made].flatten(0, 1) for part in folded)
             z = F.layer_norm(hidden, hidden.shape[-1:], eps=norms[0].eps)
-            given = z @ weight.flatten(0, 1).T + bias.flatten()
-            given = given.view(len(hidden), len(bias), made)
-            return F.pad(given, (0, then.shape[-1] - made))
+            given = F.linear(z, weight, bias).unflatten(1, (-1, made))
+            others = then.shape[-1] - made
+            return F.pad(given, (0, others)) if others else given
 
         return handed_on
+
+    def _folded(
+        self, norms: list[nn.LayerNorm], products: list[Contribution]
+    ) -> tuple[Tensor, Tensor]:
+        """Return :func:`_fold`, made again only where a weight was written since: it takes a while."""
+        if torch.is_grad_enabled():
+            return _fold(norms, products)
+        read = [t for norm in norms for t in (norm.weight, norm.bias)]
+        read += [t for p in products for t in (p.weight, p.bias, p.start, p.unit)]
+        written = [(t.data_ptr(), t._version, t.dtype) for t in read]
+        if self._fold_of is None or self._fold_of[0] != written:
+            self._fold_of = written, _fold(norms, products)
+        return self._fold_of[1]
 
 
 EarlyExitLanguageModel.__signature__ = inspect.signature(ModelConfig)
 
 
-def _fold(
-    norms: list[nn.LayerNorm], products: list[Contribution], made: int
-) -> tuple[Tensor, Tensor]:
-    """Return the first K′ rows as matrices ``(L, K′, D)`` and offsets ``(L, K′)`` on standardised z."""
+def _fold(norms: list[nn.LayerNorm], products: list[Contribution]) -> tuple[Tensor, Tensor]:
+    """Return matrices ``(L, K, D)`` and offsets ``(L, K)`` that contribute from standardised z."""
     affine = [product.affine() for product in products]
-    weight, bias = (
-        torch.stack([part[:made] for part in parts]) for parts in zip(*affine, strict=True)
-    )
+    weight, bias = (torch.stack(parts) for parts in zip(*affine, strict=True))
     scale = torch.stack([norm.weight for norm in norms])
     shift = torch.stack([norm.bias for norm in norms])
     return weight * scale[:, None], bias + (weight * shift[:, None]).sum(dim=-1)

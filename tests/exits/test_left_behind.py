@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -82,6 +84,25 @@ def test_each_way_hands_on_what_it_says(x):
                 "potentials": torch.cat([now[:, :heads], torch.zeros_like(now[:, heads:])], 1),
             }
             torch.testing.assert_close(found[:, row], truth[way])
+
+
+@torch.no_grad()
+def test_what_is_handed_on_follows_weights_that_change(x):
+    model, h = model_of("recomputed"), torch.randn(7, 16, dtype=torch.float64)
+
+    def check(model, h):
+        now = model.contribution(2, model.normed(2, h))
+        torch.testing.assert_close(model.propagation()(h, now, 2)[:, 0], now)
+
+    check(model, h)
+    block = model.blocks[2]
+    for tensor in (*block.layer_norm.parameters(), *block.bk_layer.contribution.parameters()):
+        tensor.add_(0.1)  # as an optimiser's step
+        check(model, h)
+    model.load_state_dict(model_of("recomputed").state_dict())
+    check(model, h)
+    check(copy.deepcopy(model), h)
+    check(model.float(), h.float())
 
 
 @pytest.mark.parametrize("way", WAYS)
