@@ -400,7 +400,8 @@ def test_policies_cost_what_they_did(case):
 
 
 @pytest.mark.parametrize("case", BEFORE["work"], ids=lambda c: f"{c['criterion']}-{c['head']}")
-def test_runs_do_the_work_that_they_did(case):
+def test_runs_do_the_work_that_they_did(case, monkeypatch):
+    monkeypatch.setattr("earlyexit.cost.parts.CHUNK_ELEMENTS", 2_560_000)  # of those accounts
     load = Load(BEFORE_CONFIGS[case["head"]], 8, 64, case["criterion"], tuple(case["shares"]))
     found = work(load)
     assert set(found) == set(case["work"])
