@@ -83,11 +83,12 @@ class EarlyExitModel(ExitModel):
 
     def _state_of_weights(self) -> list[tuple[int, int]]:
         """Return where each weight lies and how often it was changed there, which is read at once."""
-        return [(tensor.data_ptr(), tensor._version) for tensor in self.state_dict().values()]
+        weights = (*self.parameters(), *self.buffers())
+        return [(tensor.data_ptr(), tensor._version) for tensor in weights]
 
-    def check_policy(self, policy: ExitPolicy) -> None:
+    def _check_origin(self, policy: ExitPolicy) -> None:
         """Raise TypeError for what is no policy, ValueError for a policy of another model or depth."""
-        super().check_policy(policy)
+        self.check_policy(policy)
         if not policy.model_hash or self._last_fingerprint == (
             self._state_of_weights(), policy.model_hash,
         ):  # fmt: skip
@@ -127,6 +128,7 @@ class EarlyExitModel(ExitModel):
             with own_precision(self):
                 return self.head(self.n_layers - 1)(self.final_state(x))
         policy = self.default_policy() if policy is None else policy
+        self._check_origin(policy)
         result = run(self, x, policy, Reader(), execution)
         self._count_exits(result.exit_layers)
         return result.outputs.view(*x.shape, -1), {
@@ -178,6 +180,7 @@ class EarlyExitModel(ExitModel):
                 out = read.from_features(head.unembedding, features, tokens).view(x.shape)
             marker()("head")
             return out
+        self._check_origin(policy)
         result = run(self, x, policy, read, execution)
         return result.outputs.view_as(x), result.exit_layers.view_as(x)
 
@@ -190,4 +193,6 @@ class EarlyExitModel(ExitModel):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Continue ``prompt``; see :func:`earlyexit.exits.generation.generate`."""
+        if policy is not None:
+            self._check_origin(policy)
         return generate(self, prompt, n_new, policy, temperature, generator)
