@@ -112,6 +112,17 @@ def test_nothing_with_a_graph_stays_on_a_model(kind):
             assert not isinstance(value, torch.Tensor) or value.grad_fn is None
 
 
+@pytest.mark.slow
+def test_a_compiled_model_runs_and_is_saved_as_the_model_that_it_is(
+    make_model, make_tokens, tmp_path
+):
+    model, x = make_model(), make_tokens(2, 12)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    save_model(compiled, tmp_path / "m.safetensors")
+    assert load_model(tmp_path / "m.safetensors").fingerprint() == model.fingerprint()
+
+
 # ---------------------------------------------------------------------- padding
 
 

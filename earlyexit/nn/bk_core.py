@@ -167,8 +167,8 @@ def _check(eta: Tensor, t: Tensor, backend: str, **inputs: Tensor) -> str:
         raise ValueError(
             f"eta {tuple(eta.shape)} and t {tuple(t.shape)}: both must be (H,), one for each head"
         )
-    if backend == "auto":
-        return "cpu" if device.type == "cpu" else "torch"
+    if backend == "auto":  # torch.compile traces torch, and would trace the compiler of the loops
+        return "cpu" if device.type == "cpu" and not torch.compiler.is_compiling() else "torch"
     if backend not in ("cpu", "torch"):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'cpu' or 'torch'")
     if backend == "cpu" and device.type != "cpu":

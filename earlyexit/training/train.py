@@ -108,7 +108,8 @@ def _train(
     bar = tqdm(total=total, initial=step, desc="training", unit="step", mininterval=2)
     for x, y in _batches(split, model.n_seq, config, corpus.eos_id, start=step, stop=total):
         x, y = x.to(device), y.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        # Inside another context, as here, autocast would keep casts of weights that have changed since.
+        with torch.autocast(device.type, torch.bfloat16, config.bf16, cache_enabled=False):
             objective, nll = training_loss(model, x, y, config, step, progress=step / total)
         optimizer.zero_grad()
         objective.backward()
