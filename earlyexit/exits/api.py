@@ -170,19 +170,27 @@ class EarlyExitModel(ExitModel):
         """Return the most probable next token ``(B, N)``; with a policy also the exit layers."""
         return self._read_tokens(x, Predictions(), policy, execution)
 
-    @torch.no_grad()
     def _read_tokens(self, x: Tensor, read: Reader, policy, execution):
-        if policy is None:
-            head = self.head(self.n_layers - 1)
-            with own_precision(self):
-                features = head.features(self.final_state(x)).flatten(0, 1)
-                tokens = torch.arange(len(features), device=features.device)
-                out = read.from_features(head.unembedding, features, tokens).view(x.shape)
-            marker()("head")
-            return out
-        self._check_origin(policy)
-        result = run(self, x, policy, read, execution)
-        return result.outputs.view_as(x), result.exit_layers.view_as(x)
+        if policy is not None:
+            self._check_origin(policy)
+        # It spares a tenth of the time of a single window; a copy is an ordinary tensor again.
+        with torch.inference_mode():
+            found = self._inferred(x, read, policy, execution)
+        copies = tuple(tokens.view(x.shape).clone() for tokens in found)
+        return copies[0] if policy is None else copies
+
+    def _inferred(self, x: Tensor, read: Reader, policy, execution) -> tuple[Tensor, ...]:
+        """Return what is read of each token, and with a policy its exit layer, ``(B·N,)`` each."""
+        if policy is not None:
+            result = run(self, x, policy, read, execution)
+            return result.outputs, result.exit_layers
+        head = self.head(self.n_layers - 1)
+        with own_precision(self):
+            features = head.features(self.final_state(x)).flatten(0, 1)
+            tokens = torch.arange(len(features), device=features.device)
+            out = read.from_features(head.unembedding, features, tokens)
+        marker()("head")
+        return (out,)
 
     def generate(
         self,

@@ -34,7 +34,14 @@ MIXINGS = [
 
 
 class VocabularyRows(TorchDispatchMode):
-    """Counts the rows of every matrix product whose result is as wide as the vocabulary."""
+    """Counts the rows of every matrix product whose result is as wide as the vocabulary.
+
+    In inference mode a product is seen whole, before torch makes it of the others.
+    """
+
+    PRODUCTS = tuple(
+        f"aten::{name}" for name in ("addmm", "mm", "bmm", "baddbmm", "linear", "matmul")
+    )
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -42,7 +49,7 @@ class VocabularyRows(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
-        if operation._schema.name in ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm"):
+        if operation._schema.name in self.PRODUCTS:
             self.rows += out.numel() // out.shape[-1] * (out.shape[-1] == self.vocabulary)
         return out
 
