@@ -15,7 +15,7 @@ from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.execution import run
 from earlyexit.exits.generation import generate
-from earlyexit.exits.policy import ExitPolicy, check_threshold
+from earlyexit.exits.policy import ExitPolicy, check_policy, check_threshold
 from earlyexit.exits.protocol import Execution, ExitModel
 from earlyexit.exits.readers import Predictions, Reader, Scores
 from earlyexit.exits.statistics import exit_statistics
@@ -88,7 +88,7 @@ class EarlyExitModel(ExitModel):
 
     def _check_origin(self, policy: ExitPolicy) -> None:
         """Raise TypeError for what is no policy, ValueError for a policy of another model or depth."""
-        self.check_policy(policy)
+        check_policy(policy, self.n_layers)
         if not policy.model_hash or self._last_fingerprint == (
             self._state_of_weights(), policy.model_hash,
         ):  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from earlyexit.corpus.windows import IGNORE, check_whole, checked_targets
 from earlyexit.exits.clock import marker
-from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.policy import ExitPolicy, check_policy
 from earlyexit.exits.propagation import LeftBehind
 from earlyexit.exits.protocol import Execution, ExitModel, ExitState, Observation, Walk, exit_state
 from earlyexit.exits.readers import Reader
@@ -42,7 +42,7 @@ def run(
     """
     if execution not in ("compacted", "dense"):
         raise ValueError(f"execution={execution!r} must be 'compacted' or 'dense'")
-    model.check_policy(policy)
+    check_policy(policy, model.n_layers)
     check_whole(x, "token ids")
     with own_precision(model):
         walk = model.walk(x, execution, policy.rule.history)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from earlyexit.checked import real, whole
 from earlyexit.exits.execution import DenseWalk, run
-from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.policy import ExitPolicy, check_policy
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.readers import Reader
 from earlyexit.exits.tally import ExitRun, Tally
@@ -50,7 +50,7 @@ def generate(
             f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
         )
     policy = ExitPolicy.static(model.n_layers, model.n_layers) if policy is None else policy
-    model.check_policy(policy)
+    check_policy(policy, model.n_layers)
     ids, exits = prompt.long(), []
     next_run = _stepping(model, policy) if model.can_step else _running_again(model, policy)
     with borrowed(model):

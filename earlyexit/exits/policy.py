@@ -188,3 +188,13 @@ def _numbers(thresholds: object) -> tuple[float, ...]:
     if values.dtype.kind not in "fiu" or values.ndim != 1 or not values.size:
         raise ValueError(f"thresholds={thresholds!r:.80}: must be a number for each layer")
     return tuple(values.astype(float).tolist())
+
+
+def check_policy(policy: ExitPolicy, n_layers: int) -> None:
+    """Raise TypeError for what is no policy, ValueError for a policy of another depth."""
+    if not isinstance(policy, ExitPolicy):
+        raise TypeError(f"policy={brief(policy)}: give an ExitPolicy")
+    if len(policy.thresholds) != n_layers:
+        raise ValueError(
+            f"the policy has {len(policy.thresholds)} thresholds, the model {n_layers} layers"
+        )

@@ -21,11 +21,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from earlyexit.checked import brief
 from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import ExitState
 from earlyexit.exits.operations import Operations
-from earlyexit.exits.policy import ExitPolicy
 from earlyexit.nn.heads import ExitHead
 from earlyexit.nn.record import BatchRecord
 
@@ -187,15 +185,6 @@ class ExitModel(nn.Module, ABC):
     def own_loss(self, record: BatchRecord) -> Tensor | float:
         """Return what the kind of model adds to the loss of a recorded batch, weighted."""
         return 0.0
-
-    def check_policy(self, policy: ExitPolicy) -> None:
-        """Raise TypeError for what is no policy, ValueError for a policy of another model or depth."""
-        if not isinstance(policy, ExitPolicy):
-            raise TypeError(f"policy={brief(policy)}: give an ExitPolicy")
-        if len(policy.thresholds) != self.n_layers:
-            raise ValueError(
-                f"the policy has {len(policy.thresholds)} thresholds, the model {self.n_layers} layers"
-            )
 
     def check_text(self, text: object) -> None:
         """Raise ValueError if a split, or a loader's data, is of another text than the model knows."""

@@ -19,6 +19,7 @@ from tiny_project import write_project
 from earlyexit.figures import use_style
 from earlyexit.runs import artifacts
 from earlyexit.runs.artifacts import MissingResult, Outputs, read_table
+from earlyexit.runs.provenance import FORMAT
 
 mpl.use("Agg")
 
