@@ -118,6 +118,7 @@ PROFILES = {
             gates=GatesConfig(max_tokens=40_000),
             max_eval_tokens=50_000,
             certify_tokens=1_024,
+            notebooks={"01_build": {"depths": (1, 2, 4), "controls": ("diagonal only",)}},
         ),
         Profile(
             "recipes",
