@@ -138,7 +138,7 @@ def compare(
 
     Args:
         loaders: criterion of a policy → pairs of token ids and targets ``(B, N)`` on which its quality
-            is compared with full depth. ``"depth"`` is for static exits and shallow models.
+            is compared with full depth. ``"depth"`` is for static exits.
         batch: token ids and targets ``(B, N)`` on which all runs are timed, interleaved.
         repeats: number of timed runs of each.
         alone: depth → perplexity of a model trained alone, over the tokens of ``loaders["depth"]``.
