@@ -162,7 +162,7 @@ PROFILES = {
             "the original's configuration on WikiText-2, three seeds, hours",
             corpus=CorpusConfig("wikitext-2", certify_articles=90),
             model=replace(MODEL, dropout_p=0.0),
-            training=replace(TRAINING, epochs=4.0),
+            training=replace(TRAINING, epochs=6.0, learning_rate=1e-2),
             gates=GatesConfig(hidden=16),
             certify_tokens=0,
             seeds=(0, 1, 2),
