@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
 from earlyexit.runs.settings import Settings, UsageError
+from earlyexit.runs.workers import JOBS
 
 log = logging.getLogger("earlyexit")
 
@@ -58,6 +60,10 @@ def _run(options: argparse.Namespace) -> int:
     from earlyexit.runs import runner  # papermill is slow to import
 
     _device(options.device)
+    if options.jobs is not None:
+        if options.jobs < 1:
+            raise UsageError(f"--jobs {options.jobs} must be at least 1")
+        os.environ[JOBS] = str(options.jobs)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     usual = getattr(PROFILES.get(settings.profile), "threads", None)
     if options.threads not in (None, usual):
@@ -242,6 +248,11 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=int,
         help="of torch; they belong to the results (default: the profile's, 1)",
+    )
+    run.add_argument(
+        "--jobs",
+        type=int,
+        help="trainings at the same time; they change no number (default: one for each free core)",
     )
     run.add_argument("--force", action="store_true", help="also what is fresh")
     run.add_argument("--dry-run", action="store_true", help="show what would run, why, how long")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from earlyexit.models.checkpoints import CheckpointError, checkpoint_about
 from earlyexit.models.operations import operations
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
-from earlyexit.runs import cache
+from earlyexit.runs import cache, workers
 from earlyexit.runs.artifacts import MissingResult, Outputs, read_table, remedy, run_label
 from earlyexit.runs.cache import NotTrained, Trained
 from earlyexit.runs.parameters import as_dict, read_parameters
@@ -159,6 +159,22 @@ class Study:
             may_train=may_train,
             kind=kind,
         )
+
+    def side_by_side(self, calls: Mapping[Hashable, tuple[Callable, ...]]) -> dict[Hashable, Any]:
+        """Return key → what its call returns: a function that trains, and its arguments.
+
+        On a CPU the trainings run side by side, as many as there are free cores or as
+        ``EARLYEXIT_JOBS`` says; the models travel through the cache.
+        """
+        threads = self.profile.threads
+        jobs = 1 if self.device.type == "cuda" else workers.usual_jobs(threads)
+        done = workers.side_by_side(
+            {key: (_without_model, *call) for key, call in calls.items()}, jobs, threads
+        )
+        return {
+            key: call[0](*call[1:]) if done[key] is None else done[key]
+            for key, call in calls.items()
+        }
 
     def recipe(self, seed: int, name: str, max_tokens: int) -> Trained:
         """Return a model with gates whose exits were trained by one of the ``RECIPES``.
@@ -335,3 +351,9 @@ class Study:
     def read_table(self, name: str) -> pd.DataFrame:
         """Read a table that another notebook of this profile wrote."""
         return read_table(self.label, name, by_hand=True)
+
+
+def _without_model(method: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a method returns, or None for a model, which is in the cache then."""
+    result = method(*arguments)
+    return None if isinstance(result, Trained) else result

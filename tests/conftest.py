@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +17,9 @@ from earlyexit.corpus.splits import Split
 from earlyexit.exits.criteria import CRITERIA, ExitState
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
+from earlyexit.runs.workers import JOBS
 
+os.environ.setdefault(JOBS, "1")  # the tests themselves run side by side
 torch.set_num_threads(1)  # on tensors this small a second thread only gets in the way
 
 DATA_HASH = "0" * 64

@@ -107,8 +107,8 @@ LAYER: dict[str, Change] = {
 
 TRAINING: dict[str, Change] = {
     "AdamW": Change(training={"optimizer": "adamw"}),
-    "half the learning rate": Change(training={"learning_rate": 5e-3}),
-    "twice the learning rate": Change(training={"learning_rate": 2e-2}),
+    "half the learning rate": Change(training={"learning_rate": 1e-2}),
+    "twice the learning rate": Change(training={"learning_rate": 4e-2}),
     "batches of 8": Change(training={"batch_size": 8}),
     "batches of 32": Change(training={"batch_size": 32}),
     "no dropout": Change({"dropout_p": 0.0}),

@@ -11,7 +11,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache as remember
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.trace import ExitTrace
@@ -136,8 +138,9 @@ def trained_model(
         about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
         return model, about | {"seconds": None if resumed else time.perf_counter() - started}
 
-    trained = _cached_model(path, model_config, device, kind, make if may_train else None)
-    shutil.rmtree(state, ignore_errors=True)
+    with _one_at_a_time(state):
+        trained = _cached_model(path, model_config, device, kind, make if may_train else None)
+        shutil.rmtree(state, ignore_errors=True)
     return trained
 
 
@@ -326,6 +329,14 @@ def _kept(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -
             log.warning("%s cannot be used and counts as missing: %.200s", path, why)
     make(path)
     return load(path)
+
+
+@contextmanager
+def _one_at_a_time(state: Path) -> Iterator[None]:
+    """Hold the lock of a training: another process that wants the same model waits, and reads it."""
+    state.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(state.with_suffix(".lock")):
+        yield
 
 
 def _path(folder: Path, suffix: str, key: dict[str, Any]) -> Path:
