@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from conftest import fuzz
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_project import write_project
 
@@ -52,7 +53,7 @@ OPTIONS = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(60)
 @given(options=st.lists(OPTIONS, max_size=3))
 @example(options=[("--seeds", "1", "1")])
 @example(options=[("--set", "corpus=folder")])
