@@ -46,8 +46,9 @@ PRICES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks, which take longest, first: another worker runs the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """What runs notebooks, and takes longest, first: each worker has a file of it."""
+    first = ("test_notebooks.py", "test_readme_commands.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else 2)
 
 
 def fuzz(examples: int) -> settings:

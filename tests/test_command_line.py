@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import shutil
@@ -101,18 +102,15 @@ def test_a_termination_ends_as_an_interruption():
     assert started.returncode == 130
 
 
-@pytest.mark.slow
-def test_output_survives_an_encoding_that_lacks_a_sign(tmp_path):
-    source = (
-        "from earlyexit.__main__ import main\n"
-        "assert main(['run', '--dry-run', '--set', 'bk_heads=0']) == 2\n"
-        "print('at least ≥')"
-    )
-    command, environment = python(source, PYTHONIOENCODING="cp1252", EARLYEXIT_HOME=str(tmp_path))
-    write_project(tmp_path)
-    done = subprocess.run(command, env=environment, capture_output=True, check=True)
-    assert done.stdout == b"at least ?\n"
-    assert b"bk_heads=0: must be ? 1" in done.stderr
+def test_output_survives_an_encoding_that_lacks_a_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv(HOME_VARIABLE, str(write_project(tmp_path)))
+    written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, buffer in written.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(buffer, "cp1252", write_through=True))
+    assert main(["run", "--dry-run", "--set", "bk_heads=0"]) == 2
+    print("at least ≥")
+    assert written["stdout"].getvalue() == b"at least ?\n"
+    assert b"bk_heads=0: must be ? 1" in written["stderr"].getvalue()
 
 
 @pytest.mark.slow

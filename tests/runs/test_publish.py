@@ -11,7 +11,7 @@ from tiny_project import write_project
 
 from earlyexit.__main__ import main
 from earlyexit.runs import publish, runner
-from earlyexit.runs.artifacts import MissingResult
+from earlyexit.runs.artifacts import MissingResult, read_table
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
@@ -73,6 +73,20 @@ def test_a_difference_is_a_verdict_only_with_its_whole_interval(low, high, verdi
     assert publish._verdict(rows) == told
     many = pd.concat([rows.assign(difference=rows["difference"] + d) for d in (-1e-3, 0, 1e-3)])
     assert publish._verdict(many).startswith(f"{told}, over 3 seeds: ")
+
+
+def test_the_answer_of_several_seeds_holds_their_range(monkeypatch):
+    def two_seeds(profile, name, root):
+        one = read_table(profile, name, root)
+        front = {"speedup_layers", "speedup_flops"} & set(one)
+        return pd.concat([one, one.assign(seed=9, **{column: 3 * one[column] for column in front})])
+
+    monkeypatch.setattr(publish, "read_table", two_seeds)
+    answer = publish.block("answer.md", "cpu", project().root)
+    (layers,) = re.findall(r"saves \*\*(.*?)× in layers", answer)
+    mean, least, largest = map(float, re.findall(r"\d+\.\d+", layers))
+    assert layers.endswith("]") and least < mean == pytest.approx(2 * least, abs=0.02) < largest
+    assert re.search(r"\[\d+\.\d+, \d+\.\d+\]× in FLOPs", answer)
 
 
 def test_seeds_that_disagree_leave_a_verdict_open():
