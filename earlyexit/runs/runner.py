@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +91,7 @@ def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None
         time, basis = freshness.minutes(name, label, work, known)
         basis += ", by an earlier version" if record and record.is_old else ""
         steps.append(Step(name, needs[name], why, time, basis))
-    if any(step.reasons for step in steps):
-        _check_hub(request.resolved.profile.corpus)
+    _check_hub(request.resolved.profile.corpus, (step.reasons for step in steps))
     return Plan(label, settings.command(*only), steps)
 
 
@@ -113,8 +112,8 @@ def run(
     for name in sorted(request.inputs_left_out()):
         if why := request.check(name)[0]:
             log.warning("%s is stale (%s); its tables are used as they are", name, "; ".join(why))
-    if force or any(request.check(path.stem)[0] for path in request.chosen):
-        _check_hub(resolved.profile.corpus)
+    every = (request.check(path.stem)[0] for path in request.chosen)
+    _check_hub(resolved.profile.corpus, ["forced"] if force else every)
     done = []
     with _only_writer(place, resolved.label):
         for position, path in enumerate(request.chosen, start=1):
@@ -189,9 +188,13 @@ def _check_text(corpus: CorpusConfig) -> None:
         raise UsageError(f"--data-dir: {error}") from None
 
 
-def _check_hub(corpus: CorpusConfig) -> None:
-    """Raise UsageError if the text is one of the hub's that is neither cached nor reachable."""
-    if corpus.is_wikitext and corpus.data_dir is None:
+def _check_hub(corpus: CorpusConfig, reasons: Iterable) -> None:
+    """Raise UsageError if a notebook must run whose text is the hub's, and neither cached nor reachable.
+
+    Args:
+        reasons: of each notebook; empty if it is fresh.
+    """
+    if corpus.is_wikitext and corpus.data_dir is None and any(reasons):
         try:
             check_hub(corpus)
         except ConnectionError as error:

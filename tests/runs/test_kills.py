@@ -35,7 +35,7 @@ from earlyexit.models.checkpoints import checkpoint_about, save_model
 from earlyexit.runs import runner
 from earlyexit.runs.artifacts import MissingResult, Outputs, read_table
 from earlyexit.runs.paths import project
-from earlyexit.runs.provenance import read_record
+from earlyexit.runs.provenance import SUFFIX, read_record
 from earlyexit.training.resume import TrainingState
 
 DIGEST = "0" * 64
@@ -121,6 +121,12 @@ def found(kind: Kind, folder: Path) -> int | None:
         return None
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """The files that were put in place; records hold a time and are read by ``found``."""
+    files = (path for path in folder.rglob("[!.]*.*") if not path.name.endswith(SUFFIX))
+    return {path.relative_to(folder): path.read_bytes() for path in files if path.is_file()}
+
+
 def ended(prepare: Callable[[], object], write: Callable[[], object]) -> int:
     """Write in a child process, and return what ended it: 0, or a signal with a minus before it."""
     if child := os.fork():
@@ -170,7 +176,9 @@ def test_a_killed_write_leaves_the_old_file_or_none(kinds, tmp_path, name, old):
         folder = tmp_path / str(number)
         if old:
             kind.write(folder, old)
+        before = contents(folder)
         assert ended(moment, partial(kind.write, folder, NEW)) in (-signal.SIGXFSZ, -signal.SIGKILL)
+        assert contents(folder).items() <= before.items() | contents(whole).items()
         assert found(kind, folder) in ({old} if len(sizes) == 1 else {old, None})
         atomic.remove_leftovers(folder)
         assert not list(folder.rglob(".*"))
