@@ -1,5 +1,6 @@
 # make results   set up and run the notebooks: every table and figure (PROFILE=smoke, cpu, wikitext2)
 # make test      set up and check everything
+# make fuzz      set up and try twenty times as many arguments as the tests do, others each time
 # make lab       set up and open JupyterLab
 # make clean     remove the environment, caches and executed notebooks; results stay
 
@@ -7,8 +8,9 @@ PROFILE ?= cpu
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+FUZZED := tests/test_arguments.py tests/test_checked.py tests/test_command_line.py
 
-.PHONY: results test lab clean
+.PHONY: results test fuzz lab clean
 
 results: .venv/ready
 	$(BIN)/python -m earlyexit run --profile $(PROFILE)
@@ -18,6 +20,9 @@ test: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/nbstripout --verify --keep-id $(NOTEBOOKS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+fuzz: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile=fuzz --dist load $(FUZZED)
 
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from earlyexit.runs.workers import JOBS
 
 os.environ.setdefault(JOBS, "1")  # the tests themselves run side by side
 torch.set_num_threads(1)  # on tensors this small a second thread only gets in the way
+
+settings.register_profile("fuzz", max_examples=2_000)  # `make fuzz`; the usual number is 100
 
 DATA_HASH = "0" * 64
 VOCABULARY = 53  # a width that no other matrix has, so that projections to it can be counted
@@ -46,8 +49,20 @@ PRICES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks, which take longest, first: another worker runs the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """What runs notebooks, and takes longest, first: each worker has a file of it."""
+    first = ("test_notebooks.py", "test_readme_commands.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else 2)
+
+
+def fuzz(examples: int) -> settings:
+    """Try so many examples, the same ones each time; with the profile "fuzz" 20 times as many others."""
+    times = settings.default.max_examples // settings.get_profile("default").max_examples
+    return settings(
+        max_examples=examples * times,
+        deadline=None,
+        derandomize=times == 1,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY
-from hypothesis import HealthCheck, given, settings
+from conftest import VOCABULARY, fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from earlyexit.calibration.certify import certify
@@ -78,14 +78,6 @@ def outcome(call: Callable, *args, **kwargs):
         assert Path(trace.tb_frame.f_code.co_filename).is_relative_to(PACKAGE), repr(error)
         assert len(str(error)) > 12 and "\n" not in str(error)
         return None
-
-
-def fuzz(examples: int):
-    """Try so many examples, the same ones each time."""
-    quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-    return settings(
-        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=quiet
-    )
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from typing import Annotated
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from conftest import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -94,7 +95,7 @@ def one_line(error: ValueError) -> None:
     assert str(error) and "\n" not in str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@fuzz(200)
 @given(data=st.data(), kind=st.sampled_from(KINDS))
 def test_a_configuration_reads_back_equal_or_is_never_made(data, kind):
     names = [field.name for field in fields(kind)]
@@ -111,9 +112,7 @@ THRESHOLDS = st.lists(st.floats() | st.integers(-1, 2), max_size=3)
 AS_GIVEN = (list, tuple, np.array, torch.tensor, lambda found: [*map(np.float64, found)])
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@fuzz(200)
 @given(
     criterion=st.sampled_from(sorted(CRITERIA)) | JSON,
     found=st.tuples(st.sampled_from(AS_GIVEN), THRESHOLDS).map(lambda pair: pair[0](pair[1]))
@@ -136,9 +135,7 @@ def test_a_policy_reads_back_equal_or_is_refused_when_it_is_saved(
         assert len(policy.thresholds) == len(found)
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@fuzz(200)
 @given(
     document=JSON | st.fixed_dictionaries({"criterion": JSON, "thresholds": JSON, "decay": JSON})
 )

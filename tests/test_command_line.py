@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import shutil
@@ -12,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from conftest import fuzz
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_project import write_project
 
@@ -52,7 +54,7 @@ OPTIONS = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(60)
 @given(options=st.lists(OPTIONS, max_size=3))
 @example(options=[("--seeds", "1", "1")])
 @example(options=[("--set", "corpus=folder")])
@@ -100,18 +102,15 @@ def test_a_termination_ends_as_an_interruption():
     assert started.returncode == 130
 
 
-@pytest.mark.slow
-def test_output_survives_an_encoding_that_lacks_a_sign(tmp_path):
-    source = (
-        "from earlyexit.__main__ import main\n"
-        "assert main(['run', '--dry-run', '--set', 'bk_heads=0']) == 2\n"
-        "print('at least ≥')"
-    )
-    command, environment = python(source, PYTHONIOENCODING="cp1252", EARLYEXIT_HOME=str(tmp_path))
-    write_project(tmp_path)
-    done = subprocess.run(command, env=environment, capture_output=True, check=True)
-    assert done.stdout == b"at least ?\n"
-    assert b"bk_heads=0: must be ? 1" in done.stderr
+def test_output_survives_an_encoding_that_lacks_a_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv(HOME_VARIABLE, str(write_project(tmp_path)))
+    written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, buffer in written.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(buffer, "cp1252", write_through=True))
+    assert main(["run", "--dry-run", "--set", "bk_heads=0"]) == 2
+    print("at least ≥")
+    assert written["stdout"].getvalue() == b"at least ?\n"
+    assert b"bk_heads=0: must be ? 1" in written["stderr"].getvalue()
 
 
 @pytest.mark.slow

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
-from pydoc_data.topics import topics
 
 import nbformat
 import pytest
 
-from earlyexit.__main__ import main
 from earlyexit.runs import runner
 from earlyexit.runs.cache import NotTrained
 from earlyexit.runs.freshness import all_published, discover, published
@@ -73,34 +70,6 @@ def test_every_result_names_its_command_text_and_machine(series):
         assert record.command.startswith("python -m earlyexit run --profile smoke")
         assert record.hardware["cpu"] and record.versions["torch"]
         assert record.files and all(file.text_hash for file in record.files.values())
-
-
-def readme_commands() -> list[str]:
-    """The commands that the README offers for runs of a reader's own, each once."""
-    lines = re.findall(r"python -m earlyexit (run[^`#\n]*)", project().readme.read_text("utf-8"))
-    return sorted({line.strip() for line in lines if "--set" in line or "--seeds" in line})
-
-
-@pytest.mark.parametrize("line", readme_commands())
-def test_the_readme_s_commands_run(series, tmp_path, monkeypatch, line):
-    """On the smallest profile and little text; where a command names no notebook, the first one."""
-    for folder in ("notebooks", ".cache"):
-        shutil.copytree(series.root / folder, tmp_path / folder)
-    monkeypatch.setenv("EARLYEXIT_HOME", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = [*shlex.split(line), "--profile", "smoke", "--set", "max_train_tokens=12000"]
-    if "--only" not in arguments:
-        arguments += ["--only", "01"]
-    if "DIR" in arguments:  # the reader's own folder
-        texts = tmp_path / "texts"
-        texts.mkdir()
-        for name, text in topics.items():
-            (texts / f"{name.replace('/', '_')}.txt").write_text(text, encoding="utf-8")
-        arguments[arguments.index("DIR")] = str(texts)
-    assert main(arguments) == 0
-    (folder,) = (tmp_path / "results").iterdir()
-    assert folder.name.startswith("smoke~")
-    assert list(folder.glob("*.run.json"))
 
 
 def test_published_weights_stand_in_for_a_training(series, tmp_path, monkeypatch):

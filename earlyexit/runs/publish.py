@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from earlyexit.atomic import atomic_path
 from earlyexit.calibration.audit import PROCEDURES
 from earlyexit.calibration.bounds import seed_interval
+from earlyexit.evaluation.compare import span
 from earlyexit.runs.artifacts import MissingResult, owner_of, read_table
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.freshness import all_published
@@ -150,7 +151,7 @@ def _fill(template: str, **values: object) -> str:
         undefined=StrictUndefined,
     )
     environment.filters |= {
-        "form": format, "span": _span, "time": _time, "verdict": _verdict,
+        "form": format, "span": span, "time": _time, "verdict": _verdict,
         "commit_of": _commit, "oneline": lambda text: " ".join(text.split()) + "\n",
     }  # fmt: skip
     return environment.get_template(template).render(values).strip()
@@ -160,12 +161,6 @@ def _time(rows: pd.DataFrame, column: str) -> str:
     """Format the mean of a ratio of times, and the outer ends of its intervals."""
     low, high = rows[f"{column}_low"].min(), rows[f"{column}_high"].max()
     return f"{rows[column].mean():.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _span(values: pd.Series, form: str = ".2f") -> str:
-    """Format the mean, and the range, the least and the largest value, if they differ."""
-    mean, ends = f"{values.mean():{form}}", [f"{v:{form}}" for v in (values.min(), values.max())]
-    return mean if ends[0] == ends[1] else f"{mean} [{ends[0]}, {ends[1]}]"
 
 
 def _verdict(rows: pd.DataFrame) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from earlyexit.corpus.documents import CorpusConfig, read_documents
+from earlyexit.atomic import remove_leftovers
+from earlyexit.corpus.documents import CorpusConfig, check_hub, read_documents
 from earlyexit.runs import freshness, publish
 from earlyexit.runs.execute import execute
 from earlyexit.runs.freshness import RunError
@@ -75,7 +76,8 @@ def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None
         only: notebooks by number or name, such as ``"3"``, ``"03"``, ``"03_threshold_sweep"``.
 
     Raises:
-        UsageError: a setting is wrong, a notebook is unknown, or one reads results that are missing.
+        UsageError: a setting is wrong, a notebook is unknown, one reads results that are missing, or one
+            must run and its text is neither cached nor reachable.
     """
     request = _request(project(root), settings, only)
     label, needs = request.resolved.label, request.needs
@@ -89,6 +91,7 @@ def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None
         time, basis = freshness.minutes(name, label, work, known)
         basis += ", by an earlier version" if record and record.is_old else ""
         steps.append(Step(name, needs[name], why, time, basis))
+    _check_hub(request.resolved.profile.corpus, (step.reasons for step in steps))
     return Plan(label, settings.command(*only), steps)
 
 
@@ -109,6 +112,8 @@ def run(
     for name in sorted(request.inputs_left_out()):
         if why := request.check(name)[0]:
             log.warning("%s is stale (%s); its tables are used as they are", name, "; ".join(why))
+    every = (request.check(path.stem)[0] for path in request.chosen)
+    _check_hub(resolved.profile.corpus, ["forced"] if force else every)
     done = []
     with _only_writer(place, resolved.label):
         for position, path in enumerate(request.chosen, start=1):
@@ -183,6 +188,19 @@ def _check_text(corpus: CorpusConfig) -> None:
         raise UsageError(f"--data-dir: {error}") from None
 
 
+def _check_hub(corpus: CorpusConfig, reasons: Iterable) -> None:
+    """Raise UsageError if a notebook must run whose text is the hub's, and neither cached nor reachable.
+
+    Args:
+        reasons: of each notebook; empty if it is fresh.
+    """
+    if corpus.is_wikitext and corpus.data_dir is None and any(reasons):
+        try:
+            check_hub(corpus)
+        except ConnectionError as error:
+            raise UsageError(f"--data-dir: {error}") from None
+
+
 def _find(name: str, notebooks: list[Path]) -> Path:
     number = name.zfill(2) if name.isdigit() else None
     for path in notebooks:
@@ -201,6 +219,7 @@ def _only_writer(place: Project, label: str) -> Iterator[None]:
             for home in (folder, place.results / label, place.figures / label):
                 for leftover in home.glob(".*.tmp*"):
                     leftover.unlink()
+            remove_leftovers(place.cache)  # other labels' runs may be writing there
             yield
     except Timeout:
         raise RunError(f"another run is writing {label}; wait for it or stop it") from None

@@ -28,7 +28,7 @@ def losses(means, n=80, spread=0.01, seed=0):
     noise = np.random.default_rng(seed).normal(0, spread, (n, 1))
     gaps = (np.asarray(means)[None] + noise) * 10
     layers = np.linspace(2.5, 1.5, len(means))
-    return WindowLosses(gaps, np.full(n, 10), np.arange(n) // 2, layers, 3, "m", "d")
+    return WindowLosses(gaps, np.zeros(n), np.full(n, 10), np.arange(n) // 2, layers, 3, "m", "d")
 
 
 def test_returns_the_riskiest_accepted_policy():
@@ -56,7 +56,8 @@ def test_clipping_is_from_above_only_and_reported():
     gaps[:3] = 5.0  # three documents far over the ceiling
     found = decide(
         POLICIES[:1],
-        WindowLosses(gaps, np.ones(60), np.arange(60), np.array([2.0]), 3), 0.05, 0.2, CEILING,
+        WindowLosses(gaps, np.zeros(60), np.ones(60), np.arange(60), np.array([2.0]), 3),
+        0.05, 0.2, CEILING,
     )  # fmt: skip
     assert found.clipped_share == pytest.approx(3 / 60)
     assert found.ceiling == pytest.approx(CEILING * math.log1p(0.05))

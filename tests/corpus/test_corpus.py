@@ -6,8 +6,6 @@ import logging
 import os
 import random
 import re
-import subprocess
-import sys
 from itertools import pairwise, permutations
 from pathlib import Path
 
@@ -28,13 +26,13 @@ from earlyexit.corpus.documents import (
     UNK,
     CorpusConfig,
     _sections,
+    check_hub,
     read_documents,
 )
 from earlyexit.corpus.load import encode_texts, load_corpus
 from earlyexit.corpus.splits import MIN_LIMITED, Split
 from earlyexit.corpus.tokenizers import EOS_ID, UNK_ID
 from earlyexit.corpus.windows import IGNORE, loader, windows
-from earlyexit.runs.paths import PACKAGE
 
 NAMES = ("train", "fit", "certify", "valid", "test")
 WIKITEXT2 = os.environ.get("EARLYEXIT_WIKITEXT2")
@@ -319,11 +317,18 @@ def write_hub(folder: Path, readme: bool = True) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("readme", [True, False])
-def test_hub_and_files_give_the_same_ids(tmp_path, wiki_dir, monkeypatch, readme):
+@pytest.fixture
+def offline(tmp_path, monkeypatch) -> Path:
+    """The cache of a hub's client that reaches nothing."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("readme", [True, False])
+def test_hub_and_files_give_the_same_ids(tmp_path, wiki_dir, offline, readme):
     hub = write_hub(tmp_path / "hub", readme)
     for i, (name, lines) in enumerate(WIKI.items()):  # other names, other line ends, a BOM
         other = tmp_path / "other"
@@ -342,33 +347,24 @@ def test_hub_and_files_give_the_same_ids(tmp_path, wiki_dir, monkeypatch, readme
             assert np.array_equal(c.splits[name].document, corpora[0].splits[name].document)
 
 
-@pytest.mark.slow
-def test_without_network_the_error_names_the_way_out(tmp_path):
-    script = (
-        "from earlyexit import CorpusConfig, load_corpus\n"
-        "try: load_corpus(CorpusConfig('wikitext-2'))\n"
-        "except ConnectionError as e: assert 'data_dir' in str(e) and 'sotu' in str(e), e\n"
-        "else: raise SystemExit('no error')"
-    )
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path),
-        "PYTHONPATH": str(PACKAGE.parent),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60
-    )
-    assert run.returncode == 0, run.stderr
-
-
-def test_hub_folder_without_the_split_is_reported(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("read", [load_corpus, check_hub])
+def test_hub_folder_without_the_split_is_reported(offline, read):
     with pytest.raises(ConnectionError, match="data_dir"):
-        load_corpus(CorpusConfig("wikitext-2", hub=str(tmp_path / "nowhere")))
+        read(CorpusConfig("wikitext-2", hub=str(offline / "nowhere")))
+
+
+def test_text_of_the_hub_is_found_in_a_copy_or_where_it_was_kept(offline, tmp_path):
+    asked = CorpusConfig("wikitext-2")
+    with pytest.raises(
+        ConnectionError, match=r"Salesforce/wikitext.*set data_dir .* corpus 'sotu'"
+    ):
+        check_hub(asked)
+    copy = CorpusConfig("wikitext-2", hub=str(write_hub(tmp_path / "wikitext")))
+    check_hub(copy)
+    first = load_corpus(copy)
+    (offline / "wikitext").rename(offline / "Salesforce___wikitext")  # as if the hub had sent it
+    check_hub(asked)
+    assert load_corpus(asked).data_hash == first.data_hash
 
 
 @pytest.mark.parametrize(

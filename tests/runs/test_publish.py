@@ -10,8 +10,8 @@ import pytest
 from tiny_project import write_project
 
 from earlyexit.__main__ import main
-from earlyexit.runs import publish
-from earlyexit.runs.artifacts import MissingResult
+from earlyexit.runs import publish, runner
+from earlyexit.runs.artifacts import MissingResult, read_table
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
@@ -75,6 +75,21 @@ def test_a_difference_is_a_verdict_only_with_its_whole_interval(low, high, verdi
     assert publish._verdict(many).startswith(f"{told}, over 3 seeds: ")
 
 
+def test_the_answer_of_several_seeds_holds_their_range(monkeypatch):
+    def two_seeds(profile, name, root):
+        one = read_table(profile, name, root)
+        front = {"speedup_layers", "speedup_flops"} & set(one)
+        return pd.concat([one, one.assign(seed=9, **{column: 3 * one[column] for column in front})])
+
+    monkeypatch.setattr(publish, "read_table", two_seeds)
+    answer = publish.block("answer.md", "cpu", project().root)
+    (layers,) = re.findall(r"saves \*\*(.*?)× in layers", answer)
+    mean, least, largest = map(float, re.findall(r"\d+\.\d+", layers))
+    assert layers == f"{mean:.2f} [{least:.2f}, {largest:.2f}]"
+    assert (mean, largest) == pytest.approx((2 * least, 3 * least), abs=0.02)
+    assert re.search(r"\[\d+\.\d+, \d+\.\d+\]× in FLOPs", answer)
+
+
 def test_seeds_that_disagree_leave_a_verdict_open():
     """Each seed's documents say better; the seeds, as three units, do not."""
     apart = pd.DataFrame({"difference": [-0.01, -0.02, -0.06]})
@@ -84,11 +99,12 @@ def test_seeds_that_disagree_leave_a_verdict_open():
 
 
 @pytest.mark.slow
-def test_the_commands_it_shows_are_accepted():
+def test_the_commands_it_shows_are_accepted(monkeypatch):
     """Those for hours of work, up to where it would begin; the others are run with the notebooks."""
     lines = re.findall(r"python -m earlyexit (run[^`#\n]*)", project().readme.read_text("utf-8"))
     long = {line.strip() for line in lines if "--set" not in line and "--seeds" not in line}
     assert len(long) >= 2
+    monkeypatch.setattr(runner, "check_hub", lambda corpus: None)  # the text is not looked for
     for line in long:
         arguments = [a for a in shlex.split(line) if a != "--dry-run"]
         assert main([*arguments, "--dry-run"]) == 0, line

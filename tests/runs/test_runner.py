@@ -269,6 +269,32 @@ def test_wrong_usage_is_told_in_one_line_before_anything_runs(
     assert sorted(root.rglob("*")) == files
 
 
+@pytest.mark.parametrize("option", ["--dry-run", "--force"])
+def test_text_that_cannot_be_had_is_told_before_anything_runs(
+    tmp_path, monkeypatch, capsys, option
+):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    root = write_project(tmp_path / "project")
+    monkeypatch.setenv(HOME_VARIABLE, str(root))
+    files = sorted(root.rglob("*"))
+    assert main(["run", "--profile", "wikitext2", option]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("earlyexit: --data-dir: cannot load wikitext-2-v1")
+        and said.count("\n") == 1
+    )
+    assert sorted(root.rglob("*")) == files
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("train", "valid", "test"):
+        (texts / f"{name}.txt").write_text(" \n = A = \n \n b \n \n = C = \n \n d \n")
+    local = ["--data-dir", str(texts), "--set", "certify_articles=0"]
+    assert main(["run", "--profile", "wikitext2", *local, "--dry-run"]) == 0
+
+
 def test_local_text_counts_by_its_content(tmp_path):
     place = project(write_project(tmp_path / "project"))
     text = tmp_path / "text"
