@@ -121,7 +121,7 @@ def trained_model(
         if convert:
             return convert(backbone.model)
         if backbone:
-            return checkpoints.load_model(path.with_stem(backbone.model_hash))
+            return checkpoints.load_model(path.with_stem(backbone.model_hash), kind=kind)
         return kind.from_config(model_config)
 
     def make() -> tuple[EarlyExitLanguageModel, dict]:
