@@ -108,7 +108,7 @@ class ThresholdSweep(Common):
     thresholds: Shares = (0.1, 0.2, 0.4, 0.7, 0.9)
     epsilons: Positives = (0.01, 0.02, 0.05, 0.08)
     epsilon: Positive = 0.05
-    target_tokens: Limit = 50_000
+    target_tokens: Limit = 30_000
     recipes: Annotated[tuple[Recipe, ...], _some] = (
         "joint", "frozen", "weight 0.5", "one unembedding"
     )  # fmt: skip
