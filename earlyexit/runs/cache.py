@@ -201,7 +201,8 @@ def gated_model(
         return model, trained.reports() | {"gates": report}
 
     path = _path(cache / "models", ".safetensors", key)
-    return _cached_model(path, config, device, kind, make if may_train else None)
+    gated = _cached_model(path, config, device, kind, make if may_train else None)
+    return replace(gated, seconds=trained.seconds)
 
 
 def exit_trace(
