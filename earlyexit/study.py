@@ -22,6 +22,7 @@ from earlyexit.corpus.windows import loader
 from earlyexit.devices import resolve_device
 from earlyexit.evaluation.ablation import Change
 from earlyexit.evaluation.depth import losses_by_document, size
+from earlyexit.evaluation.recipes import RECIPES, WITHOUT_EXITS
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.figures.style import use_style
 from earlyexit.models.checkpoints import CheckpointError, checkpoint_about
@@ -36,10 +37,9 @@ from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import get_profile
 from earlyexit.runs.publish import model_card
 from earlyexit.runs.published import check_bytes, model_path
-from earlyexit.training.config import RECIPES, TrainingConfig
+from earlyexit.training.config import TrainingConfig
 
 log = logging.getLogger(__name__)
-WITHOUT_EXITS = {"exit_loss_weight": 0.0, "exit_sampling": "one"}  # the training of a twin
 LOSSES = [  # columns of a table of models trained alone, without those that name them
     *("split", "document", "tokens", "nll", "model", "parameters", "flops_per_token", "seconds")
 ]
@@ -179,15 +179,21 @@ class Study:
     def recipe(self, seed: int, name: str, max_tokens: int) -> Trained:
         """Return a model with gates whose exits were trained by one of the ``RECIPES``.
 
+        Its ``seconds`` are those of all stages.
+
         Raises:
             ValueError: the recipe is unknown.
         """
         if name not in RECIPES:
             raise ValueError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
-        recipe = RECIPES[name]
-        frozen = recipe.training.get("freeze_backbone")
-        backbone = self.twin(seed, max_tokens=max_tokens, **recipe.model) if frozen else None
-        trained = self.train(seed, recipe.model, recipe.training, max_tokens, backbone=backbone)
+        recipe, first = RECIPES[name], None
+        passes = {"epochs": recipe.passes * self.profile.training.epochs}
+        made = {"max_tokens": max_tokens, "kind": recipe.kind}
+        if recipe.first is not None:
+            first = self.train(seed, recipe.model, recipe.first | passes, **made)
+        trained = self.train(seed, recipe.model, recipe.training | passes, backbone=first, **made)
+        if first:
+            trained = replace(trained, seconds=first.seconds + trained.seconds)
         return self.with_gates(seed, trained)
 
     def twin(self, seed: int, n_layers: int | None = None, max_tokens: int = 0, **model) -> Trained:

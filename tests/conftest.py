@@ -42,6 +42,7 @@ PRICES = {
     "head": {"flops": 2e-11, "logits": 3e-9},
     "check": {"launches": 9e-5, "bytes": 2e-10},
     "projected check": {"flops": 3e-11, "logits": 4e-9},
+    "top check": {"flops": 5e-11, "logits": 2e-9},
     "propagation": {"launches": 1e-4, "flops": 4e-11},
     "gather/scatter": {"launches": 4e-5, "bytes": 2e-10},
     "rest": {"run": 1e-4},

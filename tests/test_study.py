@@ -8,16 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from earlyexit.evaluation.exit_heads import ExitBlockModel
+from earlyexit.evaluation.recipes import RECIPES, WITHOUT_EXITS
 from earlyexit.models.checkpoints import checkpoint_about, load_model
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.runs import runner
+from earlyexit.runs.cache import Trained
 from earlyexit.runs.parameters import NOTEBOOKS, as_dict
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
 from earlyexit.runs.provenance import read_record
 from earlyexit.runs.settings import Settings
 from earlyexit.study import Study
-from earlyexit.training.config import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -63,15 +65,22 @@ def test_every_profile_has_a_plan_a_model_and_a_training(name):
         assert study.model_config(**recipe.model).d_model == profile.model.d_model
 
 
-def test_a_recipe_changes_the_model_as_well_as_its_training(monkeypatch):
+def test_a_recipe_changes_model_and_training_and_adds_up_its_stages(monkeypatch):
     study, calls = Study("03_threshold_sweep", {"profile": "smoke", "device": "cpu"}), []
-    monkeypatch.setattr(study, "train", lambda *args, **_: calls.append(args))
+    made = Trained(None, None, "", None, seconds=7.0)
+    monkeypatch.setattr(study, "train", lambda *args, **more: calls.append((*args, more)) or made)
     monkeypatch.setattr(study, "with_gates", lambda seed, trained: trained)
-    study.recipe(0, "tokens, values kept", 1000)
-    study.recipe(0, "joint", 1000)
-    assert calls == [
-        (0, {"left_behind": "kept"}, {"exit_sampling": "tokens"}, 1000), (0, {}, {}, 1000)
-    ]  # fmt: skip
+    whole, plain = {"epochs": study.profile.training.epochs}, EarlyExitLanguageModel
+    made_of = {"max_tokens": 1000, "kind": plain, "backbone": None}
+    assert study.recipe(0, "tokens, values kept", 1000).seconds == 7
+    kept = {"left_behind": "kept"}
+    assert calls.pop() == (0, kept, {"exit_sampling": "tokens"} | whole, made_of)
+    study.recipe(0, "exit blocks", 1000)
+    assert calls.pop() == (0, {}, whole, made_of | {"kind": ExitBlockModel})
+    assert study.recipe(0, "exits first", 1000).seconds == 14
+    half = {"epochs": whole["epochs"] / 2}
+    assert calls[0] == (0, {}, half, {"max_tokens": 1000, "kind": plain})
+    assert calls[1] == (0, {}, WITHOUT_EXITS | half, made_of | {"backbone": made})
 
 
 PUBLISHED = [  # by this version

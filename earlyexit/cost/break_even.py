@@ -51,26 +51,53 @@ def break_even_map(
 
 
 def measured_points(checked: pd.DataFrame) -> pd.DataFrame:
-    """Return measured and predicted speedups from a table of :func:`earlyexit.cost.time_model.check`.
+    """Return measured and predicted speedups of the runs that prices were not fitted on.
 
-    The map is for linear output heads, so runs with another head are left out.
+    Args:
+        checked: the table of :func:`earlyexit.cost.time_model.calibrate`.
 
     Returns:
-        The columns of :func:`break_even_map` and d_model; ``speedup_time`` is measured,
-        ``speedup_predicted`` is predicted.
+        The columns of :func:`break_even_map` and d_model, n_seq, output_head; ``speedup_time`` is
+        measured, ``speedup_predicted`` is predicted.
     """
-    checked = checked[checked["output_head"] == "linear"]
-    keys = ["d_model", "n_layers", "vocab_size", "batch", "n_seq"]
-    plain = checked[checked["criterion"] == FULL_DEPTH].set_index(keys)
-    runs = checked[checked["criterion"] != FULL_DEPTH]
+    held_out = checked[checked["used"] == "checked"]
+    keys = ["d_model", "n_layers", "vocab_size", "output_head", "batch", "n_seq"]
+    plain = held_out[held_out["criterion"] == FULL_DEPTH].set_index(keys)
+    runs = held_out[held_out["criterion"] != FULL_DEPTH]
     full = plain.loc[pd.MultiIndex.from_frame(runs[keys])]
     ratios = [
-        head_ratio(operations(ModelConfig(int(v), int(d))))
-        for v, d in zip(runs["vocab_size"], runs["d_model"], strict=True)
+        head_ratio(
+            operations(ModelConfig(row.vocab_size, row.d_model, output_head=row.output_head))
+        )
+        for row in runs.itertuples()
     ]
     return runs[[*keys, "criterion", "mean_depth"]].assign(
         head_ratio=ratios,
         executed=runs["mean_depth"] / runs["n_layers"],
         speedup_time=full["measured_ms"].to_numpy() / runs["measured_ms"].to_numpy(),
         speedup_predicted=full["predicted_ms"].to_numpy() / runs["predicted_ms"].to_numpy(),
+    )
+
+
+def errors_by_check(points: pd.DataFrame) -> pd.DataFrame:
+    """Score predicted speedups by kind of check: one column of errors hides that a kind is biased.
+
+    Args:
+        points: the table of :func:`measured_points`.
+
+    Returns:
+        One row per criterion and output head: criterion, output_head, runs, bias (median of the
+        relative errors; above 0: predicted too fast), median_error and largest_error (absolute), and
+        right, the share of runs of which it is predicted whether exits win.
+    """
+    error = points["speedup_predicted"] / points["speedup_time"] - 1
+    right = (points["speedup_time"] > 1) == (points["speedup_predicted"] > 1)
+    table = points.assign(error=error, size=error.abs(), right=right)
+    kinds = table.groupby(["criterion", "output_head"], as_index=False)
+    return kinds.agg(
+        runs=("error", "size"),
+        bias=("error", "median"),
+        median_error=("size", "median"),
+        largest_error=("size", "max"),
+        right=("right", "mean"),
     )

@@ -324,7 +324,8 @@ def work(load: Load) -> Account:
     """Return the amounts of ``PRICED`` kinds for scoring a batch, compacted if there are exits.
 
     To those of :func:`account` it adds launches (operations started), the part ``rest``, and with exits
-    ``gather/scatter``. A check that reads logits is named ``projected check``.
+    ``gather/scatter``. A check that makes all logits is a ``projected check``, and one that finds the
+    most probable word without most of them a ``top check``: each has its own prices.
     """
     model, tokens, layers = load.operations, load.tokens, load.config.n_layers
     exits = load.criterion != FULL_DEPTH
@@ -341,7 +342,7 @@ def work(load: Load) -> Account:
     departures = int((leaving > 0.5).sum())
     check, projected = "check", float(tokens)
     if exits and rule.reads == "logits":
-        check = "projected check"
+        check = "projected check" if rule.read_by_check(model) else "top check"
         parts[check] = parts.pop("check")
         for part in (check, "head"):  # compared with the logits, their bytes take no time
             parts[part].pop("bytes", None)

@@ -204,7 +204,7 @@ def fit(measured: pd.DataFrame, wanted: Sequence[Load]) -> TimeModel:
 
 def _measured_as(part: str) -> str:
     """Return the measured part that a part of the work belongs to; a projected check is a check."""
-    return part.removeprefix("projected ")
+    return "check" if part.endswith(" check") else part
 
 
 def _robust_nnls(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -123,7 +123,7 @@ def trained_model(
         if convert:
             return convert(backbone.model)
         if backbone:
-            return checkpoints.load_model(path.with_stem(backbone.model_hash))
+            return checkpoints.load_model(path.with_stem(backbone.model_hash), kind=kind)
         return kind.from_config(model_config)
 
     def make() -> tuple[EarlyExitLanguageModel, dict]:
@@ -204,7 +204,8 @@ def gated_model(
         return model, trained.reports() | {"gates": report}
 
     path = _path(cache / "models", ".safetensors", key)
-    return _cached_model(path, config, device, kind, make if may_train else None)
+    gated = _cached_model(path, config, device, kind, make if may_train else None)
+    return replace(gated, seconds=trained.seconds)
 
 
 def exit_trace(

@@ -17,9 +17,9 @@ from pydantic import AfterValidator, Field
 from earlyexit.checked import Checked, Count, Limit, Positive, Probability, Share, Weight
 from earlyexit.evaluation.ablation import CHANGES
 from earlyexit.evaluation.depth import CONTROLS
+from earlyexit.evaluation.recipes import RECIPES
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.runs import digests
-from earlyexit.training.config import RECIPES
 
 
 def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -108,6 +108,7 @@ class ThresholdSweep(Common):
     thresholds: Shares = (0.1, 0.2, 0.4, 0.7, 0.9)
     epsilons: Positives = (0.01, 0.02, 0.05, 0.08)
     epsilon: Positive = 0.05
+    target_tokens: Limit = 30_000
     recipes: Annotated[tuple[Recipe, ...], _some] = (
         "joint", "frozen", "weight 0.5", "one unembedding"
     )  # fmt: skip

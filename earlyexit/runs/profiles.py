@@ -16,9 +16,10 @@ from typing import Any
 from earlyexit.checked import Checked, Count, Limit
 from earlyexit.corpus.documents import CorpusConfig
 from earlyexit.evaluation.ablation import CHANGES
+from earlyexit.evaluation.recipes import RECIPES
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs.parameters import NOTEBOOKS, Common, Seeds, names
-from earlyexit.training.config import RECIPES, GatesConfig, TrainingConfig
+from earlyexit.training.config import GatesConfig, TrainingConfig
 
 # Small profiles share the embedded text, the original's model, and the training of it and its gates.
 TEXT = CorpusConfig()
@@ -99,7 +100,10 @@ PROFILES = {
                     "depths": (1, 3), "controls": ("diagonal only",), "depth_tokens": 4_000,
                     "changes": ("as it is", "AdamW"), "ablation_tokens": 4_000,
                 },
-                "03_threshold_sweep": {"recipes": ("joint", "frozen"), "recipe_tokens": 4_000},
+                "03_threshold_sweep": {
+                    "recipes": ("joint", "frozen", "exits first", "exit blocks"),
+                    "recipe_tokens": 4_000,
+                },
                 "04_speedup_breakdown": {
                     "repeats": 3, "wide_windows": 2, "output_head_tokens": 4_000,
                     "prices": "few", "panels": ((4, 1),), "batch_sizes": (1, 4, 16),

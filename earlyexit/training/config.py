@@ -1,41 +1,11 @@
-"""Configuration of trainings: of a model, of its gates, and the ways of training exits."""
+"""Configuration of trainings, of a model and of its gates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from earlyexit.checked import Checked, Count, Dropout, Limit, Positive, Share, Weight
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe is a way of training exits: what it changes in a profile's training and in its model."""
-
-    training: Mapping[str, Any] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
-
-
-ONE, TOKENS = {"exit_sampling": "one"}, {"exit_sampling": "tokens"}
-RECIPES: dict[str, Recipe] = {
-    "joint": Recipe(),
-    "frozen": Recipe(
-        {"exit_loss_weight": 1.0, "freeze_backbone": True}, {"exit_head": "translator"}
-    ),
-    "weight 0.5": Recipe({"exit_loss_weight": 0.5}),
-    "weight 3": Recipe({"exit_loss_weight": 3.0}),
-    "weight ramped up": Recipe({"exit_ramp": 0.5}),
-    "one exit a step": Recipe(ONE),
-    "half of the gradient": Recipe({"exit_gradient": 0.5}),
-    "self-distilled": Recipe({"distillation": 0.3}),
-    "layer dropout": Recipe({"layer_dropout": 0.2}),
-    "one unembedding": Recipe(model={"exit_head": "translator"}),
-    # Only where tokens exit in training do deeper layers learn from what is left behind.
-    "tokens": Recipe(TOKENS),
-    "tokens, values kept": Recipe(TOKENS, {"left_behind": "kept"}),
-    "tokens, potentials only": Recipe(TOKENS, {"left_behind": "potentials"}),
-}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from conftest import PRICES
 
 from earlyexit.cost import time_model as times
-from earlyexit.cost.break_even import break_even_map, measured_points
+from earlyexit.cost.break_even import break_even_map, errors_by_check, measured_points
 from earlyexit.cost.parts import FULL_DEPTH, Load, part_flops, work
 from earlyexit.cost.synthetic import geometric_shares
 from earlyexit.cost.time_model import TimeModel, check, fit, loads, measure
@@ -63,7 +63,7 @@ def test_every_token_is_projected_once_by_a_gate_and_once_a_check_by_its_logits(
     assert checked["head"]["logits"] < 64 * 0.25 * 200
     # The most probable word opens a third of 150 words and a fifth of 300; scoring is left to do.
     checked = work(Load(adaptive, 4, 16, "max_probability", shares))
-    assert checked["projected check"]["logits"] == pytest.approx(64 * 1.5 * (52 + 50 + 60))
+    assert checked["top check"]["logits"] == pytest.approx(64 * 1.5 * (52 + 50 + 60))
     scored = work(Load(adaptive, 4, 16, "gate", shares))["head"]
     assert all(checked["head"][kind] == scored[kind] for kind in ("launches", "logits"))
 
@@ -145,9 +145,32 @@ def test_the_map_is_the_model_at_every_point():
         np.diff(gates.to_numpy()[:-1], axis=0) < 1e-9
     ).all()  # while some leave, deeper is slower
     wanted = loads(times.MAPPED)
-    points = measured_points(check(model, synthetic(wanted, PRICES), wanted))
+    checked = check(model, synthetic(wanted, PRICES), wanted)
+    points = measured_points(checked.assign(used="checked"))
     assert len(points) == 2 * len(times.MAPPED)
     np.testing.assert_allclose(points["speedup_time"], points["speedup_predicted"])
+
+
+def test_only_held_out_runs_score_the_map_and_each_kind_of_check_by_itself():
+    wanted, model = loads(times.FITTED[:3] + times.CHECKED[:4]), TimeModel(PRICES, {})
+    table = check(model, synthetic(wanted, PRICES), wanted)
+    table["used"] = ["fitted"] * 9 + ["checked"] * 12
+    table.loc[:8, "measured_ms"] *= 7  # must not matter
+    linear = (table["criterion"] == "max_probability") & (table["output_head"] == "linear")
+    table.loc[linear, "measured_ms"] *= 1.33  # predicted a third too fast
+    errors = errors_by_check(measured_points(table)).set_index(["criterion", "output_head"])
+    assert errors["runs"].tolist() == [2] * 4
+    expected = pd.Series(0.0, errors.index)
+    expected["max_probability", "linear"] = 0.33
+    for column in ("bias", "median_error", "largest_error"):
+        np.testing.assert_allclose(errors[column], expected, atol=1e-9)
+
+
+def test_checks_of_all_logits_and_of_the_top_word_have_prices_of_their_own():
+    fitted, other = loads(times.FITTED), loads(times.CHECKED)
+    dear = PRICES | {"projected check": {"flops": 2e-10, "logits": 2e-8}}
+    model = fit(synthetic(fitted, dear), fitted)
+    assert check(model, synthetic(other, dear), other)["error"].abs().max() < 0.01
 
 
 def test_a_time_model_is_stored_whole(tmp_path):

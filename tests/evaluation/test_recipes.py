@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from earlyexit.corpus.windows import loader
+from earlyexit.cost.memory import MIB
 from earlyexit.evaluation.compare import fitted_policy
 from earlyexit.evaluation.depth import ALONE, losses_by_document
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
-from earlyexit.evaluation.recipes import against_alone, alone_rows
+from earlyexit.evaluation.recipes import against_alone, alone_rows, training_memory
 from earlyexit.evaluation.rivals import perplexities, trained_alone
+from earlyexit.training.config import TrainingConfig
 
 EPSILON = 0.3
 
@@ -38,3 +43,16 @@ def test_every_exit_against_a_model_of_its_depth(subject, make_model, corpus):
     assert alone_rows(alone).to_dict("list") == {
         "exit": [0, 1, 2], "perplexity": list(perplexities(alone).values())
     }  # fmt: skip
+
+
+def test_memory_of_a_step_grows_with_its_batch_and_leaves_the_model_as_it_is(make_model, corpus):
+    model, config = make_model(), TrainingConfig(batch_size=2, exit_sampling="all")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    few, many = (
+        training_memory(model, corpus, replace(config, batch_size=size)) for size in (2, 16)
+    )
+    weights = 4 * sum(p.numel() for p in model.parameters()) / MIB
+    assert many > few > 2 * weights  # gradients and the optimiser's state
+    frozen = replace(config, freeze_backbone=True)
+    assert training_memory(model, corpus, frozen) < few
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

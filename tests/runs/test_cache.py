@@ -64,6 +64,7 @@ def everything(arguments) -> dict[str, object]:
     trained = cache.trained_model(corpus, replace(config, n_layers=2), settings, folder, device)
     gates = GatesConfig(max_tokens=200, steps=3)
     gated = cache.gated_model(trained, corpus, folder, device, gates, seed=0)
+    assert gated.seconds == trained.seconds > 0  # of the training, not of the gates
     trace = cache.exit_trace(gated, corpus.splits["fit"], corpus, folder)
     return {
         "models": [trained.model.fingerprint(), gated.model.fingerprint()],
