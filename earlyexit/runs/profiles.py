@@ -173,7 +173,7 @@ PROFILES = {
             seeds=(0, 1, 2),
             notebooks={
                 "01_build": {
-                    "memory_tokens": 60_000, "depths": (1, 2, 3, 4, 6, 8), "depth_seeds": 3,
+                    "memory_tokens": 60_000, "depths": (1, 2, 3, 4), "depth_seeds": 1,
                 },
                 "03_threshold_sweep": {
                     "recipes": ("joint", "frozen"), "recipe_tokens": 600_000,
