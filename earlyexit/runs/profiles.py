@@ -174,6 +174,7 @@ PROFILES = {
             notebooks={
                 "01_build": {
                     "memory_tokens": 60_000, "depths": (1, 2, 3, 4), "depth_seeds": 1,
+                    "controls": ("no mixing", "diagonal only"),
                 },
                 "03_threshold_sweep": {
                     "recipes": ("joint", "frozen"), "recipe_tokens": 600_000,
