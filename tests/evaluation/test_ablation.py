@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from earlyexit.evaluation.ablation import (
     WithoutGate,
     WithoutNorm,
 )
+from earlyexit.evaluation.recipes import WITHOUT_EXITS
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.mixing import ResolventMixing
+from earlyexit.runs.profiles import PROFILES
 from earlyexit.training.config import TrainingConfig
 
 PROFILE = {"vocab_size": 40, "d_model": 64, "n_layers": 1, "n_seq": 12}
@@ -37,7 +39,7 @@ def test_a_change_is_of_the_training_or_changes_what_the_model_does(name):
     fit = model.train()(x), built(plain).train()(x)
     assert (not torch.equal(*fit)) == bool(change.model or change.kind is not plain.kind)
     assert change.training.keys() <= {f.name for f in fields(TrainingConfig)}
-    given = TrainingConfig(batch_size=16, optimizer="muon", learning_rate=1e-2)
+    given = replace(PROFILES["ablation"].training, **WITHOUT_EXITS)
     default = {k: getattr(given, k) for k in change.training}
     assert not change.training or default != change.training
     assert (name == UNCHANGED) == (change == Change())
