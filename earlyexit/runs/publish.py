@@ -93,12 +93,11 @@ def block(template: str, profile: str, root: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "answer": partial(block, "answer.md", "cpu"),
-    "answer-wikitext2": partial(block, "answer.md", "wikitext2"),
     "claims": partial(block, "claims.md", "cpu"),
     "depth": partial(block, "depth.md", "wikitext2"),
     "guarantee": partial(block, "guarantee.md", "cpu"),
     "text": partial(block, "text.md", "cpu"),
-    "text-wikitext2": partial(block, "text.md", "wikitext2"),
+    "exits": partial(block, "exits.md", "wikitext2"),
     "products": partial(block, "products.md", "combinations"),
     "status": status_block,
 }
