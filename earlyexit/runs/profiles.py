@@ -177,8 +177,8 @@ PROFILES = {
                     "controls": ("no mixing", "diagonal only"),
                 },
                 "03_threshold_sweep": {
-                    "recipes": ("joint", "frozen"), "recipe_tokens": 600_000,
-                    "logits_tokens": 60_000,
+                    "recipes": ("joint", "frozen"), "recipe_tokens": 100_000,
+                    "logits_tokens": 20_000,
                 },
                 "04_speedup_breakdown": {"output_head_tokens": 400_000},
                 "07_combinations": {"combination_tokens": 600_000, "combination_eval": 30_000},
