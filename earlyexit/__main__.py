@@ -252,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--jobs",
         type=int,
-        help="trainings at the same time; they change no number (default: one for each free core)",
+        help="trainings at the same time; they change no number (default: one for each usable core)",
     )
     run.add_argument("--force", action="store_true", help="also what is fresh")
     run.add_argument("--dry-run", action="store_true", help="show what would run, why, how long")

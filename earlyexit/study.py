@@ -163,7 +163,7 @@ class Study:
     def side_by_side(self, calls: Mapping[Hashable, tuple[Callable, ...]]) -> dict[Hashable, Any]:
         """Return key → what its call returns: a function that trains, and its arguments.
 
-        On a CPU the trainings run side by side, as many as there are free cores or as
+        On a CPU the trainings run side by side, as many as there are usable cores or as
         ``EARLYEXIT_JOBS`` says; the models travel through the cache.
         """
         threads = self.profile.threads

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from earlyexit.runs.provenance import hardware
 
-JOBS = "EARLYEXIT_JOBS"  # number of processes, instead of one for each free core
+JOBS = "EARLYEXIT_JOBS"  # number of processes, instead of one for each usable core
 MEMORY = 2 * 2**30  # bytes of free memory that a process must find
 Key = TypeVar("Key", bound=Hashable)
 Call = tuple[Callable[..., Any], *tuple[Any, ...]]
