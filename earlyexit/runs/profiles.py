@@ -127,7 +127,7 @@ PROFILES = {
         ),
         Profile(
             "recipes",
-            "03 with every way of training exits, on 400,000 tokens of the embedded text; not run with all of them yet",
+            "03 with every way of training exits, on 400,000 embedded tokens; not run with all yet",
             model=replace(MODEL, dropout_p=0.0),
             gates=GatesConfig(max_tokens=40_000),
             max_train_tokens=400_000,
