@@ -22,10 +22,10 @@ def training_curves(history: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     Columns: seed, tokens, train_nll, perplexity_0 … (NaN between evaluations).
     """
     panels = [partial(draw, history) for draw in (training_nll, trained_exits)]
-    return style.compose(ax, PAGE, 2.4, panels)
+    return style.compose(ax, PAGE, 2.6, panels)
 
 
-@style.panel(COLUMN, 2.4, loc=None)
+@style.panel(COLUMN, 2.6, loc=None)
 def training_nll(history: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the first panel of :func:`training_curves`, one curve per seed."""
     for seed, rows in history.groupby("seed"):
@@ -33,7 +33,7 @@ def training_nll(history: pd.DataFrame, *, ax: Axes) -> None:
     ax.set(xlabel="training tokens (millions)", ylabel="training NLL (nats per token)")
 
 
-@style.panel(COLUMN, 2.4)
+@style.panel(COLUMN, 2.6)
 def trained_exits(history: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the second panel of :func:`training_curves`, one curve per seed, with the means."""
     columns = [c for c in history if c.startswith("perplexity_")]
@@ -48,7 +48,7 @@ def trained_exits(history: pd.DataFrame, *, ax: Axes) -> None:
     ax.margins(y=0.2)
 
 
-@style.panel(COLUMN, 2.2, title="tokens after them")
+@style.panel(COLUMN, 2.5, title="tokens after them")
 def leak(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw perplexity on the true text and with the future of each scored token replaced.
 
@@ -76,7 +76,7 @@ def depth_and_memory(depth: pd.DataFrame, memory: pd.DataFrame, *, ax: Panels = 
     return style.compose(ax, PAGE, 2.6, panels)
 
 
-@style.panel(COLUMN * 1.2, 2.6, loc=None)
+@style.panel(COLUMN, 2.6, loc=None)
 def depth_curve(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw test perplexity against layers of models trained alone, and other systems as lines.
 
@@ -161,7 +161,7 @@ def _per_exit(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
         ax.fill_between(means.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-@style.panel(PAGE * 0.6, 2.4, loc=None)
+@style.panel(COLUMN, 2.4, loc=None)
 def ablation(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the validation perplexity of every change to the mixing layer, with numbers.
 

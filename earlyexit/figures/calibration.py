@@ -29,7 +29,7 @@ def reliability(table: pd.DataFrame, errors: pd.DataFrame, *, ax: Panels = None)
     return style.compose(ax, PAGE, 2.9, panels, 2, key={"loc": None}, **look)
 
 
-@style.panel(COLUMN * 0.75, 2.5, loc=None)
+@style.panel(COLUMN, 2.5, loc=None)
 def reliability_diagram(table: pd.DataFrame, errors: pd.DataFrame, layer: int, *, ax: Axes) -> None:
     """Draw accuracy over confidence at one exit, first seed, with the mean ECE over the seeds."""
     ax.plot([0, 1], [0, 1], **REFERENCE)
@@ -46,7 +46,7 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.DataFrame, layer: int, *
     ax.set(xlabel="maximum probability", ylabel="accuracy")
 
 
-@style.panel(COLUMN * 0.75, 1.5)
+@style.panel(COLUMN, 1.5)
 def confidence_shares(table: pd.DataFrame, layer: int, *, ax: Axes) -> None:
     """Draw the share of tokens per bin of confidence at one exit, first seed, on a log scale."""
     shown = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]

@@ -12,7 +12,7 @@ from earlyexit.figures import style
 from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, SMALL, Panels
 
 
-@style.panel(COLUMN * 1.35, 2.8)
+@style.panel(COLUMN, 2.8)
 def target_achieved(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw achieved over tolerated quality loss on the test split, with the diagonal.
 
@@ -38,7 +38,7 @@ def violation_rates(table: pd.DataFrame, delta: float, *, ax: Panels = None) -> 
     return style.compose(ax, PAGE, 2.5, panels, key=key, sharey=True)
 
 
-@style.panel(COLUMN * 1.5, 2.5)
+@style.panel(COLUMN, 2.5)
 def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes) -> None:
     """Draw a panel of :func:`violation_rates` from a table of one kind of unit."""
     for k, (name, rows) in enumerate(table.groupby("procedure", sort=False)):
@@ -50,7 +50,7 @@ def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes) -> None:
     style.percent(ax.yaxis)
 
 
-@style.panel(COLUMN * 1.6, 2.7)
+@style.panel(PAGE, 2.9)
 def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the upper bound of each method over n, with the mean loss and the level that ε allows.
 
@@ -71,7 +71,7 @@ def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: 
     style.plain_ticks(ax.xaxis, sorted(table["n"].unique()))
 
 
-@style.panel(PAGE * 0.75, 2.4)
+@style.panel(PAGE, 2.4)
 def price_of_certainty(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the speedup in layers of fitted and certified policies, per ε.
 

@@ -9,7 +9,7 @@ from earlyexit.figures import style
 from earlyexit.figures.style import COLUMN
 
 
-@style.panel(COLUMN * 1.3, 2.4, loc="upper right", ncols=2)
+@style.panel(COLUMN, 2.4, loc="upper right", ncols=2)
 def memory(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the peak tensor memory of each execution, separately for logits and the rest.
 

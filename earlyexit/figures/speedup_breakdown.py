@@ -21,7 +21,7 @@ OVER_BATCH = {
 }
 
 
-@style.panel(COLUMN * 1.25, 3.0, loc="upper right", ncols=3)
+@style.panel(COLUMN, 3.0, loc="upper right", ncols=3)
 def part_times(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the time of every part, and of a check by each criterion, as a share of one block.
 
@@ -33,7 +33,7 @@ def part_times(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.set(xlabel="time / time of one block")
 
 
-@style.panel(PAGE * 0.75, 2.8)
+@style.panel(PAGE, 2.8)
 def speedups(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw wall-clock over layer speedup with intervals and the identity, a colour per execution.
 
@@ -76,12 +76,12 @@ def run_parts(table: pd.DataFrame, apart: str, *, ax: Panels = None) -> np.ndarr
     below = table["run"] == apart
     panels = [partial(time_by_part, table[~below]), partial(time_by_part, table[below])]
     heights, key = [table["run"].nunique() - 1, 1.2], {"markerscale": 0.5}
-    drawn = style.compose(ax, PAGE * 0.8, 2.8, panels, 2, key=key, height_ratios=heights)
+    drawn = style.compose(ax, PAGE, 2.8, panels, 2, key=key, height_ratios=heights)
     drawn[1, 0].set_title("on a scale of its own", fontsize=SMALL, loc="left")
     return drawn
 
 
-@style.panel(PAGE * 0.8, 2.2, markerscale=0.5)
+@style.panel(PAGE, 2.2, markerscale=0.5)
 def time_by_part(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the time of each part of whole runs, stacked; see :func:`run_parts`."""
     runs, parts = (list(dict.fromkeys(table[column])) for column in ("run", "part"))
@@ -134,10 +134,10 @@ def throughput(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     Columns: batch, execution, grouping, tokens_per_second, layers_run.
     """
     panels = [partial(over_batch_sizes, table, y) for y in OVER_BATCH]
-    return style.compose(ax, PAGE, 2.5, panels, key={})
+    return style.compose(ax, PAGE, 2.7, panels, key={})
 
 
-@style.panel(COLUMN * 1.5, 2.5)
+@style.panel(COLUMN, 2.5)
 def over_batch_sizes(table: pd.DataFrame, y: str, *, ax: Axes) -> None:
     """Draw a panel of :func:`throughput`; ``y`` is "tokens_per_second" or "layers_run" (dense)."""
     if y == "layers_run":
@@ -161,10 +161,10 @@ def propagation(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     :func:`earlyexit.evaluation.propagation_error.propagation_cost`.
     """
     panels = [partial(propagation_by, table, by) for by in ("layers executed", "position")]
-    return style.compose(ax, PAGE * 0.85, 2.2, panels, key={}, sharey=True)
+    return style.compose(ax, PAGE, 2.4, panels, key={}, sharey=True)
 
 
-@style.panel(COLUMN * 1.3, 2.2)
+@style.panel(COLUMN, 2.2)
 def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes) -> None:
     """Draw a panel of :func:`propagation`; ``by`` is "layers executed" or "position"."""
     rows = table[table["by"] == by]
@@ -178,7 +178,7 @@ def propagation_by(table: pd.DataFrame, by: str, *, ax: Axes) -> None:
     style.percent(ax.yaxis)
 
 
-@style.panel(PAGE * 0.65, 2.3)
+@style.panel(COLUMN, 2.3)
 def left_behind(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw loss over wall-clock speedup with intervals, a curve per thing that exited tokens hand on.
 
@@ -204,10 +204,10 @@ def output_heads(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     Columns: head, scoring_ms, scoring_exits_ms, prediction_ms, prediction_exits_ms.
     """
     panels = [partial(output_head_times, table, task) for task in ("scoring", "prediction")]
-    return style.compose(ax, PAGE * 0.8, 2.3, panels, key={}, sharey=True)
+    return style.compose(ax, PAGE, 2.3, panels, key={}, sharey=True)
 
 
-@style.panel(COLUMN * 1.2, 2.3)
+@style.panel(COLUMN, 2.3)
 def output_head_times(table: pd.DataFrame, task: str, *, ax: Axes) -> None:
     """Draw a panel of :func:`output_heads`; ``task`` is "scoring" or "prediction"."""
     columns = {f"{task}_ms": "full depth", f"{task}_exits_ms": "with exits"}
@@ -218,7 +218,7 @@ def output_head_times(table: pd.DataFrame, task: str, *, ax: Axes) -> None:
     ax.margins(y=0.12)
 
 
-@style.panel(COLUMN * 1.45, 2.7)
+@style.panel(PAGE, 2.7)
 def predicted_measured(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw predicted over measured time of runs, with the identity and ±10 %.
 
@@ -270,7 +270,7 @@ def break_even_map(
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the panel of :func:`break_even` of a criterion, number of layers and batch size."""
-    ax, own = style.new_axes(ax, COLUMN * 1.2, 2.6)
+    ax, own = style.new_axes(ax, COLUMN, 2.6)
     here = pd.Series({"criterion": criterion, "n_layers": n_layers, "batch": batch})
     grid, points = (t[(t[here.index] == here).all(axis=1)] for t in (grid, points))
     table = np.log2(grid.pivot(index="executed", columns="head_ratio", values="speedup_time"))
@@ -293,7 +293,7 @@ def break_even_map(
     ax.grid(visible=False)
     if own:
         _speedup_scale(ax)
-    style.legend(ax, own, "lower center", ncols=2)
+    style.legend(ax, own, "lower center")
     return ax
 
 

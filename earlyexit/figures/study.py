@@ -40,11 +40,11 @@ def front(table: pd.DataFrame, claims: pd.DataFrame, *, ax: Panels = None) -> np
         claims: columns speedup, quality_loss of the original, which names no kind of speedup.
     """
     panels = [partial(loss_against, table, claims, x) for x in SPEEDUPS]
-    key = {"loc": "lower center", "ncols": 4}
-    return style.compose(ax, PAGE, 2.9, panels, key=key, sharey=True)
+    key = {"loc": "lower center", "ncols": 3}
+    return style.compose(ax, PAGE, 3.0, panels, key=key, sharey=True)
 
 
-@style.panel(COLUMN * 1.5, 2.9)
+@style.panel(COLUMN, 2.9)
 def loss_against(table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes) -> None:
     """Draw a panel of :func:`front` over the speedup ``x``: mean and range over the seeds."""
     fitted = [name for name in dict.fromkeys(table["criterion"]) if name not in COMPARED]
@@ -72,7 +72,7 @@ def rivals(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
         partial(rivals_at, rows, f"speedup ({cost})")
         for cost, rows in table.groupby("cost", sort=False)
     ]
-    return style.compose(ax, PAGE * 0.8, 2.4, panels, key={"loc": "lower center", "ncols": 2})
+    return style.compose(ax, PAGE, 2.4, panels, key={"loc": "lower center", "ncols": 2})
 
 
 @style.panel(COLUMN, 2.4)
@@ -89,7 +89,7 @@ def rivals_at(table: pd.DataFrame, x_label: str, *, ax: Axes) -> None:
     ax.set(xlabel=x_label, ylabel="perplexity, test split")
 
 
-@style.panel(COLUMN * 1.3, 2.4)
+@style.panel(COLUMN, 2.4)
 def depth_by_class(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw mean layers executed per class of the predicted word, and the class's share of tokens.
 
@@ -116,7 +116,7 @@ def depth_by_position(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
         partial(style.lines, table, "position", y, None, "position in the window", label, log=False)
         for y, label in BY_POSITION.items()
     ]
-    return style.compose(ax, PAGE * 0.8, 2.1, panels)
+    return style.compose(ax, PAGE, 2.1, panels)
 
 
 def coloured_text(

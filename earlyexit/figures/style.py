@@ -157,16 +157,27 @@ def _label_once(panels: np.ndarray, one_label: str) -> None:
 
 
 def legend(
-    axes: Axes | np.ndarray, own: bool, loc: str | None = "right upper", ncols: int = 1, **options
+    axes: Axes | np.ndarray,
+    own: bool,
+    loc: str | None = "beside",
+    ncols: int | None = None,
+    **options,
 ) -> None:
     """Draw one legend with the labels of the first of ``axes``, in place of those of the panels.
 
     Args:
         own: whether the figure is new: then the legend goes outside all axes, at ``loc``, in ``ncols``
             columns; otherwise, or without a ``loc``, it goes into the first of the axes.
+        loc: of ``Figure.legend``; "beside" is to the right of a page's figure, and above that of a
+            column, which is too narrow, in two columns if labels are short.
         options: arguments of ``Axes.legend``.
     """
     axes = np.ravel(axes)
+    if loc == "beside":
+        wide = axes[0].figure.get_figwidth() > COLUMN
+        longest = max(map(len, axes[0].get_legend_handles_labels()[1]), default=0)
+        loc, usual = ("right upper", 1) if wide else ("upper center", 2 if longest < 22 else 1)
+        ncols = ncols or usual
     for old in filter(None, [ax.get_legend() for ax in axes]):
         old.remove()
     if "handles" not in options:
@@ -174,7 +185,7 @@ def legend(
     if not options["handles"]:
         return
     if own and loc:
-        axes[0].figure.legend(loc=f"outside {loc}", ncols=ncols, **options)
+        axes[0].figure.legend(loc=f"outside {loc}", ncols=ncols or 1, **options)
     else:
         axes[0].legend(frameon=True, edgecolor="none", **options)  # legible on curves
 
@@ -243,7 +254,7 @@ def mean_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
         mean_line(ax, rows, x, y, label=name, **look(k))
 
 
-@panel(PAGE * 0.75, 2.6)
+@panel(PAGE, 2.6)
 def lines(
     table: pd.DataFrame,
     x: str,

@@ -24,7 +24,7 @@ QUALITY = {
 OVER_THRESHOLD = {"layers": "mean layers\nexecuted", "quality_loss": "quality loss"}
 
 
-@style.panel(PAGE * 0.62, 3.0)
+@style.panel(PAGE, 3.0)
 def pareto(
     curves: pd.DataFrame,
     x: str,
@@ -90,10 +90,10 @@ def exit_distributions(table: pd.DataFrame, criterion: str, *, ax: Panels = None
     """
     thresholds = sorted(table["threshold"].unique())
     panels = [partial(exit_distribution, table, criterion, threshold) for threshold in thresholds]
-    return style.compose(ax, PAGE, 2.1, panels, one_label="x", sharey=True)
+    return style.compose(ax, PAGE, 2.3, panels, one_label="x", sharey=True)
 
 
-@style.panel(COLUMN * 0.75, 2.1)
+@style.panel(COLUMN, 2.3)
 def exit_distribution(table: pd.DataFrame, criterion: str, threshold: float, *, ax: Axes) -> None:
     """Draw the panel of :func:`exit_distributions` of one threshold."""
     rows = table[table["threshold"] == threshold].groupby("exit_layer").mean(numeric_only=True)
@@ -102,7 +102,7 @@ def exit_distribution(table: pd.DataFrame, criterion: str, threshold: float, *, 
     ax.axvline(average, color="C1", linewidth=1)
     ax.set_title(f"threshold {threshold:g}\naverage {average:.2f}")
     ax.set_xticks(range(none + 1), [*map(str, range(none)), "none"])
-    ax.set(xlabel=f"exit layer ({style.label_of(criterion)})", ylabel="share of tokens")
+    ax.set(xlabel=f"exit layer\n({style.label_of(criterion)})", ylabel="share of tokens")
     style.percent(ax.yaxis)
     ax.grid(axis="x", visible=False)
 
@@ -117,7 +117,7 @@ def threshold_sweep(sweeps: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
     return style.compose(ax, PAGE, 3.2, panels, 2, sharex="col", sharey="row")
 
 
-@style.panel(COLUMN * 0.75, 2.2)
+@style.panel(COLUMN, 2.2)
 def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes) -> None:
     """Draw a panel of :func:`threshold_sweep`; ``y`` is "layers" or "quality_loss"."""
     rows = sweeps[(sweeps["criterion"] == criterion) & np.isfinite(sweeps["threshold"])]
@@ -140,7 +140,7 @@ def exit_quality(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
         partial(style.lines, table, "exit", y, None, EXIT, label, log=False)
         for y, label in QUALITY.items()
     ]
-    drawn = style.compose(ax, PAGE, 2.1, panels)
+    drawn = style.compose(ax, PAGE, 2.3, panels)
     style.percent(drawn[list(QUALITY).index("agreement")].yaxis)
     return drawn
 
@@ -154,7 +154,7 @@ def recipes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return style.lines(table, "exit", "perplexity", "recipe", EXIT, label, log=False, ax=ax)
 
 
-@style.panel(COLUMN * 1.2, 2.2)
+@style.panel(COLUMN, 2.2)
 def equal_cost(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw perplexity with exits over that of a smaller model of the same cost, with paired intervals.
 
@@ -168,7 +168,7 @@ def equal_cost(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.axhline(0, **REFERENCE)
     middle = np.arange(len(depths)) + 0.06 * (table["seed"].nunique() - 1)
     ax.set_xticks(middle, [style.layers_text(d) for d in depths])
-    ax.set_xlabel("model trained alone, of equal FLOPs")
+    ax.set_xlabel("model trained alone,\nof equal FLOPs")
     ax.set_ylabel("exits / trained alone − 1\n(perplexity, 95 %\nover documents)")
     ax.margins(x=0.4)
     style.percent(ax.yaxis, 1)

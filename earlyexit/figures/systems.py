@@ -20,7 +20,7 @@ TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 UNUSABLE = 0.5  # quality loss beyond which a model is of no use
 
 
-@style.panel(PAGE * 0.75, 2.6)
+@style.panel(PAGE, 2.6)
 def sparse_limits(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the largest possible and the measured speedup of a layer by a sparse BK-Core, per size.
 
@@ -48,10 +48,10 @@ def combinations(
     """
     panels = [partial(combination_curves, curves, alone, epsilon, x) for x in SAVED]
     key = {"loc": "lower center", "ncols": 5}
-    return style.compose(ax, PAGE, 3.1, panels, key=key, sharey=True)
+    return style.compose(ax, PAGE, 3.3, panels, key=key, sharey=True)
 
 
-@style.panel(PAGE * 0.75, 3.1)
+@style.panel(PAGE, 3.1)
 def combination_curves(
     curves: pd.DataFrame, alone: pd.DataFrame, epsilon: float, x: str, *, ax: Axes
 ) -> None:
@@ -90,7 +90,7 @@ def claimed_measured(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.margins(y=0.15)
 
 
-@style.panel(COLUMN * 1.4, 2.5)
+@style.panel(COLUMN, 2.5)
 def act_conversion(table: pd.DataFrame, *, ax: Axes) -> None:
     """Draw perplexity over mean layers of a converted ACT model, with exits calibrated or not.
 

@@ -222,6 +222,18 @@ def test_makes_a_figure_of_its_own(name):
     assert all(ax.figure is drawn[0].figure for ax in drawn)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_fills_a_column_or_a_page_and_nothing_is_cut(name):
+    """A paper prints it at its size: a legend that leaves the figure would be lost."""
+    figure = np.ravel(DRAWING[name](*CASES[name][0]))[0].figure
+    width, height = figure.get_size_inches()
+    assert width in (3.4, 7.0)
+    figure.draw_without_rendering()
+    drawn = figure.get_tightbbox()
+    assert drawn.x0 > -0.02 and drawn.y0 > -0.02, "inches"
+    assert drawn.x1 < width + 0.02 and drawn.y1 < height + 0.02
+
+
 @pytest.mark.parametrize("name", [name for name, (_, n_panels) in CASES.items() if n_panels > 1])
 def test_as_many_axes_as_panels(name):
     arguments, n_panels = CASES[name]
