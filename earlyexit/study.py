@@ -57,7 +57,7 @@ class Study:
 
     Attributes:
         profile: profile with its overrides applied.
-        seeds: seeds asked for, or else the profile's.
+        seeds: seeds asked for, or else those that the profile has for this notebook.
         label: folder of the results.
 
     Raises:
@@ -68,7 +68,7 @@ class Study:
         given = read_parameters(project().notebooks / f"{notebook}.ipynb", parameters)
         self.profile = get_profile(given.profile, given.overrides, given.data_dir or None)
         torch.set_num_threads(self.profile.threads)
-        self.seeds = list(given.seeds or self.profile.seeds)
+        self.seeds = list(given.seeds or self.profile.seeds_of(notebook))
         self.device = resolve_device(given.device)
         self.label = run_label(given.profile, given.overrides, given.seeds)
         self.cache = project().cache

@@ -39,6 +39,8 @@ class Profile(Checked):
         max_train_tokens: tokens of the training split; 0: all.
         max_eval_tokens: about as many tokens of each other split, in whole documents; 0: all.
         certify_tokens: tokens of each certification document; 0: all.
+        side_seeds: how many of the seeds the notebooks between the first, which trains the models, and
+            the last, which answers, are about; 0: all.
         threads: of torch, in trainings, traces and timed runs alike. They belong to what fixes a result:
             two threads add up in another order than one.
         notebooks: notebook → parameters that differ from their defaults in
@@ -58,6 +60,7 @@ class Profile(Checked):
     max_eval_tokens: Limit = 0
     certify_tokens: Limit = 2_048
     timing_repeats: Count = 9
+    side_seeds: Limit = 0
     threads: Count = 1
     seeds: Seeds = (0,)
     notebooks: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -75,6 +78,11 @@ class Profile(Checked):
             )
         for notebook in self.notebooks:
             self.parameters(notebook)
+
+    def seeds_of(self, notebook: str) -> tuple[int, ...]:
+        """Return the seeds that a notebook is about, unless others are asked for."""
+        between = notebook in list(NOTEBOOKS)[1:-1]
+        return self.seeds[: self.side_seeds or None] if between else self.seeds
 
     def parameters(self, notebook: str) -> Common:
         """Return the parameters of a notebook under this profile."""
@@ -118,12 +126,18 @@ PROFILES = {
         ),
         Profile(
             "cpu",
-            "the default: the embedded text on a laptop CPU, one seed, minutes",
+            "the default: the embedded text on a laptop CPU, three seeds, a quarter of an hour",
             model=replace(MODEL, dropout_p=0.0),
             gates=GatesConfig(max_tokens=40_000),
             max_eval_tokens=50_000,
             certify_tokens=1_024,
-            notebooks={"01_build": {"depths": (1, 2, 4), "controls": ("diagonal only",)}},
+            seeds=(0, 1, 2),
+            side_seeds=1,
+            notebooks={
+                "01_build": {
+                    "depths": (1, 2, 4), "depth_seeds": 3, "controls": ("diagonal only",),
+                }
+            },
         ),
         Profile(
             "recipes",
@@ -173,15 +187,12 @@ PROFILES = {
             seeds=(0, 1, 2),
             notebooks={
                 "01_build": {
-                    "memory_tokens": 60_000, "depths": (1, 2, 3, 4), "depth_seeds": 1,
-                    "controls": ("no mixing", "diagonal only"),
+                    "memory_tokens": 60_000, "depths": (1, 2, 3, 4, 6), "depth_seeds": 2,
                 },
                 "03_threshold_sweep": {
                     "recipes": ("joint", "frozen"), "recipe_tokens": 100_000,
                     "logits_tokens": 20_000,
                 },
-                "04_speedup_breakdown": {"output_head_tokens": 400_000},
-                "07_combinations": {"combination_tokens": 600_000, "combination_eval": 30_000},
                 "08_study": {"logits_tokens": 60_000},
             },
         ),
