@@ -27,6 +27,7 @@ from earlyexit.corpus.windows import loader
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
+from earlyexit.explore import explore
 from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
 from earlyexit.models.checkpoints import load_model, save_model
 from earlyexit.models.multi_scale import MultiScaleLanguageModel
@@ -61,6 +62,7 @@ __all__ = [
     "certify",
     "collect_trace",
     "convert_act_to_early_exit",
+    "explore",
     "fit_policy",
     "load",
     "load_corpus",

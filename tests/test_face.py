@@ -16,7 +16,7 @@ FACE = """
     ACTLanguageModel BKCore CRITERIA Certificate CorpusConfig EarlyExitEvaluator
     EarlyExitLanguageModel EarlyExitResNetBKBlock ExitPolicy ExitTrace ModelConfig MoEResNetBKLayer
     MultiScaleLanguageModel SparseBKLanguageModel SparseMoELayer TrainingConfig certify
-    collect_trace convert_act_to_early_exit fit_policy load load_corpus load_model loader
+    collect_trace convert_act_to_early_exit explore fit_policy load load_corpus load_model loader
     save_model train train_gates
 """
 

@@ -254,6 +254,11 @@ def calibrate(
     return TimeModel(model.prices, summary), table
 
 
+def unpriced(model: TimeModel, load: Load) -> list[str]:
+    """Return the parts of a load for which the model has no price, so that it cannot predict it."""
+    return [part for part in work(load) if part not in model.prices]
+
+
 def beyond(load: Load) -> list[str]:
     """Return a phrase for each size in which a load is outside the range that prices are fitted on."""
     config = load.config

@@ -229,3 +229,24 @@ def price_table(prices: time_model.TimeModel) -> pd.DataFrame:
         for kind, price in kinds.items()
     ]
     return pd.DataFrame(rows, columns=["part", "work", "seconds_per_unit"])
+
+
+def read_prices(
+    table: pd.DataFrame, checked: pd.DataFrame | None = None, **machine
+) -> time_model.TimeModel:
+    """Return the prices that :func:`price_table` tabulated, of the first seed.
+
+    Args:
+        checked: table of :func:`earlyexit.cost.time_model.calibrate`, which says how far off they are.
+        machine: description of the machine that they were measured on.
+    """
+    first = table[table["seed"] == table["seed"].iloc[0]]
+    prices = {
+        part: dict(zip(rows["work"], rows["seconds_per_unit"].tolist(), strict=True))
+        for part, rows in first.groupby("part", sort=False)
+    }
+    summary = {}
+    if checked is not None:
+        off = checked.loc[checked["used"] == "checked", "error"].abs()
+        summary = {"median_error": float(off.median()), "largest_error": float(off.max())}
+    return time_model.TimeModel(prices, summary, machine)

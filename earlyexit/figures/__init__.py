@@ -21,8 +21,8 @@ from earlyexit.figures.speedup_breakdown import (
     layer_equivalents, left_behind, output_head_times, output_heads, over_batch_sizes, part_times,
     predicted_measured, propagation, propagation_by, run_parts, speedups, throughput, time_by_part)
 from earlyexit.figures.study import (
-    coloured_html, coloured_text, depth_by_class, depth_by_position, front, loss_against, rivals,
-    rivals_at)
+    coloured_html, coloured_text, coloured_words, depth_by_class, depth_by_position, front,
+    loss_against, rivals, rivals_at)
 from earlyexit.figures.style import label_of, layer_colours, lines, setting_of, use_style
 from earlyexit.figures.sweep import (
     equal_cost, exit_distribution, exit_distributions, exit_quality, over_threshold, pareto,

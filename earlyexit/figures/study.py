@@ -157,11 +157,23 @@ def _running_text(words: list[str], width: int) -> Iterator[tuple[int, int]]:
 
 
 def coloured_html(words: list[str], layers: np.ndarray, n_layers: int, title: str) -> str:
-    """Return a page with each word on the colour of the layers that its prediction executed.
+    """Return a page of :func:`coloured_words`, which says what is raised."""
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        "<style>body{font:16px/1.7 serif;max-width:44em;margin:2em auto}</style>"
+        f"<h1>{html.escape(title)}</h1>" + coloured_words(words, layers, n_layers) + "\n"
+    )
+
+
+def coloured_words(
+    words: list[str], layers: np.ndarray, n_layers: int, struck: np.ndarray | None = None
+) -> str:
+    """Return HTML of a text, each word on the colour of the layers that its prediction executed.
 
     Args:
         words: words in order; ``<eos>`` ends a line.
         layers: layers executed ``(T,)``, 1 … n_layers.
+        struck: which words are struck out ``(T,)``; None: none.
 
     Raises:
         ValueError: there is not one number of layers for each word, or one is out of range.
@@ -172,22 +184,19 @@ def coloured_html(words: list[str], layers: np.ndarray, n_layers: int, title: st
             f"{len(words)} words, layers {layers.shape} from {layers.min(initial=1)} to"
             f" {layers.max(initial=1)}: give 1 … {n_layers} for each word"
         )
-    colours = style.layer_colours(n_layers)
+    struck = np.zeros(len(words), dtype=bool) if struck is None else struck
+    styles = [f"background:{colour}" for colour in style.layer_colours(n_layers)]
     body = []
-    for word, depth in zip(words, layers.tolist(), strict=True):
+    for word, depth, out in zip(words, layers.tolist(), struck, strict=True):
         text = "¶" if word == "<eos>" else html.escape(word)
-        mark = f'<span style="background:{colours[depth - 1]}" title="{style.layers_text(depth)}">'
-        body.append(f"{mark}{text}</span>")
+        text = f"<s>{text}</s>" if out else text
+        told = style.layers_text(depth)
+        body.append(f'<span style="{styles[depth - 1]}" title="{told}">{text}</span>')
         if word == "<eos>":
             body.append("<br>")
-    key = " ".join(
-        f'<span style="background:{colour}">{k + 1}</span>' for k, colour in enumerate(colours)
-    )
+    key = " ".join(f'<span style="{look}">{k}</span>' for k, look in enumerate(styles, start=1))
     return (
-        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        "<style>body{font:16px/1.7 serif;max-width:44em;margin:2em auto}"
-        "span{padding:1px 3px;border-radius:3px}</style>"
-        f"<h1>{html.escape(title)}</h1><p>Layers executed before a word was predicted: {key}</p><p>"
-        + " ".join(body)
-        + "</p>\n"
+        "<style>.layers span{padding:1px 3px;border-radius:3px;color:black}</style>"
+        f'<div class="layers"><p>Layers executed before a word was predicted: {key}</p>'
+        f"<p>{' '.join(body)}</p></div>"
     )

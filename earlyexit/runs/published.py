@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from earlyexit.calibration.certificate import Certificate
+from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.load import load_corpus
+from earlyexit.cost.time_model import TimeModel
 from earlyexit.devices import resolve_device
+from earlyexit.evaluation.speed import read_prices
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.checkpoints import CheckpointError, checkpoint_about, load_model
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
-from earlyexit.runs import digests
-from earlyexit.runs.artifacts import owner_of
+from earlyexit.runs import cache, digests
+from earlyexit.runs.artifacts import MissingResult, owner_of, read_table
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import get_profile
 
@@ -85,6 +91,32 @@ def load(
         except ValueError as error:
             log.info("no certified policy: %s", error)
     return Published(model, corpus, None, None)
+
+
+def published_trace(published: Published, profile: str, seed: int, split: str) -> ExitTrace:
+    """Return the trace of a published model over a split, as notebooks read it, from the cache or made.
+
+    Args:
+        published: what :func:`load` returned for this profile and seed.
+    """
+    name = checkpoint_about(model_path(profile, seed))["model_hash"]
+    trained = cache.Trained(published.model, pd.DataFrame(), name, pd.DataFrame())
+    part = published.corpus.splits[split].limit(get_profile(profile).max_eval_tokens)
+    return cache.exit_trace(trained, part, published.corpus, project().cache)
+
+
+def published_prices(profile: str = "cpu") -> TimeModel | None:
+    """Return the prices of work that 04 measured under a profile, or else under ``cpu``, or None.
+
+    ``machine`` says where: ``profile``, ``hardware`` and ``made_by``, which version of the project.
+    """
+    for label in dict.fromkeys((profile, "cpu")):
+        with suppress(MissingResult):
+            prices, checked = (read_table(label, name) for name in ("time_prices", "time_check"))
+            record = owner_of(f"results/{label}/time_prices.csv", project().published(label))
+            about = {"hardware": record.hardware, "made_by": record.made_by}
+            return read_prices(prices, checked, profile=label, **about)
+    return None
 
 
 def _known() -> str:

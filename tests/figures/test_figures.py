@@ -16,7 +16,10 @@ DRAWING = {
     name: function
     for name, function in vars(figures).items()
     if inspect.isfunction(function)
-    and name not in {"coloured_html", "label_of", "layer_colours", "setting_of", "use_style"}
+    and name
+    not in {
+        *("coloured_html", "coloured_words", "label_of", "layer_colours", "setting_of", "use_style")
+    }
 }
 
 
