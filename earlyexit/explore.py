@@ -18,10 +18,10 @@ from earlyexit.calibration.collect import collect_trace
 from earlyexit.calibration.thresholds import Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.corpus import Corpus
-from earlyexit.corpus.documents import document_lines
 from earlyexit.corpus.load import encode_texts
 from earlyexit.cost.parts import Load, policy_flops
 from earlyexit.cost.time_model import TimeModel, unpriced
+from earlyexit.evaluation.words import as_written
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
@@ -162,7 +162,7 @@ class Explorer:
         trace = collect_trace(self.model, split, self.corpus.eos_id)
         words = self.corpus.decode(split.ids[:SHOWN])
         known = split.ids[:SHOWN] != self.corpus.unk_id
-        own = _as_written(self.corpus, text)
+        own = as_written(self.corpus, text, SHOWN)
         shown = [w if k else o for w, k, o in zip(words, known, own, strict=False)]
         return Passage(shown, known, trace)
 
@@ -283,14 +283,3 @@ class Explorer:
         policy = self.within(self.criteria[0], self.epsilon)
         still = self.numbers_html(policy) + self.passage_html(policy, self.first_words)
         return self.widget()._repr_mimebundle_(**kwargs) | {"text/html": still}
-
-
-def _as_written(corpus: Corpus, text: str) -> list[str]:
-    """Return the first words of a text as the reader wrote them, ``<eos>`` after each line."""
-    words: list[str] = []
-    for line in document_lines(text, corpus.config):
-        spans = corpus.tokenizer.encode(line, add_special_tokens=False).offsets
-        words += [*(line[start:end] for start, end in spans), "<eos>"]
-        if len(words) >= SHOWN:
-            break
-    return words[:SHOWN]

@@ -6,9 +6,12 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 import earlyexit
 from earlyexit import load
+from earlyexit.corpus.load import encode_texts
+from earlyexit.corpus.windows import IGNORE, windows
 from earlyexit.models.checkpoints import CheckpointError, load_model, save_model
 from earlyexit.runs.paths import HOME_VARIABLE, project
 
@@ -38,10 +41,35 @@ def test_a_published_model_comes_with_its_text_and_its_certified_policy(publishe
     assert not published.model.training and published.model.gates is not None
 
 
+TEXT = "My fellow citizens, the state of the Union is strong. We zorgle.\n\nGod bless America!\n"
+
+
+def test_a_text_is_scored_word_by_word_as_the_model_scores_it(published):
+    table = published.score(20 * TEXT)  # three windows
+    split = encode_texts(published.corpus, [20 * TEXT], "text")
+    assert len(table) == split.n_tokens > 2 * published.model.n_seq
+    assert table["word"].tolist()[:6] == ["My", "fellow", "citizens", ",", "the", "state"]
+    assert set(table.loc[~table["known"], "word"]) == {"zorgle"}
+    cut = windows(split, published.model.n_seq, published.corpus.eos_id)
+    x, y = torch.from_numpy(cut.inputs), torch.from_numpy(cut.targets)
+    with torch.no_grad():
+        nll, exits = published.model.nll(x, y, published.policy, execution="dense")
+    kept = y != IGNORE
+    assert table["nll"].to_numpy() == pytest.approx(nll[kept].numpy(), abs=1e-4)
+    assert table["layers"].tolist() == (exits[kept] + 1).clip(max=4).tolist()
+    assert 1 < table["layers"].mean() < 4
+
+
+@pytest.mark.parametrize("text", ["", " \n ", None, ["a text"]])
+def test_what_is_no_text_is_refused(published, text):
+    with pytest.raises((TypeError, ValueError), match="text"):
+        published.score(text)
+
+
 def test_what_is_not_published_is_refused_with_what_is():
     for arguments in (("nope",), ("gpu",), ("cpu", 7)):
         with pytest.raises(
-            CheckpointError, match=r"there are cpu \(seed 0\), wikitext2 \(seed 0, 1, 2\)"
+            CheckpointError, match=r"there are cpu \(seed 0.*\), wikitext2 \(seed 0, 1, 2\)"
         ):
             load(*arguments)
 

@@ -1,12 +1,19 @@
-"""Measure which classes of words leave early, and at which positions of a window."""
+"""Measure which words leave early: by class, by position in a window, and one by one."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import torch
 
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.corpus import Corpus
+from earlyexit.corpus.documents import document_lines
+from earlyexit.corpus.load import encode_texts
+from earlyexit.corpus.windows import IGNORE, loader
+from earlyexit.exits.api import EarlyExitModel
+from earlyexit.exits.policy import ExitPolicy
+from earlyexit.exits.statistics import layers_executed
 
 BANDS = (100, 1000)  # ranks that divide words into frequent, common and rare
 SENTENCE_ENDS = (".", "?", "!", "<eos>")
@@ -59,3 +66,50 @@ def depth_by_position(trace: ExitTrace, layers: np.ndarray, n_bins: int = 16) ->
     index = np.digitize(trace.position, edges) - 1
     table = pd.DataFrame({"position": edges[index], "layers": layers, "nll": trace.nll[:, -1]})
     return table.groupby("position").mean().reset_index()
+
+
+def as_written(corpus: Corpus, text: str, limit: int | None = None) -> list[str]:
+    """Return the first words of a text as its reader wrote them, ``<eos>`` after each line."""
+    words: list[str] = []
+    for line in document_lines(text, corpus.config):
+        spans = corpus.tokenizer.encode(line, add_special_tokens=False).offsets
+        words += [*(line[start:end] for start, end in spans), "<eos>"]
+        if limit and len(words) >= limit:
+            break
+    return words[:limit]
+
+
+@torch.no_grad()
+def score(
+    model: EarlyExitModel, corpus: Corpus, text: str, policy: ExitPolicy | None
+) -> pd.DataFrame:
+    """Run a model over a text, and return what each word took.
+
+    Exited words really leave the computation. A text longer than a window is read window by window.
+
+    Args:
+        policy: None runs full depth.
+
+    Returns:
+        One row per word, and one per end of a line: columns word (as it is written), known (whether it
+        is in the vocabulary; the model reads ``<unk>`` in place of one that is not), layers (executed)
+        and nll (nats).
+
+    Raises:
+        TypeError, ValueError: the text is no string, or has no word.
+    """
+    split = encode_texts(corpus, [text], "text")
+    losses, exits, device = [], [], next(model.parameters()).device
+    for x, y in loader(split, model.n_seq, 32, corpus.eos_id):
+        read = model.nll(x.to(device), y.to(device), policy)
+        nll, layers = (read, torch.full_like(y, model.n_layers)) if policy is None else read
+        losses.append(nll.cpu()[y != IGNORE])
+        exits.append(layers.cpu()[y != IGNORE])
+    return pd.DataFrame(
+        {
+            "word": as_written(corpus, text),
+            "known": split.ids != corpus.unk_id,
+            "layers": layers_executed(torch.cat(exits).numpy(), model.n_layers),
+            "nll": torch.cat(losses).double().numpy(),
+        }
+    )

@@ -16,6 +16,7 @@ from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.load import load_corpus
 from earlyexit.cost.time_model import TimeModel
 from earlyexit.devices import resolve_device
+from earlyexit.evaluation.words import score
 from earlyexit.evaluation.speed import read_prices
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.checkpoints import CheckpointError, checkpoint_about, load_model
@@ -43,6 +44,16 @@ class Published:
     corpus: Corpus
     certificate: Certificate | None
     policy: ExitPolicy | None
+
+    def score(self, text: str) -> pd.DataFrame:
+        """Run the model over a text of the reader's own, with its certified policy if it has one.
+
+        The certificate says nothing of such a text: it is about documents like those of ``corpus``.
+
+        Returns:
+            One row per word; see :func:`earlyexit.evaluation.words.score`, also for errors.
+        """
+        return score(self.model, self.corpus, text, self.policy)
 
 
 def model_path(label: str, seed: int) -> Path:
