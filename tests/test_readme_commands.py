@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 # Little text, and of the first notebook's side studies, which no command is about, one case each.
 LITTLE = [
     "max_train_tokens=12000", "leak_tokens=2000", "memory_tokens=500", "depth_tokens=2000",
-    "ablation_tokens=2000", "controls=[]", 'changes=["as it is"]',
+    "ablation_tokens=2000", "controls=[]", "depths=[3]", 'changes=["as it is"]',
 ]  # fmt: skip
 
 

@@ -93,6 +93,7 @@ def block(template: str, profile: str, root: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "answer": partial(block, "answer.md", "cpu"),
+    "detail": partial(block, "detail.md", "cpu"),
     "claims": partial(block, "claims.md", "cpu"),
     "depth": partial(block, "depth.md", "wikitext2"),
     "guarantee": partial(block, "guarantee.md", "cpu"),

@@ -16,8 +16,8 @@ from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.load import load_corpus
 from earlyexit.cost.time_model import TimeModel
 from earlyexit.devices import resolve_device
-from earlyexit.evaluation.words import score
 from earlyexit.evaluation.speed import read_prices
+from earlyexit.evaluation.words import score
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.checkpoints import CheckpointError, checkpoint_about, load_model
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel

@@ -75,19 +75,41 @@ def test_a_difference_is_a_verdict_only_with_its_whole_interval(low, high, verdi
     assert publish._verdict(many).startswith(f"{told}, over 3 seeds: ")
 
 
-def test_the_answer_of_several_seeds_holds_their_range(monkeypatch):
+@pytest.mark.parametrize(
+    ("template", "before", "after"), [("answer", "", " fewer"), ("detail", "saves ", " in layers")]
+)
+def test_the_answer_of_several_seeds_holds_their_range(monkeypatch, template, before, after):
     def two_seeds(profile, name, root):
-        one = read_table(profile, name, root)
+        one = read_table(profile, name, root).query("seed == 0")
         front = {"speedup_layers", "speedup_flops"} & set(one)
         return pd.concat([one, one.assign(seed=9, **{column: 3 * one[column] for column in front})])
 
     monkeypatch.setattr(publish, "read_table", two_seeds)
-    answer = publish.block("answer.md", "cpu", project().root)
-    (layers,) = re.findall(r"saves \*\*(.*?)× in layers", answer)
+    answer = publish.block(f"{template}.md", "cpu", project().root)
+    (layers,) = re.findall(rf"{before}\*\*([^*]*?)×(?:\*\*)?{after}", answer)
     mean, least, largest = map(float, re.findall(r"\d+\.\d+", layers))
     assert layers == f"{mean:.2f} [{least:.2f}, {largest:.2f}]"
     assert (mean, largest) == pytest.approx((2 * least, 3 * least), abs=0.02)
     assert re.search(r"\[\d+\.\d+, \d+\.\d+\]× in FLOPs", answer)
+
+
+@pytest.mark.parametrize(
+    ("apart", "told"),
+    [
+        ((0.01, 0.03), "+2.0% [+1.0%, +3.0%]**: here the smaller model wins"),
+        ((-0.01, -0.03), "-2.0% [-3.0%, -1.0%]**: here exits win"),
+        ((-0.01, 0.02), "which of them wins depends on the seed"),
+    ],
+)
+def test_who_wins_is_computed(monkeypatch, apart, told):
+    def given(profile, name, root):
+        table = read_table(profile, name, root).query("seed == 0")
+        if name != "rivals":
+            return table
+        return pd.concat([table.assign(seed=k, difference=d) for k, d in enumerate(apart)])
+
+    monkeypatch.setattr(publish, "read_table", given)
+    assert told in publish.block("answer.md", "cpu", project().root)
 
 
 def test_seeds_that_disagree_leave_a_verdict_open():
