@@ -68,7 +68,7 @@ class Study:
         given = read_parameters(project().notebooks / f"{notebook}.ipynb", parameters)
         self.profile = get_profile(given.profile, given.overrides, given.data_dir or None)
         torch.set_num_threads(self.profile.threads)
-        self.seeds = list(given.seeds or self.profile.seeds_of(notebook))
+        self.seeds = list(self.profile.seeds_of(notebook, given.seeds))
         self.device = resolve_device(given.device)
         self.label = run_label(given.profile, given.overrides, given.seeds)
         self.cache = project().cache

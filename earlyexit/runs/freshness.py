@@ -87,7 +87,7 @@ def fingerprint(
     if values["data_dir"]:
         inputs[TEXT] = digests.of_files(Path(values["data_dir"]))
     own = {k: v for k, v in values.items() if k not in ("overrides", "data_dir")}
-    sizes = profiles.values(resolved.profile) | {"seeds": list(resolved.seeds)}
+    sizes = profiles.values(resolved.profile) | {"seeds": list(resolved.seeds_of(path.stem))}
     parameters = json.loads(json.dumps(own | sizes))  # as they are read from a record
     try:
         code = digests.of_notebook(path)

@@ -21,6 +21,8 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.runs.parameters import NOTEBOOKS, Common, Seeds, names
 from earlyexit.training.config import GatesConfig, TrainingConfig
 
+EVERY_SEED = ("01_build", "08_study")  # they train the models, and answer
+
 # Small profiles share the embedded text, the original's model, and the training of it and its gates.
 TEXT = CorpusConfig()
 GATES = GatesConfig()
@@ -39,8 +41,7 @@ class Profile(Checked):
         max_train_tokens: tokens of the training split; 0: all.
         max_eval_tokens: about as many tokens of each other split, in whole documents; 0: all.
         certify_tokens: tokens of each certification document; 0: all.
-        side_seeds: how many of the seeds the notebooks between the first, which trains the models, and
-            the last, which answers, are about; 0: all.
+        side_seeds: how many of the seeds the notebooks that are not in ``EVERY_SEED`` are about; 0: all.
         threads: of torch, in trainings, traces and timed runs alike. They belong to what fixes a result:
             two threads add up in another order than one.
         notebooks: notebook → parameters that differ from their defaults in
@@ -79,10 +80,10 @@ class Profile(Checked):
         for notebook in self.notebooks:
             self.parameters(notebook)
 
-    def seeds_of(self, notebook: str) -> tuple[int, ...]:
-        """Return the seeds that a notebook is about, unless others are asked for."""
-        between = notebook in list(NOTEBOOKS)[1:-1]
-        return self.seeds[: self.side_seeds or None] if between else self.seeds
+    def seeds_of(self, notebook: str, asked: Sequence[int] = ()) -> tuple[int, ...]:
+        """Return the seeds that a notebook is about, of those ``asked`` for or else the profile's."""
+        seeds = tuple(asked) or self.seeds
+        return seeds if notebook in EVERY_SEED else seeds[: self.side_seeds or None]
 
     def parameters(self, notebook: str) -> Common:
         """Return the parameters of a notebook under this profile."""
@@ -257,7 +258,8 @@ def _keys() -> dict[str, str]:
     taken.update(name for kind in NOTEBOOKS.values() for name in names(kind))
     taken.update(name for part, name in every if part == "gates")  # `steps` would be unclear
     keys = {f"{p}.{n}": n if taken[n] == 1 else f"{p}.{n}" for p, n in every}
-    top = ("max_train_tokens", "max_eval_tokens", "certify_tokens", "timing_repeats", "threads")
+    top = ("max_train_tokens", "max_eval_tokens", "certify_tokens", "timing_repeats")
+    top += ("side_seeds", "threads")
     return keys | {"corpus.name": "corpus"} | {name: name for name in top}
 
 

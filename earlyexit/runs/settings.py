@@ -69,16 +69,23 @@ class Resolved:
     Attributes:
         label: folder of the results.
         profile: profile with its overrides applied.
-        seeds: seeds that are used.
         asked: what was asked for.
         parameters: name of a notebook → all its parameters.
     """
 
     label: str
     profile: profiles.Profile
-    seeds: tuple[int, ...]
     asked: Asked
     parameters: dict[str, dict[str, Any]]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Return all seeds that are used."""
+        return self.asked.seeds or self.profile.seeds
+
+    def seeds_of(self, notebook: str) -> tuple[int, ...]:
+        """Return those that a notebook is about."""
+        return self.profile.seeds_of(notebook, self.asked.seeds)
 
 
 def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
@@ -115,7 +122,7 @@ def resolve(settings: Settings, notebooks: list[Path]) -> Resolved:
     if Path(label).name != label or not label.isprintable():
         raise UsageError(f"no folder can be called {label!r}")
     asked = Asked(settings.profile, settings.seeds, settings.sets)
-    return Resolved(label, profile, settings.seeds or profile.seeds, asked, parameters)
+    return Resolved(label, profile, asked, parameters)
 
 
 def _declared(path: Path) -> type[Common]:

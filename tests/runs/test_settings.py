@@ -9,7 +9,7 @@ from tiny_project import write_notebook, write_project
 
 from earlyexit.runs.freshness import discover
 from earlyexit.runs.paths import project
-from earlyexit.runs.profiles import LONGEST_LABEL, get_profile, label
+from earlyexit.runs.profiles import LONGEST_LABEL, PROFILES, get_profile, label
 from earlyexit.runs.settings import Settings, UsageError, read_value, resolve
 
 
@@ -31,6 +31,22 @@ def test_settings_reach_the_right_place(notebooks):
     }
     assert "rows" not in resolved.parameters["02_plot"]
     assert resolved.profile == get_profile("smoke", {"epochs": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("asked", "sets", "all_of_them", "some"),
+    [
+        ((), (), (0, 1, 2), (0,)),
+        ((), ("side_seeds=0",), (0, 1, 2), (0, 1, 2)),
+        ((5, 3), (), (5, 3), (5,)),
+    ],
+)
+def test_the_first_and_the_last_notebook_are_about_every_seed(
+    notebooks, asked, sets, all_of_them, some
+):
+    resolved = resolve(Settings("cpu", asked, sets), notebooks)
+    assert resolved.seeds_of("01_build") == resolved.seeds_of("08_study") == all_of_them
+    assert resolved.seeds_of("03_threshold_sweep") == resolved.seeds_of("a_readers_own") == some
 
 
 @pytest.mark.parametrize(
@@ -127,4 +143,5 @@ def test_a_label_of_many_settings_is_a_legal_file_name():
 
 def test_a_label_says_the_same_whichever_way_it_was_asked():
     assert label("cpu", {"training.epochs": 2.0}) == label("cpu", {"epochs": 2.0})
-    assert label("cpu", {}, [0]) == "cpu"
+    assert label("cpu", {}, PROFILES["cpu"].seeds) == "cpu"
+    assert label("cpu", {}, [0]) == "cpu~seeds=0"
