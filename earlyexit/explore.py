@@ -96,7 +96,7 @@ class Explorer:
 
     def thresholds(self, criterion: str) -> list[float]:
         """Return thresholds worth trying: rounded quantiles of the test split's scores."""
-        early = self.test.score(criterion)[:, :-1]
+        early = self.test.score(criterion)[:, : max(1, self.test.n_layers - 1)]
         found = np.nanquantile(early, np.linspace(0, 1, POINTS))
         return sorted({float(f"{value:.3g}") for value in found})
 
@@ -199,7 +199,8 @@ class Explorer:
             f"width:{max(1, round(300 * share))}px;height:1em'></div></td></tr>"
             for name, share, colour in self._bars(policy)
         )
-        return f"<table>{cells}</table><table>{bars}</table>"
+        style = "<style>.exits td{padding:1px 6px;line-height:1.3;text-align:left}</style>"
+        return f"{style}<table class='exits'>{cells}</table><table class='exits'>{bars}</table>"
 
     def passage_html(self, policy: ExitPolicy, passage: Passage) -> str:
         """Return a passage on the colours of the layers executed, and its own quality."""
@@ -220,7 +221,7 @@ class Explorer:
         on, told = "this machine", ""
         if hardware := where.get("hardware"):
             on = f"{hardware['cpu']}, {hardware['threads']} thread(s)"
-            told = f", measured by {where['made_by']}"
+            told = f", measured by {where['made_by']} of this project"
         return f"{BATCH} × {self.test.n_seq} tokens, predicted from prices of work on {on}{told}"
 
     def _bars(self, policy: ExitPolicy) -> list[tuple[str, float, str]]:

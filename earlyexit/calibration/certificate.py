@@ -111,6 +111,19 @@ class Certificate(Checked):
             object.__setattr__(self, "digest", self._digest())
         self._check_digest()
 
+    def __str__(self) -> str:
+        """Say in one sentence what is guaranteed, of what, and from how much."""
+        what = (
+            f"the mean NLL gap to full depth over {self.unit}s, clipped at {self.ceiling:.3g} nats, is"
+            f" within a quality loss of {self.epsilon:.1%}"
+        )
+        if self.unit == "document":
+            told = f"Except with probability {self.delta:g}, {what}"
+        else:
+            told = f"Tested on {self.unit}s, which guarantees nothing where they depend: {what}"
+        policy = f"{self.policy.criterion!r} at {self.speedup_layers:.2f}× in layers"
+        return f"{told}, for {policy}, by {self.n} {self.unit}s that nothing was fitted to."
+
     @property
     def speedup_layers(self) -> float:
         return self.n_layers / self.layers

@@ -344,3 +344,14 @@ def test_the_ceiling_is_chosen_without_a_look_at_the_certification_part(make_mod
     assert found[0].ceiling / math.log1p(2.0) == pytest.approx(
         chosen_ceiling(ceilings(expected, 2.0, 0.3, found[0].n))
     )
+
+
+def test_it_says_in_a_sentence_what_is_guaranteed_and_what_is_not(model):
+    certificate = certificate_of(model)
+    told = str(certificate)
+    assert told.startswith("Except with probability") and told.endswith(".") and "\n" not in told
+    for number in (f"{certificate.epsilon:.1%}", f"{certificate.speedup_layers:.2f}×"):
+        assert number in told
+    assert f"{certificate.n} documents" in told and f"{certificate.ceiling:.3g} nats" in told
+    windows = str(replace(certificate, unit="window", digest=""))
+    assert "guarantees nothing" in windows and "Except" not in windows
