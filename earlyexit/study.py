@@ -196,15 +196,6 @@ class Study:
             trained = replace(trained, seconds=first.seconds + trained.seconds)
         return self.with_gates(seed, trained)
 
-    def twin(self, seed: int, n_layers: int | None = None, max_tokens: int = 0, **model) -> Trained:
-        """Return the model trained without exits on the same data, seed and steps, at any depth.
-
-        Args:
-            model: other changes to the model, such as ``mixing="none"``.
-        """
-        depth = {"n_layers": n_layers or self.profile.model.n_layers}
-        return self.train(seed, depth | model, WITHOUT_EXITS, max_tokens)
-
     def alone(
         self,
         table: str,

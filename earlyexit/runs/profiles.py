@@ -110,7 +110,7 @@ PROFILES = {
                     "changes": ("as it is", "AdamW"), "ablation_tokens": 4_000,
                 },
                 "03_threshold_sweep": {
-                    "recipes": ("joint", "frozen", "exits first", "exit blocks"),
+                    "recipes": ("joint", "frozen", "exit blocks"),
                     "recipe_tokens": 4_000,
                 },
                 "04_speedup_breakdown": {
