@@ -159,8 +159,7 @@ def grid(settings: Settings, root: str | Path | None = None) -> Grid:
     place = project(root)
     paths = freshness.discover(place)
     resolved = resolve(settings, paths)
-    known = {path.stem for path in paths if declared(path) is NOTEBOOKS.get(path.stem)}
-    cells = {n: _seeds(s, resolved) for n, s in STAGES.items() if s.notebook in known}
+    cells = {n: _seeds(s, resolved) for n, s in STAGES.items() if _is_usual(s.notebook, paths)}
     closures = {path.stem: digests.of_notebook(path) for path in paths}
     return Grid(
         resolved.label,
@@ -178,12 +177,15 @@ def run(settings: Settings, name: str, seeds: Sequence[int] = ()) -> None:
         seeds: some of the study's; empty: all that the stage has.
 
     Raises:
-        UsageError: the stage is unknown, or a seed is none of the study's; nothing has been run then.
+        UsageError: the stage is unknown, its notebook is missing or has other parameters, or a seed is
+            none of the study's; nothing has been run then.
     """
     if name not in STAGES:
         raise UsageError(f"--stage {name}: choose one of {', '.join(STAGES)}")
-    stage = STAGES[name]
-    resolved = resolve(settings, freshness.discover(project()))
+    stage, paths = STAGES[name], freshness.discover(project())
+    if not _is_usual(stage.notebook, paths):
+        raise UsageError(f"--stage {name}: there is no {stage.notebook} with its usual parameters")
+    resolved = resolve(settings, paths)
     if foreign := set(seeds) - set(resolved.seeds):
         raise UsageError(
             f"--stage {name} {foreign.pop()}: the study has the seeds"
@@ -221,6 +223,10 @@ def throughput(trained: Trained) -> str:
         f"{tokens:,} tokens in {trained.seconds:.1f} s, {tokens / trained.seconds:,.0f} tokens/s on"
         f" {processes} process(es)"
     )
+
+
+def _is_usual(notebook: str, paths: Sequence[Path]) -> bool:
+    return any(declared(path) is NOTEBOOKS[notebook] for path in paths if path.stem == notebook)
 
 
 def _seeds(stage: Stage, resolved: Resolved) -> list[int]:

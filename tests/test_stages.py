@@ -7,7 +7,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from tiny_project import LITTLE, write_texts, write_training
+from tiny_project import LITTLE, write_project, write_texts, write_training
 
 from earlyexit import stages
 from earlyexit.__main__ import main, study_settings
@@ -53,6 +53,12 @@ def test_a_wrong_cell_is_told_in_one_line(capsys, arguments, complaint):
     assert main(["run", "--profile", "smoke", *arguments.split()]) == 2
     said = capsys.readouterr().err
     assert complaint in said and said.count("\n") == 1
+
+
+def test_a_project_with_other_notebooks_has_no_stages(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(HOME_VARIABLE, str(write_project(tmp_path)))
+    assert main(["run", "--profile", "smoke", "--stage", "exits"]) == 2
+    assert "there is no 01_build with its usual parameters" in capsys.readouterr().err
 
 
 def test_torchrun_is_for_stages(monkeypatch, capsys):

@@ -65,7 +65,8 @@ def write_project(root: Path) -> Path:
 # A study of its own text that trains in a moment.
 LITTLE = (
     "corpus=folder corpus.vocab_size=200 output_head=linear exit_head=translator d_model=16"
-    " n_layers=2 n_seq=16 bk_heads=2 max_train_tokens=3000 max_eval_tokens=1000 gates.max_tokens=500"
+    " n_layers=2 n_seq=16 bk_heads=2 max_train_tokens=1500 max_eval_tokens=500 gates.max_tokens=500"
+    " gates.steps=20"
 )
 TRAIN = """\
 from pathlib import Path
