@@ -27,7 +27,9 @@ script = sys.stdin.read() + " ".join(sys.argv)
 rule, wildcards = re.search(r"--target-jobs '?([^:']+):(\\S*?)'? ", script).groups()
 found = dict(pair.split("=", 1) for pair in wildcards.split(","))
 name = found.get("notebook") or f"{{rule}}-{{found['seed']}}"
-Path(f"build/{{found['label']}}/grid/{{name}}.done").touch()
+made = Path(f"build/{{found['label']}}/grid/{{name}}.done")
+made.parent.mkdir(parents=True, exist_ok=True)
+made.touch()
 with open("submitted", "a") as file:
     print(os.getpid(), rule, *sys.argv[1:], file=file)
 print(os.getpid())
@@ -118,6 +120,7 @@ def test_a_cluster_gets_partitions_sizes_and_whole_nodes(tmp_path):
         (tools / name).write_text(text.format(python=sys.executable))
         (tools / name).chmod(0o755)
     waits = ["--latency-wait", "1", "--slurm-init-seconds-before-status-checks", "1"]
+    waits += ["--seconds-between-status-checks", "1"]
     options = ["--workflow-profile", str(WORKFLOW / "profiles/slurm"), *waits]
     engine = snakemake(tmp_path, *options, path=str(tools))
     assert engine.wait(timeout=300) == 0
