@@ -28,7 +28,7 @@ lab: .venv/ready
 	$(BIN)/jupyter lab notebooks
 
 clean:
-	rm -rf .venv .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .cache .snakemake build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
 from earlyexit.runs.settings import Settings, UsageError
 from earlyexit.runs.workers import JOBS
+from earlyexit.training import parallel
 
 log = logging.getLogger("earlyexit")
 
@@ -64,14 +66,40 @@ def _run(options: argparse.Namespace) -> int:
         if options.jobs < 1:
             raise UsageError(f"--jobs {options.jobs} must be at least 1")
         os.environ[JOBS] = str(options.jobs)
-    settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
-    usual = getattr(PROFILES.get(settings.profile), "threads", None)
-    if options.threads not in (None, usual):
-        settings = replace(settings, sets=(*settings.sets, f"threads={options.threads}"))
+    settings = _settings(options)
+    if options.stage:
+        return _stage(options, settings)
+    if parallel.started() > 1:
+        raise UsageError("torchrun shares the trainings of a stage among processes: add --stage")
     if options.dry_run:
         _show(runner.plan(settings, options.only))
     else:
         runner.run(settings, options.only, force=options.force)
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+    usual = getattr(PROFILES.get(settings.profile), "threads", None)
+    if options.threads not in (None, usual):
+        settings = replace(settings, sets=(*settings.sets, f"threads={options.threads}"))
+    return settings
+
+
+def study_settings(arguments: str) -> Settings:
+    """Return the settings of a study, from the options of ``run`` in one line."""
+    return _settings(_parser().parse_args(["run", *shlex.split(arguments)]))
+
+
+def _stage(options: argparse.Namespace, settings: Settings) -> int:
+    from earlyexit import stages
+
+    if options.only or options.force or options.dry_run:
+        raise UsageError("--stage makes what the cache lacks: no --only, --force or --dry-run")
+    name, *seeds = options.stage
+    if wrong := [seed for seed in seeds if not seed.isdecimal()]:
+        raise UsageError(f"--stage {name} {wrong[0]}: a seed is a whole number")
+    stages.run(settings, name, [int(seed) for seed in seeds])
     return 0
 
 
@@ -254,6 +282,10 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="trainings at the same time; they change no number (default: one for each usable core)",
     )
+    run.add_argument(
+        "--stage", nargs="+", metavar=("NAME", "SEED"),
+        help="only trainings or traces, into the cache; for all seeds, or these: the job of a grid",
+    )  # fmt: skip
     run.add_argument("--force", action="store_true", help="also what is fresh")
     run.add_argument("--dry-run", action="store_true", help="show what would run, why, how long")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+
+HOUR = 3600.0  # seconds
 
 
 @contextmanager
@@ -34,9 +37,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files below a folder that killed processes left."""
+def remove_leftovers(folder: Path, untouched: float = HOUR) -> None:
+    """Remove the temporary files below a folder that killed processes left.
+
+    Args:
+        untouched: seconds for which nobody wrote to such a file. A process that is not running here may
+            be writing on another machine that shares the folder, but none takes an hour over a file.
+    """
     for path in folder.rglob(".*.tmp"):
         process = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
         if process.isdecimal() and not psutil.pid_exists(int(process)):
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # it was put in place, or another run removes it, too
+                if time.time() - path.stat().st_mtime >= untouched:
+                    path.unlink()

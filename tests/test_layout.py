@@ -21,7 +21,7 @@ from earlyexit.runs.paths import PACKAGE
 ORDER = [
     *("environment", "atomic", "checked", "devices"),
     *("corpus", "nn", "exits", "models", "figures", "training", "calibration", "cost"),
-    *("evaluation", "runs", "explore", "__init__", "study", "__main__"),
+    *("evaluation", "runs", "explore", "__init__", "study", "stages", "__main__"),
 ]
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path

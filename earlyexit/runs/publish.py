@@ -18,10 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from earlyexit.atomic import atomic_path
 from earlyexit.calibration.audit import PROCEDURES
 from earlyexit.calibration.bounds import seed_interval
+from earlyexit.cost.training import H100, training_cost
 from earlyexit.evaluation.compare import span
 from earlyexit.runs.artifacts import MissingResult, owner_of, read_table
 from earlyexit.runs.cache import Trained
-from earlyexit.runs.freshness import all_published
+from earlyexit.runs.freshness import TRAIN_TOKENS, all_published
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES, Profile
 from earlyexit.runs.provenance import Record
@@ -91,6 +92,14 @@ def block(template: str, profile: str, root: Path) -> str:
     )
 
 
+def large_block(root: Path) -> str:
+    """Say what the model of the profile ``gpu`` costs on paper; it depends on no result."""
+    profile = PROFILES["gpu"]
+    tokens = TRAIN_TOKENS[profile.corpus.name]
+    cost = training_cost(profile.model, profile.training, tokens)
+    return _fill("large.md", profile=profile, cost=cost, machine=H100)
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "answer": partial(block, "answer.md", "cpu"),
     "detail": partial(block, "detail.md", "cpu"),
@@ -99,6 +108,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "guarantee": partial(block, "guarantee.md", "cpu"),
     "text": partial(block, "text.md", "cpu"),
     "exits": partial(block, "exits.md", "wikitext2"),
+    "large": large_block,
     "products": partial(block, "products.md", "combinations"),
     "status": status_block,
 }

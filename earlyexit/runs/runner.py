@@ -105,7 +105,7 @@ def run(
 
     Raises:
         UsageError: see :func:`plan`; nothing has been run then.
-        RunError: a notebook failed or wrote nothing, or another run is writing the same label.
+        RunError: a notebook failed or wrote nothing, or another run is writing the same results.
     """
     request = _request(project(root), settings, only)
     place, resolved = request.place, request.resolved
@@ -115,8 +115,8 @@ def run(
     every = (request.check(path.stem)[0] for path in request.chosen)
     _check_hub(resolved.profile.corpus, ["forced"] if force else every)
     done = []
-    with _only_writer(place, resolved.label):
-        for position, path in enumerate(request.chosen, start=1):
+    for position, path in enumerate(request.chosen, start=1):
+        with _only_writer(place, resolved.label, path.stem):
             why, current, record = request.check(path.stem)
             if not why and not force:
                 old = ", made by an earlier version: --force makes it anew"
@@ -210,16 +210,17 @@ def _find(name: str, notebooks: list[Path]) -> Path:
 
 
 @contextmanager
-def _only_writer(place: Project, label: str) -> Iterator[None]:
-    """Hold the label's lock, which is released when the process ends, and remove leftovers."""
+def _only_writer(place: Project, label: str, notebook: str) -> Iterator[None]:
+    """Hold the lock of a label's notebook, which is released when the process ends; remove leftovers."""
     folder = place.build / label
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock").acquire(timeout=0):
-            for home in (folder, place.results / label, place.figures / label):
-                for leftover in home.glob(".*.tmp*"):
-                    leftover.unlink()
-            remove_leftovers(place.cache)  # other labels' runs may be writing there
+        with FileLock(folder / f".{notebook}.lock").acquire(timeout=0):
+            place.executed(label, f".{notebook}.tmp").unlink(missing_ok=True)
+            for home in (place.results / label, place.figures / label, place.cache):
+                remove_leftovers(home)
             yield
     except Timeout:
-        raise RunError(f"another run is writing {label}; wait for it or stop it") from None
+        raise RunError(
+            f"another run is writing {label}/{notebook}; wait for it or stop it"
+        ) from None

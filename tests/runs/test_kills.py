@@ -180,20 +180,23 @@ def test_a_killed_write_leaves_the_old_file_or_none(kinds, tmp_path, name, old):
         assert ended(moment, partial(kind.write, folder, NEW)) in (-signal.SIGXFSZ, -signal.SIGKILL)
         assert contents(folder).items() <= before.items() | contents(whole).items()
         assert found(kind, folder) in ({old} if len(sizes) == 1 else {old, None})
-        atomic.remove_leftovers(folder)
+        atomic.remove_leftovers(folder, untouched=0)
         assert not list(folder.rglob(".*"))
         kind.write(folder, NEW)  # the next run
         assert kind.read(folder) == NEW
 
 
 def test_a_run_removes_what_killed_ones_left_in_the_cache(tmp_path):
-    """But not the file that a process is writing now."""
+    """But not the file that a process is writing now, here or on another machine of the same folder."""
     ended_process = subprocess.Popen(["true"])
     ended_process.wait()
     place = project(tmp_path)
     (place.cache / "models").mkdir(parents=True)
     left, now = (place.cache / f"models/.m.{n}.tmp" for n in (ended_process.pid, os.getpid()))
-    for path in (left, now):
+    elsewhere = left.with_name(f".other.{ended_process.pid}.tmp")
+    for path in (left, now, elsewhere):
         path.touch()
-    with runner._only_writer(place, "smoke"):
-        assert now.exists() and not left.exists()
+    for path in (left, now):
+        os.utime(path, (0, 0))
+    with runner._only_writer(place, "smoke", "01_build"):
+        assert now.exists() and elsewhere.exists() and not left.exists()
