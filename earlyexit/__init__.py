@@ -30,6 +30,7 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
 from earlyexit.models.checkpoints import load_model, save_model
 from earlyexit.models.multi_scale import MultiScaleLanguageModel
+from earlyexit.models.pretrained import attach
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel
 from earlyexit.nn.bk_core import BKCore
@@ -58,6 +59,7 @@ __all__ = [
     "SparseBKLanguageModel",
     "SparseMoELayer",
     "TrainingConfig",
+    "attach",
     "certify",
     "collect_trace",
     "convert_act_to_early_exit",
