@@ -158,9 +158,12 @@ def _probe(options: argparse.Namespace) -> int:
     _device("cpu", options.threads)
     try:
         name = options.corpus or ("folder" if options.text else "sotu")
-        text = CorpusConfig(name, data_dir=options.text or None)
+        # Certificates want many documents: as many articles as in the profiles on WikiText.
+        certify = PROFILES["wikitext2"].corpus.certify_articles if "wikitext" in name else 0
+        text = CorpusConfig(name, data_dir=options.text or None, certify_articles=certify)
         config = probe.ProbeConfig(
             tokens=options.tokens,
+            document_tokens=options.document_tokens,
             epsilons=tuple(sorted({*probe.ProbeConfig.epsilons, options.epsilon})),
             assisted_tokens=options.assisted_tokens,
         )
@@ -353,6 +356,10 @@ def _parser() -> argparse.ArgumentParser:
         "--corpus", default=None, help="sotu, wikitext-2 or folder (default: folder, with --text)"
     )
     asked.add_argument("--tokens", type=int, default=100_000, help="to fit on; they set the time")
+    asked.add_argument(
+        "--document-tokens", type=int, default=256, metavar="N",
+        help="to which documents are cut that fit thresholds, certify and test (default: 256)",
+    )  # fmt: skip
     asked.add_argument("--exits", type=int, help="number of exits; divides the model's layers")
     asked.add_argument("--n-seq", type=int, default=256, metavar="N", help="tokens of a window")
     asked.add_argument("--epsilon", type=float, default=0.05, help="tolerated loss of the verdict")

@@ -12,6 +12,10 @@ from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.documents import ROLES, CorpusConfig, Document, read_documents
 from earlyexit.corpus.splits import Split
 
+CHARACTERS = (
+    16  # a token has about four; windows are drawn from four times as many as are asked for
+)
+
 
 def foreign_corpus(
     config: CorpusConfig, tokenizer: Tokenizer, eos_id: int, max_train: int = 0
@@ -22,12 +26,12 @@ def foreign_corpus(
         config: which text, and how many articles certify; its vocabulary is not used.
         tokenizer: of the library ``tokenizers``, as ``backend_tokenizer`` of a fast one of transformers.
         eos_id: the id that ends a document, and stands before it.
-        max_train: about as many tokens of the training split are encoded; 0: all.
+        max_train: tokens that will be drawn from the training split, of which enough is encoded; 0: all.
 
     Raises:
         ValueError: the text is missing, empty, not UTF-8, or too short to fill the splits.
     """
-    documents = _shortened(read_documents(config), 4 * max_train)
+    documents = _shortened(read_documents(config), CHARACTERS * max_train)
     encoded = tokenizer.encode_batch(
         ["\n".join(document.lines) for document in documents], add_special_tokens=False
     )
@@ -53,12 +57,10 @@ def foreign_corpus(
 
 
 def _shortened(documents: list[Document], characters: int) -> list[Document]:
-    """Keep training documents, evenly spaced, of about so many characters; 0 keeps all."""
+    """Keep training documents in a random order until they have so many characters; 0 keeps all."""
     train = [number for number, document in enumerate(documents) if document.role == "train"]
-    sizes = {n: sum(map(len, documents[n].lines)) for n in train}
-    total = sum(sizes.values())
-    if not characters or characters >= total:
-        return documents
-    wanted = max(1, round(len(train) * characters / total))
-    kept = {train[(2 * k + 1) * len(train) // (2 * wanted)] for k in range(wanted)}
+    order = np.random.default_rng(0).permutation(train)
+    sizes = np.cumsum([sum(map(len, documents[number].lines)) for number in order])
+    count = 1 + int(np.searchsorted(sizes, characters)) if characters else len(order)
+    kept = set(order[:count].tolist())
     return [d for n, d in enumerate(documents) if d.role != "train" or n in kept]

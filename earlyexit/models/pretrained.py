@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from earlyexit.checked import Checked, Count, Limit, brief, whole
+from earlyexit.checked import Checked, Count, brief, whole
 from earlyexit.corpus.windows import check_whole, checked_ids
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.operations import LAYER_NORM, Operations
@@ -51,7 +51,6 @@ class PretrainedConfig(Checked):
         family: its type in transformers.
         n_layers: stages L, with an exit after each; stage_layers: layers of the decoder in a stage.
         d_model, vocab_size: its sizes; n_seq: longest sequence.
-        gate_hidden: units of a gate's hidden layer; 0: a linear gate.
         left_behind: what deeper layers read of a token that has left.
     """
 
@@ -61,7 +60,6 @@ class PretrainedConfig(Checked):
     d_model: Count
     vocab_size: Count
     n_seq: Count
-    gate_hidden: Limit = 0
     left_behind: Literal["copied", "zeroed"] = "copied"
 
 
@@ -189,7 +187,9 @@ class PretrainedModel(EarlyExitModel):
             head = ExitHead(config.d_model, unembedding, borrowed=True, translate=not last)
             head.layer_norm = norm
             self.heads.append(head.to(like))
-        self.gates = StateGates(config.n_layers, config.d_model, config.gate_hidden).to(like.device)
+        self.gates = StateGates(config.n_layers, config.d_model).to(like.device)
+        for parameter in self.gates.parameters():  # so that equal models have equal fingerprints
+            nn.init.zeros_(parameter)
         self.start_statistics()
 
     @property
@@ -285,7 +285,6 @@ class PretrainedModel(EarlyExitModel):
             },
             propagated={"keys and values": 2 * c.stage_layers * handed},
             translator=2 * c.d_model**2,
-            gate_hidden=c.gate_hidden,
         )
         return replace(counted, gate=counted.gate + LAYER_NORM * c.d_model)
 

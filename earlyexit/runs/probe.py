@@ -46,16 +46,22 @@ from earlyexit.evaluation.existing import (
     verdict,
 )
 from earlyexit.evaluation.guarantees import ceiling_table, certify_each
-from earlyexit.models.pretrained import PretrainedModel
+from earlyexit.models.pretrained import PretrainedModel, attach
+from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.mixing import HEAD_WIDTH
 from earlyexit.runs import digests
 from earlyexit.runs.parameters import Positives
+from earlyexit.training.config import TrainingConfig
 from earlyexit.training.gates import train_gates
+from earlyexit.training.train import train
 from earlyexit.training.translators import fit_translators
 
 log = logging.getLogger(__name__)
 SMOLLM2 = "smollm2"
 BATCH = 8  # windows of a trace and of a real run: states of all exits of so many are held at once
-SHARE = 4  # gates, traces and certificates read one of so many of the tokens of a probe
+SHARE = 4  # gates and traces read one of so many of the tokens of a probe
+KEPT, PASSES = 2, 3  # one of so many is kept to refine translators, which read it so many times
+STEP = 512  # tokens of a step of the refinement
 
 
 class NoTransformers(ImportError):
@@ -67,12 +73,10 @@ class ProbeConfig(Checked):
     """How much a probe reads, and what it asks.
 
     Attributes:
-        tokens: that translators are fitted on; gates, the two traces and the certificates read a quarter
-            each, so that this sets the time.
+        tokens: that translators are fitted on; gates and the two traces read a quarter each.
         epsilons: tolerated losses; delta: probability with which a certificate may be broken.
-        n_candidates: policies from which certificates choose; each is run once over what certifies.
-        document_tokens: to which documents that certify and test are cut.
-        steps: of the translators' refinement.
+        n_candidates: policies from which certificates choose; each is run over all that certifies.
+        document_tokens: to which the documents of all but the training split are cut.
         timed_windows, repeats: of the timed batch.
         assisted_tokens: new tokens of each decoding by transformers' own early exits; 0: it is left out.
         seed: of the order of windows, words and gates.
@@ -82,8 +86,7 @@ class ProbeConfig(Checked):
     epsilons: Positives = (0.01, 0.02, 0.05, 0.1)
     delta: Probability = 0.05
     n_candidates: Count = 8
-    document_tokens: Count = 512
-    steps: Limit = 300
+    document_tokens: Count = 256
     timed_windows: Count = 4
     repeats: Count = 5
     assisted_tokens: Limit = 0
@@ -98,15 +101,51 @@ def open_decoder(name: str, cache: Path) -> tuple[nn.Module, Any]:
         ValueError: ``"smollm2"`` is asked for without its package.
         OSError: there is no such model, or the hub is not reachable.
     """
-    if find_spec("transformers") is None:
-        raise NoTransformers("existing models need transformers: pip install 'earlyexit[hf]'")
-    import transformers
-
+    transformers = _transformers()
     if name == SMOLLM2:
         name = str(_smollm2(cache / SMOLLM2, transformers))
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     return model.eval(), tokenizer
+
+
+def small_decoder(
+    sizes: ModelConfig, corpus: Corpus, max_tokens: int, epochs: float, seed: int = 0
+) -> PretrainedModel:
+    """Return a small Llama with exits, trained here as a whole and without them, on a text's words.
+
+    It stands in for an existing model where none is at hand: it is one in kind, not in quality.
+
+    Args:
+        sizes: of whose width, depth, heads, vocabulary and windows it is.
+        max_tokens: training tokens; epochs: passes over them.
+
+    Raises:
+        NoTransformers: transformers is not installed.
+    """
+    transformers = _transformers()
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.d_model,
+        intermediate_size=3 * sizes.d_model,
+        num_hidden_layers=sizes.n_layers,
+        num_attention_heads=max(1, sizes.d_model // HEAD_WIDTH),
+        max_position_embeddings=sizes.n_seq,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), corpus.eos_id),
+    )
+    model = attach(transformers.LlamaForCausalLM(config))
+    training = TrainingConfig(epochs=epochs, exit_loss_weight=0.0, seed=seed)
+    train(model, corpus, training, "cpu", max_tokens=max_tokens)
+    return model
+
+
+def _transformers() -> Any:
+    if find_spec("transformers") is None:
+        raise NoTransformers("existing models need transformers: pip install 'earlyexit[hf]'")
+    import transformers
+
+    return transformers
 
 
 def _smollm2(folder: Path, transformers: Any) -> Path:
@@ -178,9 +217,10 @@ class Probe:
             / self.model.operations().layer(0)["flops"]
         )
         judged = (exits + exits * head) / (exits + head)  # passes of a trace
-        runs = 1 + self.config.n_candidates + 3 * len(self.config.epsilons)
-        passes = 1 + (3 * judged + runs) / SHARE
-        return passes * self.config.tokens * self.milliseconds_per_token() / 60_000
+        certified = self.split("certify").n_tokens * (1 + self.config.n_candidates)
+        others = self.part * (3 * judged + 1 + 3 * len(self.config.epsilons))
+        tokens = self.config.tokens + others + certified
+        return tokens * self.milliseconds_per_token() / 60_000
 
     @cached_property
     def exits(self) -> pd.DataFrame:
@@ -188,9 +228,10 @@ class Probe:
 
         def make(path: Path) -> None:
             train, eos, c = self.corpus.splits["train"], self.corpus.eos_id, self.config
+            kept = max(1, c.tokens // KEPT)
             fitted = fit_translators(
-                self.model, train, eos, c.tokens,
-                refine_tokens=max(1, c.tokens // 5), steps=c.steps, seed=c.seed,
+                self.model, train, eos, c.tokens, refine_tokens=kept,
+                steps=max(1, PASSES * kept // STEP), batch_size=min(STEP, kept), seed=c.seed,
             )  # fmt: skip
             gates = train_gates(self.model, train, eos, self.part, seed=c.seed)
             report = [row | gate for row, gate in zip(fitted, gates, strict=True)]
@@ -213,8 +254,9 @@ class Probe:
         }
 
     def split(self, name: str) -> Split:
-        """Return about as many tokens of a split as the probe reads, documents cut to one length."""
-        return self.corpus.splits[name].truncate(self.config.document_tokens).limit(self.part)
+        """Return what is read of a split, documents cut to one length; of those that certify, all."""
+        cut = self.corpus.splits[name].truncate(self.config.document_tokens)
+        return cut if name == "certify" else cut.limit(self.part)
 
     def trace(self, name: str) -> ExitTrace:
         """Return the trace of a split with fitted exits."""

@@ -95,6 +95,7 @@ def fit_translators(
         judged = _drawn(held.targets, words, model.vocab_size, draw)
         rows = []
         for k, head in enumerate(heads[:-1]):
+            _write(head.translator, torch.zeros(()), torch.zeros(()))
             row = {"exit": k, "tokens": tokens, "kl_lens": _kl(heads, k, held, judged)}
             _write(head.translator, *maps[k])
             rows.append(row | {"kl_ridge": _kl(heads, k, held, judged)})
@@ -115,8 +116,8 @@ def _parts(tokens: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _write(translator: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    translator.weight.copy_(weight)
-    translator.bias.copy_(bias)
+    translator.weight.copy_(weight.expand_as(translator.weight))
+    translator.bias.copy_(bias.expand_as(translator.bias))
 
 
 @torch.no_grad()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from earlyexit import attach
@@ -18,7 +20,7 @@ from earlyexit.training.config import TrainingConfig
 from earlyexit.training.train import train
 
 CONFIG = ProbeConfig(
-    tokens=1_200, epsilons=(0.1, 1.0), delta=0.3, n_candidates=5, document_tokens=29, steps=40,
+    tokens=1_200, epsilons=(0.1, 1.0), delta=0.3, n_candidates=5, document_tokens=29,
     timed_windows=2, repeats=2, assisted_tokens=4,
 )  # fmt: skip
 
@@ -81,17 +83,25 @@ def test_another_text_or_budget_is_another_probe(done, decoder, corpus):
     assert Probe(model, other, CONFIG, folder).name != asked.name
 
 
-def test_a_text_in_the_ids_of_another_tokenizer(tmp_path, corpus):
+def test_a_text_in_the_ids_of_another_tokenizer(tmp_path):
+    words = {"<unk>": 0, "<end>": 1, **{str(n): n + 2 for n in range(40)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     for number in range(30):
-        text = f"{number} {number + 1}\n\n{number + 2} {number}"
+        text = f"{number} {number + 1}\n\n{number + 2} {number}"  # four words, in two lines
         (tmp_path / f"{number:02}.txt").write_text(text, encoding="utf-8")
-    found = foreign_corpus(CorpusConfig("folder", str(tmp_path)), corpus.tokenizer, 1)
-    ids = found.splits["train"].ids[:5]
-    assert corpus.tokenizer.decode(ids[:1].tolist()) == "0" and ids[-1] == 1
-    assert {len(set(s.document)) for s in found.splits.values()} >= {3}
-    fewer = foreign_corpus(CorpusConfig("folder", str(tmp_path)), corpus.tokenizer, 1, max_train=10)
+    config = CorpusConfig("folder", str(tmp_path))
+    found = foreign_corpus(config, tokenizer, 1)
+    for split in found.splits.values():
+        first = split.ids.reshape(-1, 5)  # a document is its words and an end
+        assert (first[:, 1] == first[:, 0] + 1).all() and (first[:, 4] == 1).all()
+        assert (split.document == np.repeat(split.document[::5], 5)).all()
+        assert split.characters.sum() == sum(len(str(n - 2)) for n in split.ids if n > 1)
+    assert sum(split.n_documents for split in found.splits.values()) == 30
+    fewer = foreign_corpus(config, tokenizer, 1, max_train=1)
     assert 0 < fewer.splits["train"].n_documents < found.splits["train"].n_documents
-    assert fewer.splits["test"].n_tokens == found.splits["test"].n_tokens
+    assert (fewer.splits["test"].ids == found.splits["test"].ids).all()
+    assert fewer.data_hash != found.data_hash
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

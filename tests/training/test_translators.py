@@ -70,4 +70,4 @@ def test_what_cannot_be_fitted_is_refused(trained, corpus, make_model):
     with pytest.raises(ValueError, match="on the training split, not on 'test'"):
         fit_translators(trained, corpus.splits["test"], corpus.eos_id)
     with pytest.raises(ValueError, match="exits need translators before one linear output layer"):
-        fit_translators(make_model(), corpus.splits["train"], corpus.eos_id)
+        fit_translators(make_model(exit_head="full"), corpus.splits["train"], corpus.eos_id)
