@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -92,8 +93,13 @@ def existing_policies(
         The columns of :func:`~earlyexit.evaluation.compare.compare`, with trace_loss: the quality loss
         that the trace promises, where states are those of full depth.
     """
-    kinds = {c.policy.criterion for c in candidates} | {"depth"}
-    real = compare(model, candidates, dict.fromkeys(kinds, loader), batch, repeats)
+    distinct = {c.policy: c for c in candidates}  # several ε may share a policy
+    kinds = {policy.criterion for policy in distinct} | {"depth"}
+    real = compare(model, [*distinct.values()], dict.fromkeys(kinds, loader), batch, repeats)
+    place = {policy: row for row, policy in enumerate(distinct)}
+    real = real.iloc[[place[c.policy] for c in candidates]].reset_index(drop=True)
+    real["criterion"] = [c.criterion for c in candidates]
+    real["epsilon"] = [c.value for c in candidates]
     real["trace_loss"] = [test.evaluate(c.policy)["quality_loss"] for c in candidates]
     parts = [real, oracle(model, test, epsilons), random_exits(test, candidates, FITTED)]
     table = pd.concat([part for part in parts if len(part)], ignore_index=True)
@@ -149,6 +155,9 @@ def assisted_generation(
         prompts and repeats, and agreement (share of new tokens that are those of plain decoding).
     """
     decoder, seconds, said = model.decoder, {}, {}
+    library = logging.getLogger("transformers")  # it warns of the settings that it makes itself
+    level = library.level
+    library.setLevel(logging.ERROR)
     exits = [None, *(model.config.stage_layers * (k + 1) for k in range(model.n_layers - 1))]
     for repeat in range(repeats + 1):  # the first warms up
         for layers in exits:
@@ -156,18 +165,20 @@ def assisted_generation(
                 start = time.perf_counter()
                 ids = decoder.generate(
                     prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n_new,
-                    min_new_tokens=n_new, do_sample=False,
+                    do_sample=False,
                     **({} if layers is None else {"assistant_early_exit": layers}),
                 )  # fmt: skip
                 if repeat:
                     seconds.setdefault(layers, []).append(time.perf_counter() - start)
                 said[layers, number] = ids[0, prompt.shape[1] :]
+    library.setLevel(level)
     rows = []
     for index, layers in enumerate(exits[1:]):
-        same = [
-            (said[layers, n][: len(said[None, n])] == said[None, n][: len(said[layers, n])])
-            for n in range(len(prompts))
-        ]
+        same = []
+        for number in range(len(prompts)):
+            drafted, plain = said[layers, number], said[None, number]
+            shorter = min(len(drafted), len(plain))
+            same.append(drafted[:shorter] == plain[:shorter])
         rows.append(
             {"criterion": "assistant_early_exit", "exit_layer": index}
             | time_columns(np.array(seconds[None]), np.array(seconds[layers]))

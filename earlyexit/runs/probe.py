@@ -38,6 +38,7 @@ from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.cost.parts import policy_costs
 from earlyexit.evaluation.existing import (
+    CLOSE,
     ENOUGH,
     assisted_generation,
     candidates_of,
@@ -135,7 +136,7 @@ def small_decoder(
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), corpus.eos_id),
     )
     model = attach(transformers.LlamaForCausalLM(config))
-    training = TrainingConfig(epochs=epochs, exit_loss_weight=0.0, seed=seed)
+    training = TrainingConfig(epochs=epochs, batch_size=8, exit_loss_weight=0.0, seed=seed)
     train(model, corpus, training, "cpu", max_tokens=max_tokens)
     return model
 
@@ -364,7 +365,7 @@ class Probe:
             f" {self.trace('test').n_tokens:,}, certified on {self.split('certify').n_documents}"
             " documents",
             "",
-            "Each exit, test split (close: share of tokens within 0.05 nats of the last layer):",
+            f"Each exit, test split (close: share of tokens within {CLOSE:g} nats of the last layer):",
             exits.to_string(index=False, float_format=lambda v: f"{v:.4g}"),
             "",
             "Policies, run compacted on the test split; hindsight and random exits off its trace:",
