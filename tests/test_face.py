@@ -18,7 +18,7 @@ from earlyexit.runs.paths import HOME_VARIABLE, project
 FACE = """
     ACTLanguageModel BKCore CRITERIA Certificate CorpusConfig EarlyExitEvaluator
     EarlyExitLanguageModel EarlyExitResNetBKBlock ExitPolicy ExitTrace ModelConfig MoEResNetBKLayer
-    MultiScaleLanguageModel SparseBKLanguageModel SparseMoELayer TrainingConfig certify
+    MultiScaleLanguageModel SparseBKLanguageModel SparseMoELayer TrainingConfig attach certify
     collect_trace convert_act_to_early_exit explore fit_policy load load_corpus load_model loader
     save_model train train_gates
 """

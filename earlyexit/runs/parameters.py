@@ -181,6 +181,23 @@ class Answer(Common):
     shown_words: Count = 420
 
 
+@dataclass(frozen=True)
+class ExistingModels(Common):
+    decoder: str = ""
+    small_tokens: Count = 200_000
+    small_epochs: Positive = 2.0
+    window: Count = 256
+    exits: Limit = 0
+    tokens: Count = 40_000
+    document_tokens: Count = 256
+    epsilons: Positives = (0.01, 0.02, 0.05, 0.1)
+    epsilon: Positive = 0.05
+    delta: Probability = 0.05
+    n_candidates: Count = 8
+    repeats: Count = 5
+    assisted_tokens: Limit = 32
+
+
 NOTEBOOKS: dict[str, type[Common]] = {
     "01_build": Build,
     "02_calibration": Calibration,
@@ -190,6 +207,7 @@ NOTEBOOKS: dict[str, type[Common]] = {
     "06_guarantees": Guarantees,
     "07_combinations": Combinations,
     "08_study": Answer,
+    "09_existing_models": ExistingModels,
 }
 INJECTED = "# Parameters\n"  # how papermill begins the cell that it adds
 KINDS = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "dict": dict}

