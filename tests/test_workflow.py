@@ -11,34 +11,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_project import LITTLE, write_texts, write_training
+from tiny_project import LITTLE, TIMED, write_notebook, write_texts, write_training
 
 from earlyexit.__main__ import main, study_settings
 from earlyexit.runs import runner
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE
 
 WORKFLOW = PACKAGE.parent / "workflow"
-# What stands in for a cluster: jobs end as soon as they are submitted, and have made what they should.
+# Stands in for a cluster that writes down what it is asked for, and refuses it.
 SBATCH = """\
 #!{python}
-import os, re, sys
-from pathlib import Path
-script = sys.stdin.read() + " ".join(sys.argv)
-rule, wildcards = re.search(r"--target-jobs '?([^:']+):(\\S*?)'? ", script).groups()
-found = dict(pair.split("=", 1) for pair in wildcards.split(","))
-name = found.get("notebook") or f"{{rule}}-{{found['seed']}}"
-made = Path(f"build/{{found['label']}}/grid/{{name}}.done")
-made.parent.mkdir(parents=True, exist_ok=True)
-made.touch()
+import re, sys
+rule = re.search(r"--target-jobs '?([^:']+):", " ".join(sys.argv) + sys.stdin.read()).group(1)
 with open("submitted", "a") as file:
-    print(os.getpid(), rule, *sys.argv[1:], file=file)
-print(os.getpid())
-"""
-SACCT = """\
-#!{python}
-from pathlib import Path
-for line in Path("submitted").read_text().splitlines():
-    print(line.split()[0] + "|COMPLETED")
+    print(rule, *sys.argv[1:], file=file)
+sys.exit("this cluster is full")
 """
 
 
@@ -113,31 +100,30 @@ def test_a_grid_that_is_killed_and_fails_is_finished_by_whoever_comes(tmp_path, 
 @pytest.mark.slow  # Snakemake starts, and so does torch inside it
 def test_a_cluster_gets_partitions_sizes_and_whole_nodes(tmp_path):
     grid_project(tmp_path, profiles=1, seeds="0 1")
+    write_notebook(tmp_path, "02_timed", [TIMED])  # reads no other, so that it is submitted at once
     tools = tmp_path / "bin"
     tools.mkdir()
-    fakes = {"sbatch": SBATCH, "sacct": SACCT, "sacctmgr": "#!/bin/sh\necho research\n"}
+    fakes = {"sbatch": SBATCH, "sacct": "#!/bin/sh\n", "sacctmgr": "#!/bin/sh\necho research\n"}
     for name, text in fakes.items():
         (tools / name).write_text(text.format(python=sys.executable))
         (tools / name).chmod(0o755)
-    waits = ["--latency-wait", "1", "--slurm-init-seconds-before-status-checks", "1"]
-    waits += ["--seconds-between-status-checks", "1"]
-    options = ["--workflow-profile", str(WORKFLOW / "profiles/slurm"), *waits]
-    engine = snakemake(tmp_path, *options, path=str(tools))
-    assert engine.wait(timeout=300) == 0
+    options = ["--workflow-profile", str(WORKFLOW / "profiles/slurm"), "--retries", "0"]
+    assert snakemake(tmp_path, *options, path=str(tools)).wait(timeout=300) != 0
     submitted: dict[str, list[str]] = {}
     for line in (tmp_path / "submitted").read_text().splitlines():
-        _, rule, call = line.split(" ", 2)
+        rule, call = line.split(" ", 1)
         submitted.setdefault(rule, []).append(call)
-    assert {rule: len(calls) for rule, calls in submitted.items()} == {
-        "exits": 2, "notebook": 1, "timed": 1,
-    }  # fmt: skip
+    assert {rule: len(calls) for rule, calls in submitted.items()} == {"exits": 2, "timed": 1}
+    profile = yaml.safe_load((WORKFLOW / "profiles/slurm/config.yaml").read_text())
     for rule, calls in submitted.items():
-        asked = yaml.safe_load((WORKFLOW / "profiles/slurm/config.yaml").read_text())
-        sizes = asked["set-resources"][rule]
+        sizes, threads = profile["set-resources"][rule], profile["set-threads"][rule]
+        wanted = [f"-p {sizes['slurm_partition'].strip(chr(39))} ", f"--gpus={sizes['gpu']} "]
+        wanted += [f"--mem {sizes['mem_mb']} ", f"-t {sizes['runtime']} ", "-A research "]
         for call in calls:
-            assert "-p gpu" in call.replace("'", "") and "--gpus=1" in call.replace(":", "")
-            assert f"--mem {sizes['mem_mb']}" in call and f"-t {sizes['runtime']}" in call
+            assert all(part in call for part in wanted), call
+            assert f"--cpus-per-task={threads} " in call or f"--cpus-per-gpu={threads} " in call
             assert ("--exclusive" in call) == (rule == "timed")
+    assert not list(tmp_path.glob("build/*/grid/*.done"))
 
 
 def test_profiles_speak_of_every_rule():

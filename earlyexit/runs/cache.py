@@ -11,8 +11,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as remember
 from pathlib import Path
@@ -138,9 +137,8 @@ def trained_model(
         about = {"training": asdict(training), "text": corpus.data_hash, "history": history}
         return model, about | {"seconds": None if resumed else time.perf_counter() - started}
 
-    with _one_at_a_time(state):
-        trained = _cached_model(path, model_config, device, kind, make if may_train else None)
-        shutil.rmtree(state, ignore_errors=True)
+    trained = _cached_model(path, model_config, device, kind, make if may_train else None)
+    shutil.rmtree(state, ignore_errors=True)
     return trained
 
 
@@ -320,24 +318,20 @@ def _cached_model(
 def _kept(path: Path, load: Callable[[Path], T], make: Callable[[Path], None]) -> T:
     """Return what ``load`` reads of an entry; if it is missing, or refused, ``make`` writes it anew.
 
-    Every kind of entry carries a digest, which ``load`` compares.
+    Every kind of entry carries a digest, which ``load`` compares. Another process that wants the same
+    entry waits, and reads it.
     """
-    if path.exists():
-        try:
-            return load(path)
-        except (ValueError, OSError) as error:
-            why = " ".join(str(error).split()).removeprefix(f"{path}").lstrip(": ")
-            log.warning("%s cannot be used and counts as missing: %.200s", path, why)
-    make(path)
-    return load(path)
-
-
-@contextmanager
-def _one_at_a_time(state: Path) -> Iterator[None]:
-    """Hold the lock of a training: another process that wants the same model waits, and reads it."""
-    state.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(state.with_suffix(".lock")):
-        yield
+    locks = path.parents[1] / "training"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{path.stem}.lock"):
+        if path.exists():
+            try:
+                return load(path)
+            except (ValueError, OSError) as error:
+                why = " ".join(str(error).split()).removeprefix(f"{path}").lstrip(": ")
+                log.warning("%s cannot be used and counts as missing: %.200s", path, why)
+        make(path)
+        return load(path)
 
 
 def _path(folder: Path, suffix: str, key: dict[str, Any]) -> Path:

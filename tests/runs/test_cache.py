@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import wraps
 
 import pandas as pd
 import pytest
@@ -53,6 +57,27 @@ def test_another_number_of_threads_is_another_model(arguments):
     finally:
         torch.set_num_threads(1)
     assert cache.trained_model(*arguments, may_train=False).model_hash == first.model_hash
+
+
+def test_what_several_want_at_once_is_made_once(arguments, monkeypatch):
+    prices = TimeModel({"p": {"k": 1.0}}, {})
+    monkeypatch.setattr(times, "calibrate", lambda device: (prices, pd.DataFrame()))
+    made = Counter()
+    for name in ("train", "train_gates", "collect_trace"):
+        function = getattr(cache, name)
+
+        @wraps(function)  # the code behind an entry is found by this name
+        def counted(*given, function=function, **options):
+            made[function.__name__] += 1
+            time.sleep(0.05)  # the others arrive
+            return function(*given, **options)
+
+        monkeypatch.setattr(cache, name, counted)
+    with ThreadPoolExecutor(3) as pool:
+        several = [pool.submit(everything, arguments) for _ in range(3)]
+        models = [entries.result()["models"] for entries in several]
+    assert models[0] == models[1] == models[2]
+    assert made == {"train": 1, "train_gates": 1, "collect_trace": 1}
 
 
 # ------------------------------------------------------------------ damage
