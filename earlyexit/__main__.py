@@ -1,4 +1,4 @@
-"""The command line is ``python -m earlyexit run | status | compare | readme | bench | predict | probe``.
+"""The command line is ``python -m earlyexit COMMAND``; the ``--help`` of each ends with an example.
 
 Its exit code is 0 if all is done, 1 if something failed, 2 for wrong usage, 130 if interrupted.
 """
@@ -6,6 +6,7 @@ Its exit code is 0 if all is done, 1 if something failed, 2 for wrong usage, 130
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import math
@@ -14,18 +15,20 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+import earlyexit
 from earlyexit.corpus.documents import CorpusConfig
 from earlyexit.corpus.foreign import foreign_corpus
 from earlyexit.cost import bench, predict
 from earlyexit.cost.parts import Load
 from earlyexit.cost.synthetic import geometric_shares
+from earlyexit.cost.time_model import TimeModel, unpriced
 from earlyexit.devices import resolve_device
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.models.checkpoints import CheckpointError, load_model
@@ -35,6 +38,7 @@ from earlyexit.runs import cache
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
+from earlyexit.runs.published import published_prices
 from earlyexit.runs.settings import Settings, UsageError
 from earlyexit.runs.workers import JOBS
 from earlyexit.training import parallel
@@ -45,7 +49,8 @@ log = logging.getLogger("earlyexit")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     for stream in (sys.stdout, sys.stderr):  # a sign that an encoding lacks must not end a run
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # a notebook's own have no encoding
+            stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
@@ -156,13 +161,21 @@ def _bench(options: argparse.Namespace) -> int:
     repeats = min(3, options.repeats) if options.quick else options.repeats
     plan = bench.Bench(device, repeats, options.quick, model)
     conditions, rows = bench.conditions(device), []
-    for name, section in tqdm(plan.sections().items(), desc="bench", file=sys.stderr):
-        log.info("%s …", name)
-        rows += section()
+    bar = tqdm(plan.sections().items(), desc="bench", file=sys.stderr)
+    try:
+        for name, section in bar:
+            bar.set_postfix_str(name)
+            for row in section():
+                rows.append(row)
+                if not options.json:
+                    tqdm.write(bench.table([row]), file=sys.stdout)
+                    sys.stdout.flush()
+    finally:  # what was measured before an interruption is not lost
+        if options.json:
+            plain = [row.to_dict() for row in rows]
+            print(json.dumps({"conditions": conditions, "rows": plain}, indent=2))
     if options.json:
-        print(json.dumps({"conditions": conditions, "rows": [r.to_dict() for r in rows]}, indent=2))
         return 0
-    print(bench.table(rows))
     print(
         f"\nMedians of interleaved repeats ({repeats}) with 90 % intervals, {conditions['threads']}"
         f" threads on {conditions['cpus']} CPUs, load before the start {conditions['load_before']}."
@@ -175,7 +188,9 @@ def _bench(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     load = _load(options)
     device = _device(options.device, options.threads)
-    answer = predict.answer(cache.time_model(project().cache, device, options.refit), load)
+    prices = None if options.refit else _published_prices(device, options.threads, load)
+    prices = prices or cache.time_model(project().cache, device, options.refit)
+    answer = predict.answer(prices, load)
     print(json.dumps(answer, indent=2) if options.json else predict.text(answer))
     return 0
 
@@ -210,6 +225,49 @@ def _probe(options: argparse.Namespace) -> int:
     return 0
 
 
+def _published_prices(device: torch.device, threads: int, load: Load) -> TimeModel | None:
+    """Return published prices that can tell the time of ``load``, unless this machine's are known.
+
+    A GPU, or other threads than the published ones, are this machine's own matter.
+    """
+    own = cache.time_model_path(project().cache, device)
+    prices = None if own.is_file() or device.type != "cpu" else published_prices()
+    if prices is None or threads not in (0, prices.machine["hardware"]["threads"]):
+        return None
+    if parts := unpriced(prices, load):
+        log.info("the published prices say nothing of: %s", ", ".join(parts))
+        return None
+    return prices
+
+
+def _report(options: argparse.Namespace) -> int:
+    from earlyexit.runs import report
+
+    print(report.report(_profile(options.profile)))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from earlyexit.runs import doctor
+
+    worst = 0
+    for found in doctor.examine(_profile(options.profile), options.data_dir or None):
+        print(f"{found.name:<8} {found.verdict:<8} {found.said}", flush=True)
+        if found.remedy:
+            print(f"{'':<17} → {found.remedy}")
+        worst = max(worst, found.verdict == "stops")
+    print("a run would be stopped" if worst else "nothing would stop a run")
+    return int(worst)
+
+
+def _names(_: argparse.Namespace) -> int:
+    for name in earlyexit.__all__:
+        found = getattr(earlyexit, name)
+        told = ", ".join(found) if isinstance(found, dict) else inspect.getdoc(found)
+        print(f"{name:<26} {told.splitlines()[0]}")
+    return 0
+
+
 def _load(options: argparse.Namespace) -> Load:
     """Return the run that the options of ``predict`` describe.
 
@@ -234,6 +292,17 @@ def _load(options: argparse.Namespace) -> Load:
         raise UsageError(str(error)) from None
 
 
+def _profile(name: str) -> str:
+    """Return the name of a profile.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in PROFILES:
+        raise UsageError(f"--profile {name}: choose one of {', '.join(PROFILES)}")
+    return name
+
+
 def _device(name: str, threads: int = 0) -> torch.device:
     """Return the device, and set the threads of torch unless ``threads`` is 0.
 
@@ -255,10 +324,10 @@ def _show(plan) -> None:
     """Print a ``runner.Plan``: a line per notebook, and the time of the stale ones."""
     print(f"{plan.label}: {plan.command}")
     stale = [step for step in plan.steps if step.reasons]
+    width = max(len(step.state) for step in plan.steps)
     for step in plan.steps:
-        state = "stale" if step.reasons else "fresh"
-        print(f"  {step.notebook:<28} {state}  {_time(step.minutes, step.basis)}")
-        for reason in step.reasons:
+        print(f"  {step.notebook:<22} {step.state:<{width}}  {_time(step.minutes, step.basis)}")
+        for reason in step.reasons if step.published else ():  # else there is no other
             print(f"      {reason}")
     known = [step.minutes for step in stale if step.minutes is not None]
     times = [f"about {math.ceil(sum(known))} min"] if known else []
@@ -289,13 +358,22 @@ class _Tuple(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m earlyexit", description="Early exit, measured."
-    )
+        prog="python -m earlyexit", description="Early exit, measured.",
+        epilog="Example: python -m earlyexit doctor",
+    )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command: Callable, told: str, example: str, **options) -> argparse.ArgumentParser:
+        """Add the command that a function ``_name`` runs, with an example at the end of its help."""
+        name, example = command.__name__[1:], f"Example: {parser.prog} {example}".strip()
+        made = commands.add_parser(name, help=told, epilog=example, **options)
+        made.set_defaults(command=command)
+        return made
+
     several = {"nargs": "+", "action": _Tuple, "default": ()}
 
-    run = commands.add_parser("run", help="execute the notebooks that are not fresh")
-    run.set_defaults(command=_run)
+    told = "execute the notebooks that are not fresh"
+    run = add(_run, told, "run --only 01 03 --set epochs=2.0 --dry-run")
     run.add_argument("--profile", default="cpu", help="table of sizes (default: cpu)")
     run.add_argument("--only", **several, metavar="NN")
     run.add_argument("--seeds", **several, type=int, help="instead of the profile's")
@@ -322,39 +400,47 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="also what is fresh")
     run.add_argument("--dry-run", action="store_true", help="show what would run, why, how long")
 
-    status = commands.add_parser("status", help="what is fresh, what is stale and why")
-    status.set_defaults(command=_status)
+    status = add(_status, "what is fresh, what is stale and why", "status --profile cpu")
     status.add_argument("--profile", help="only this one")
 
-    rerun = commands.add_parser(
-        "compare", help="a rerun beside what is published: which differences do seeds explain",
+    rerun = add(
+        _compare, "a rerun beside what is published: which differences do seeds explain", "compare cpu",
         description="Exit code 1 if a number that is no time differs by more than between seeds. Times"
         " always differ; all else is the same on a machine of the same kind.",
     )  # fmt: skip
-    rerun.set_defaults(command=_compare)
     rerun.add_argument("label", help="folder of the results, such as cpu")
     rerun.add_argument(
         "--with", dest="other", metavar="DIR",
         help="folder with the rerun's tables (default: those in results, against the last commit)",
     )  # fmt: skip
 
-    readme = commands.add_parser("readme", help="regenerate the README's number blocks")
-    readme.set_defaults(command=_readme)
+    readme = add(_readme, "regenerate the README's number blocks", "readme --check")
     readme.add_argument("--check", action="store_true", help="only say which differ")
 
-    ratios = commands.add_parser("bench", help="ratios of times, beside their targets")
-    ratios.set_defaults(command=_bench)
+    told = "one HTML page of the executed notebooks, which opens without a network"
+    page = add(_report, told, "report --profile cpu")
+    page.add_argument("--profile", default="cpu", help="whose notebooks were run (default: cpu)")
+
+    health = add(
+        _doctor, "what would stop or disturb a run, and what to do", "doctor --profile cpu"
+    )
+    health.add_argument("--profile", default="cpu", help="that is to be run (default: cpu)")
+    health.add_argument("--data-dir", default="", metavar="DIR", help="folder with local text")
+
+    add(_names, "the package's public names, with a line each", "names")
+
+    ratios = add(_bench, "ratios of times, beside their targets", "bench --quick")
     ratios.add_argument("--quick", action="store_true", help="small sizes, three repeats")
     ratios.add_argument("--repeats", type=int, default=7, help="of each run (default: 7)")
     ratios.add_argument("--model", metavar="FILE", help="checkpoint for the end-to-end rows")
     _add_machine(ratios)
 
-    prediction = commands.add_parser(
-        "predict", help="time of a configuration that was never run",
-        description="Time of scoring a batch with and without exits, from prices fitted on this"
-        " machine (once; kept in the cache).",
+    prediction = add(
+        _predict, "time of a configuration that was never run",
+        "predict --d-model 512 --n-layers 12 --vocab 32000",
+        description="Time of scoring a batch with and without exits, from prices of work: this"
+        " machine's, once --refit has measured them, or else published ones.",
     )  # fmt: skip
-    prediction.set_defaults(command=_predict)
     required = {"d_model": "D", "n_layers": "L", "vocab_size": "V"}
     others = {"n_seq": "N", "bk_heads": "H", "num_experts": "E", "top_k": "K"}
     for name, sign in (required | others).items():
@@ -374,12 +460,11 @@ def _parser() -> argparse.ArgumentParser:
     prediction.add_argument("--refit", action="store_true", help="measure this machine again")
     _add_machine(prediction)
 
-    asked = commands.add_parser(
-        "probe", help="would early exit pay for an existing model?",
+    asked = add(
+        _probe, "would early exit pay for an existing model?", "probe smollm2 --tokens 20000",
         description="Gives a Hugging Face decoder exits, fits them on a text, certifies policies, and"
         " says on one page what they save. A probe that was stopped goes on where it was.",
     )  # fmt: skip
-    asked.set_defaults(command=_probe)
     asked.add_argument("model", metavar="MODEL", help="name on the hub, folder, or smollm2")
     asked.add_argument(
         "--text", default="", metavar="DIR", help="folder of .txt files (or WikiText)"

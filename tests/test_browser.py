@@ -6,6 +6,8 @@ folder, they keep pictures.
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import shutil
 import socket
@@ -17,9 +19,12 @@ from urllib.request import urlopen
 
 import nbformat
 import pytest
+from matplotlib.pyplot import subplots
+from tiny_project import write_project
 
 from earlyexit import explore
-from earlyexit.runs.paths import PACKAGE
+from earlyexit.runs.paths import PACKAGE, project
+from earlyexit.runs.report import report
 
 playwright = pytest.importorskip("playwright.sync_api", reason='needs pip install -e ".[browser]"')
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -132,4 +137,35 @@ def test_sliders_show_the_numbers_of_the_package(lab, browser):
     table = explorer.read(policy, passage)
     assert [int(told.split()[0]) for told in layers] == table["layers"].tolist()
     take(page, "explore-pasted")
+    page.close()
+
+
+def test_the_report_opens_from_disk_and_asks_no_network(browser, tmp_path):
+    place, picture = project(write_project(tmp_path)), io.BytesIO()
+    subplots()[0].savefig(picture, format="png")
+    png = base64.b64encode(picture.getvalue()).decode()
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}}
+    outputs = [
+        nbformat.v4.new_output("display_data", {"image/png": png}),
+        nbformat.v4.new_output("execute_result", view | {"text/html": "<b>sliders, still</b>"}),
+    ]
+    cells = [nbformat.v4.new_markdown_cell("# The question")]
+    cells += [nbformat.v4.new_code_cell("1 + 1", outputs=outputs)]
+    copy = place.executed("smoke", "01_build")
+    copy.parent.mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {}}), copy)
+    path, asked, errors = report("smoke", place.root), [], []
+    page = browser.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda told: errors.append(told.text) if told.type == "error" else None)
+    page.goto(path.as_uri())
+    assert page.locator("h1", has_text="The question").is_visible()
+    assert page.get_by_text("sliders, still").is_visible()
+    assert page.locator("img").evaluate("image => image.naturalWidth") > 100
+    assert not page.locator(".jp-InputArea", has_text="1 + 1").is_visible()
+    page.locator("summary").click()
+    assert page.locator(".jp-InputArea", has_text="1 + 1").is_visible()
+    assert not errors and {url.split(":")[0] for url in asked} <= {"file", "data"}
+    assert path.as_uri() in asked
     page.close()

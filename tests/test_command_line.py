@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_project import write_project
 
-from earlyexit.__main__ import main
+import earlyexit
+from earlyexit.__main__ import _parser, main
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.checkpoints import save_model
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE
@@ -46,6 +48,9 @@ KEYS = [
     "x",
     "",
 ]
+COMMANDS = [
+    "run", "status", "compare", "readme", "report", "doctor", "names", "bench", "predict",
+]  # fmt: skip
 OPTIONS = st.one_of(
     st.tuples(st.just("--set"), st.builds("{}={}".format, st.sampled_from(KEYS), VALUES)),
     st.tuples(st.sampled_from(["--profile", "--device", "--only", "--data-dir", "--set"]), VALUES),
@@ -75,6 +80,27 @@ def test_a_dry_run_answers_or_refuses_in_one_line(tmp_path_factory, monkeypatch,
         assert said.err.count("\n") == (code == 2) and bool(said.out) == (code == 0)
     capsys.readouterr()
     assert sorted(root.rglob("*")) == files
+
+
+# ------------------------------------------------------------------ help, and the index of names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_an_example_that_is_understood(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    said, _, example = capsys.readouterr().out.rpartition("Example: ")
+    program, _, arguments = " ".join(example.split()).partition("earlyexit ")
+    assert program == "python -m " and arguments.split()[0] == command
+    assert said and _parser().parse_args(shlex.split(arguments)).command
+
+
+def test_the_index_of_names_is_the_face_with_a_line_each(capsys):
+    assert main(["names"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == earlyexit.__all__
+    assert all(len(line.split()) > 3 and not line.endswith(" None") for line in lines)
 
 
 # ------------------------------------------------------------------ signals, encodings, places

@@ -31,6 +31,7 @@ from earlyexit.nn.bk_core import BKCore
 from earlyexit.nn.block import MoEResNetBKLayer
 from earlyexit.nn.config import ModelConfig
 
+NAME = 58  # characters of a row's name
 LAYERS_ONLY = 2  # words: with so small a vocabulary, only the layers take time
 SMALL = ModelConfig(10_000, 64, 4, dropout_p=0.0, gate_hidden=0)
 LARGE = ModelConfig(10_000, 256, 8, dropout_p=0.0, gate_hidden=0)
@@ -287,8 +288,7 @@ def conditions(device: torch.device) -> dict:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Format the rows as a table of text, one line each."""
-    width = max(len(row.name) for row in rows)
+    """Format rows as lines of text, whose columns stand below each other however they are cut."""
     lines = []
     for row in rows:
         value, target, interval = _amount(row.value, row.unit), "", ""
@@ -297,7 +297,7 @@ def table(rows: Sequence[Row]) -> str:
         if not np.isnan(row.low):
             interval = f"[{_amount(row.low, row.unit)}, {_amount(row.high, row.unit)}]"
         lines.append(
-            f"{row.name:<{width}}  {value:>8}  {interval:<18}  {target:>9}  {row.verdict:<7}  {row.note}"
+            f"{row.name:<{NAME}}  {value:>8}  {interval:<18}  {target:>9}  {row.verdict:<7}  {row.note}"
         )
     return "\n".join(lines)
 

@@ -52,10 +52,16 @@ def text(answer: dict) -> str:
         f" predicted wall-clock {answer['speedup_time']:.2f}×"
         + ("" if answer["pays"] else ": early exit loses here"),
     ]
-    error = answer["prediction_error"]
+    where, error = answer["machine"], answer["prediction_error"]
+    hardware = where.get("hardware", {})
+    if "profile" in where:
+        lines.append(
+            f"by published prices, results/{where['profile']} ({where['made_by']} of this project), of"
+            f" {hardware['cpu']}, {hardware['threads']} thread(s): --refit measures this machine"
+        )
     if error:
         lines.append(
-            f"prices of this machine were off by {error['median_error']:.0%} (median),"
+            f"these prices were off by {error['median_error']:.0%} (median),"
             f" {error['largest_error']:.0%} (largest) on configurations they were not fitted on"
         )
     if answer["beyond"]:

@@ -249,7 +249,9 @@ def time_model(cache: Path, device: torch.device, refit: bool = False) -> TimeMo
     """Return this machine's prices, from the cache, or measured now and kept."""
 
     def make(path: Path) -> None:
-        log.info("no prices of this machine yet: measuring them, once, about a minute")
+        log.info(
+            "measuring the prices of work on this machine, once: some minutes, as the bar says"
+        )
         model, _ = times.calibrate(device)
         replace(model, machine=_machine()).save(path)
 

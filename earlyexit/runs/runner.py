@@ -24,13 +24,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """One notebook of a plan, with what it needs, why it must run (empty: fresh), and its time."""
+    """One notebook of a plan, with what it needs, why it must run (empty: fresh), and its time.
+
+    Attributes:
+        published: whether it has results.
+        here: whether it ran here, so that there is an executed copy.
+    """
 
     notebook: str
     needs: list[str]
     reasons: list[str]
     minutes: float | None
     basis: str
+    published: bool
+    here: bool
+
+    @property
+    def state(self) -> str:
+        """Say in words how its results stand."""
+        if not self.published:
+            return "not run yet"
+        if not self.here:
+            return "published, not run here"
+        return "stale" if self.reasons else "fresh"
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,8 @@ def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None
         why = why or [f"input {other} will be made again" for other in again]
         time, basis = freshness.minutes(name, label, work, known)
         basis += ", by an earlier version" if record and record.is_old else ""
-        steps.append(Step(name, needs[name], why, time, basis))
+        here = request.place.executed(label, name).is_file()
+        steps.append(Step(name, needs[name], why, time, basis, record is not None, here))
     _check_hub(request.resolved.profile.corpus, (step.reasons for step in steps))
     return Plan(label, settings.command(*only), steps)
 

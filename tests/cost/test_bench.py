@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +16,13 @@ from conftest import PRICES
 from earlyexit.__main__ import main
 from earlyexit.cost import bench
 from earlyexit.cost.bench import Bench, Row, position_loop
+from earlyexit.cost.parts import Load
+from earlyexit.cost.synthetic import geometric_shares
 from earlyexit.cost.time_model import TimeModel
 from earlyexit.models.checkpoints import save_model
 from earlyexit.nn.bk_core import BKCore
+from earlyexit.nn.config import ModelConfig
+from earlyexit.runs.published import published_prices
 
 CALIBRATE = "earlyexit.cost.time_model.calibrate"
 SIZES = ["--d-model", "16", "--n-layers", "3", "--vocab", "300"]
@@ -85,6 +92,62 @@ def test_bench_prints_json_of_a_given_model(make_model, tmp_path, capsys, monkey
     report = json.loads(capsys.readouterr().out)
     assert report["conditions"]["threads"] >= 1
     assert [row["unit"] for row in report["rows"]] == ["×", "share", "×"]
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_what_was_measured_before_a_failure_is_printed_in_any_encoding(monkeypatch, form):
+    """A terminal without ≥ and ×, and a section that cannot be measured."""
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, "ascii"))
+    seen = []
+
+    def first():
+        yield Row("a ≥ b", 2.0, "×", 1.5, True, "note")
+        seen.append(said.getvalue())
+        raise ValueError("the second row fails")
+
+    monkeypatch.setattr(Bench, "sections", lambda self: {"first": first})
+    assert main(["bench", "--quick", *form]) == 1
+    sys.stdout.flush()
+    if form:
+        (row,) = json.loads(said.getvalue())["rows"]
+        assert row["value"] == 2.0 and row["name"] == "a ≥ b"
+    else:
+        assert seen[0].startswith(b"a ? b") and b"2.00?" in seen[0]  # as soon as it is measured
+
+
+def test_predict_answers_by_published_prices_and_says_whose(capsys, monkeypatch):
+    monkeypatch.setattr(CALIBRATE, lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr("earlyexit.runs.cache.time_model_path", lambda *_: Path("nowhere"))
+    prices = published_prices("cpu")
+    assert main(["predict", *SIZES, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    config = ModelConfig(300, 16, 3, dropout_p=0.0, gate_hidden=0)
+    load = Load(config, 32, config.n_seq, "gate", tuple(geometric_shares(3, 2.0)))
+    assert answer["speedup_time"] == pytest.approx(prices.speedup(load))
+    assert answer["prediction_error"] == prices.check and prices.check["median_error"] > 0
+    assert main(["predict", *SIZES]) == 0
+    text = capsys.readouterr().out
+    assert "published prices, results/cpu" in text and prices.machine["hardware"]["cpu"] in text
+
+
+@pytest.mark.parametrize("asked", [["--refit"], ["--threads", "2"], ["unpriced"]])
+def test_predict_measures_where_published_prices_do_not_hold(monkeypatch, tmp_path, asked):
+    fits = []
+
+    def measured(*_):
+        fits.append(1)
+        return TimeModel(PRICES, {})
+
+    if asked == ["unpriced"]:
+        asked, fewer = [], {"blocks": PRICES["blocks"]}
+        few = TimeModel(fewer, {}, published_prices("cpu").machine)
+        monkeypatch.setattr("earlyexit.__main__.published_prices", lambda: few)
+    monkeypatch.setattr("earlyexit.runs.cache.time_model_path", lambda *_: tmp_path / "none")
+    monkeypatch.setattr("earlyexit.runs.cache.time_model", measured)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    assert main(["predict", *SIZES, *asked]) == 0
+    assert fits == [1]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def finished(tmp_path_factory):
     return root
 
 
+def states(root, settings=SMOKE) -> list[str]:
+    """How the results of each notebook stand, in words."""
+    return [step.state for step in runner.plan(settings, root=root).steps]
+
+
 def why(root, settings=SMOKE, only=()):
     """Notebook → reasons to run it."""
     return {step.notebook: step.reasons for step in runner.plan(settings, only, root).steps}
@@ -106,6 +111,7 @@ def test_a_clone_takes_what_is_published_and_runs_nothing(finished, tmp_path):
         shutil.copytree(finished / folder, tmp_path / folder)
     assert why(tmp_path) == {"01_build": [], "02_plot": []}
     assert runner.run(SMOKE, root=tmp_path) == []
+    assert states(tmp_path) == ["published, not run here"] * 2
 
 
 @pytest.mark.slow
@@ -166,6 +172,8 @@ def test_what_an_earlier_version_made_is_kept_while_its_files_are_whole(
 @pytest.mark.slow
 def test_status_names_what_is_stale_and_why(finished, monkeypatch):
     assert why(finished, Settings("smoke", seeds=(0, 1)))["01_build"] == ["never run"]
+    assert states(finished, Settings("smoke", seeds=(0, 1))) == ["not run yet"] * 2
+    assert states(finished) == ["fresh"] * 2
     assert why(finished, Settings("smoke", seeds=(0,))) == why(finished)
     csv = finished / "results/smoke/numbers.csv"
     before = csv.read_bytes()
@@ -174,6 +182,7 @@ def test_status_names_what_is_stale_and_why(finished, monkeypatch):
         "01_build": ["results/smoke/numbers.csv changed since its run"],
         "02_plot": ["input 01_build will be made again"],
     }
+    assert states(finished) == ["stale"] * 2
     csv.unlink()
     assert why(finished)["01_build"] == ["results/smoke/numbers.csv missing"]
     csv.write_bytes(before)
