@@ -22,7 +22,7 @@ import pandas as pd
 import psutil
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from earlyexit.atomic import atomic_path
@@ -224,35 +224,48 @@ class Probe:
         return tokens * self.milliseconds_per_token() / 60_000
 
     @cached_property
-    def exits(self) -> pd.DataFrame:
-        """Fit translators and gates, and return a row per exit with what they explain."""
+    def translators(self) -> pd.DataFrame:
+        """Fit the exits' translators, and return a row per exit with what they explain."""
 
-        def make(path: Path) -> None:
-            train, eos, c = self.corpus.splits["train"], self.corpus.eos_id, self.config
-            kept = max(1, c.tokens // KEPT)
-            fitted = fit_translators(
-                self.model, train, eos, c.tokens, refine_tokens=kept,
-                steps=max(1, PASSES * kept // STEP), batch_size=min(STEP, kept), seed=c.seed,
+        def fit() -> list[dict]:
+            split, c, kept = self.corpus.splits["train"], self.config, self.config.tokens // KEPT
+            return fit_translators(
+                self.model, split, self.corpus.eos_id, c.tokens, refine_tokens=max(1, kept),
+                steps=max(1, PASSES * kept // STEP), batch_size=min(STEP, max(1, kept)), seed=c.seed,
             )  # fmt: skip
-            gates = train_gates(self.model, train, eos, self.part, seed=c.seed)
-            report = [row | gate for row, gate in zip(fitted, gates, strict=True)]
-            save_file(self._fitted(), path, {"report": json.dumps(report)})
 
-        path = self._kept("exits", ".safetensors", make)
-        for name, tensor in load_file(path).items():
-            self._fitted()[name].copy_(tensor)
-        self.model.trained_on = self.corpus.data_hash
-        with safe_open(path, "pt") as file:
-            return pd.DataFrame(json.loads(file.metadata()["report"]))
+        return self._fitted("translators", "heads.", fit)
 
-    def _fitted(self) -> dict[str, Tensor]:
-        """Return the tensors that a probe fits, by name."""
-        wanted = ("heads.", "gates.")
-        return {
+    @cached_property
+    def exits(self) -> pd.DataFrame:
+        """Fit translators and then gates, and return a row per exit with what both explain."""
+        translators = self.translators
+
+        def fit() -> list[dict]:
+            split, eos = self.corpus.splits["train"], self.corpus.eos_id
+            return train_gates(self.model, split, eos, self.part, seed=self.config.seed)
+
+        return translators.merge(self._fitted("gates", "gates.", fit), on="exit")
+
+    def _fitted(self, what: str, prefix: str, fit: Callable[[], list[dict]]) -> pd.DataFrame:
+        """Put kept tensors into the model, which ``fit`` makes if they are not there."""
+        tensors = {
             name: tensor.detach()
             for name, tensor in self.model.state_dict().items()
-            if name.startswith(wanted) and "layer_norm" not in name
+            if name.startswith(prefix) and "layer_norm" not in name
         }
+
+        def make(path: Path) -> None:
+            report = json.dumps(fit())  # it changes the tensors in place
+            save_file(tensors, path, {"report": report})
+
+        path = self._kept(what, ".safetensors", make)
+        with safe_open(path, "pt") as file:
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+            report = json.loads(file.metadata()["report"])
+        self.model.trained_on = self.corpus.data_hash
+        return pd.DataFrame(report)
 
     def split(self, name: str) -> Split:
         """Return what is read of a split, documents cut to one length; of those that certify, all."""
