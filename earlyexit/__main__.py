@@ -6,6 +6,7 @@ Its exit code is 0 if all is done, 1 if something failed, 2 for wrong usage, 130
 from __future__ import annotations
 
 import argparse
+import errno
 import inspect
 import json
 import logging
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _complain(str(error), 2)
     except (RunError, OSError, ValueError) as error:  # a notebook, a full disk, missing results
-        return _complain(str(error), 1)
+        too_long = getattr(error, "errno", None) == errno.ENAMETOOLONG  # asked for by an option
+        return _complain(str(error), 2 if too_long else 1)
 
 
 def _run(options: argparse.Namespace) -> int:

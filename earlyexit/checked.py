@@ -145,7 +145,7 @@ def exact_fields(data: object, kind: type) -> dict[str, Any]:
     if told := "; ".join(
         f"{what}: {', '.join(map(str, some))}" for what, some in wrong.items() if some
     ):
-        raise ValueError(f"fields {told:.300}")
+        raise ValueError(f"fields {' '.join(told.split()):.300}")  # on one line
     return data
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, fuzz
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from earlyexit.calibration.certify import certify
@@ -207,7 +207,10 @@ def test_generation_goes_on_or_refuses(model, ids, n_new, temperature):
 
 
 @fuzz(60)
-@given(st.lists(batch, max_size=2) | batch)
+@given(batches=st.lists(batch, max_size=2) | batch)
+@example(
+    batches=[(torch.tensor([[5, 4]]).to(torch.uint16), torch.tensor([[4, 3]]).to(torch.uint8))]
+)
 def test_the_evaluator_takes_pairs_of_ids_and_targets(model, batches):
     evaluator = EarlyExitEvaluator(model, "cpu")
     found = outcome(evaluator.evaluate_policy, batches)

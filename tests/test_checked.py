@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fuzz
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -139,6 +139,7 @@ def test_a_policy_reads_back_equal_or_is_refused_when_it_is_saved(
 @given(
     document=JSON | st.fixed_dictionaries({"criterion": JSON, "thresholds": JSON, "decay": JSON})
 )
+@example(document={"\n": None})
 def test_a_foreign_document_is_no_policy_and_its_file_is_named(tmp_path, document):
     (tmp_path / "p.json").write_text(json.dumps(document))
     with pytest.raises(ValueError) as refused:

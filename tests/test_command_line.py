@@ -63,6 +63,7 @@ OPTIONS = st.one_of(
 @given(options=st.lists(OPTIONS, max_size=3))
 @example(options=[("--seeds", "1", "1")])
 @example(options=[("--set", "corpus=folder")])
+@example(options=[("--data-dir", 5000 * "[")])
 def test_a_dry_run_answers_or_refuses_in_one_line(tmp_path_factory, monkeypatch, capsys, options):
     root = tmp_path_factory.getbasetemp() / "fuzzed"
     if not root.exists():

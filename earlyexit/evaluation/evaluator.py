@@ -62,7 +62,7 @@ def run_batches(
     """Run a policy on batches and yield targets, NLL and exit layers ``(B, N)``; None is full depth."""
     for x, y in on_device(batches, model):
         if policy is None:
-            yield y, model.nll(x, y), torch.full_like(x, model.n_layers)
+            yield y, model.nll(x, y), torch.full_like(x, model.n_layers, dtype=torch.int64)
         else:
             yield y, *model.nll(x, y, policy, execution)
 

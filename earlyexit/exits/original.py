@@ -32,7 +32,7 @@ def _run(model: ExitModel, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]
     mark, h = marker(), model.embed(x)
     x = x.long()
     logits = precise(h.new_zeros(*x.shape, model.vocab_size))
-    exit_layers = torch.full_like(x, model.n_layers)
+    exit_layers = torch.full_like(x, model.n_layers, dtype=torch.int64)
     exited = torch.zeros_like(x, dtype=torch.bool)
     mark("rest")
     for layer in range(model.n_layers):
