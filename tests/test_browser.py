@@ -103,7 +103,7 @@ def test_sliders_show_the_numbers_of_the_package(lab, browser, request):
     page.goto(lab)
     page.get_by_text(
         "| Idle"
-    ).wait_for()  # a cell that is run before its kernel is there waits for ever
+    ).wait_for()  # its kernel is there
     page.locator(".jp-Notebook .cm-content").first.click()
     page.keyboard.press("Shift+Enter")
     table = page.locator(".widget-html table").first
