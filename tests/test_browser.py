@@ -101,9 +101,7 @@ def test_sliders_show_the_numbers_of_the_package(lab, browser, request):
     page.set_default_timeout(PATIENCE)
     request.addfinalizer(lambda: take(page, "explore-last"))  # also of a failure
     page.goto(lab)
-    page.get_by_text(
-        "| Idle"
-    ).wait_for()  # its kernel is there
+    page.get_by_text("| Idle").wait_for()  # its kernel is there
     page.locator(".jp-Notebook .cm-content").first.click()
     page.keyboard.press("Shift+Enter")
     table = page.locator(".widget-html table").first
