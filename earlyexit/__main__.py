@@ -366,9 +366,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command: Callable, told: str, example: str, **options) -> argparse.ArgumentParser:
-        """Add the command that a function ``_name`` runs, with an example at the end of its help."""
-        name, example = command.__name__[1:], f"Example: {parser.prog} {example}".strip()
-        made = commands.add_parser(name, help=told, epilog=example, **options)
+        """Add a command, named by the first word of the example at the end of its help."""
+        text = f"Example: {parser.prog} {example}"
+        made = commands.add_parser(example.split()[0], help=told, epilog=text, **options)
         made.set_defaults(command=command)
         return made
 

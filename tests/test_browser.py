@@ -96,10 +96,12 @@ def wait_for(address: str, server: subprocess.Popen) -> None:
     pytest.fail(f"JupyterLab did not start, exit code {server.poll()}")
 
 
-def test_sliders_show_the_numbers_of_the_package(lab, browser):
+def test_sliders_show_the_numbers_of_the_package(lab, browser, request):
     page = browser.new_page(viewport={"width": 1400, "height": 1300})
     page.set_default_timeout(PATIENCE)
+    request.addfinalizer(lambda: take(page, "explore-last"))  # also of a failure
     page.goto(lab)
+    page.get_by_text("| Idle").wait_for()  # its kernel is there
     page.locator(".jp-Notebook .cm-content").first.click()
     page.keyboard.press("Shift+Enter")
     table = page.locator(".widget-html table").first
@@ -137,7 +139,6 @@ def test_sliders_show_the_numbers_of_the_package(lab, browser):
     table = explorer.read(policy, passage)
     assert [int(told.split()[0]) for told in layers] == table["layers"].tolist()
     take(page, "explore-pasted")
-    page.close()
 
 
 def test_the_report_opens_from_disk_and_asks_no_network(browser, tmp_path):

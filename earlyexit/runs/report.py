@@ -24,7 +24,7 @@ TEMPLATE = """\
 {% block html_head_js_mermaidjs %}{% endblock %}
 {% block html_head_css %}
 <style>main {max-width: 62em; margin: auto} details {margin: 0 0 .5em} summary {color: #777}
-img {max-width: 100%; height: auto}</style>
+img {max-width: 100%; height: auto} .exits td {text-align: left !important}</style>
 {% endblock %}
 {% block data_png %}<img alt="figure of the code above"
 src="data:image/png;base64,{{ output.data['image/png'] | replace("\\n", "") }}">{% endblock %}
@@ -97,12 +97,13 @@ def provenance(record: Record | None, executed: NotebookNode) -> str:
         return (
             "*No record of results is of this run: it was made by hand, or made again elsewhere.*"
         )
-    source = f"{(record.commit or 'no commit')[:10]}{' + changes' if record.dirty else ''}"
+    source = f"commit {record.commit[:10]}" if record.commit else "no commit"
+    asked = record.fingerprint.parameters if record.fingerprint else record.parameters
     hardware, versions = record.hardware, record.versions
     parts = [
-        f"`{record.command}`", f"commit {source}", record.time, f"{record.seconds:.0f} s",
+        f"`{record.command}`", source + (" + changes" if record.dirty else ""), record.time,
+        f"{record.seconds:.0f} s", f"seeds {asked.get('seeds')}", f"made by {record.made_by}",
         f"{hardware['cpu']}, {hardware['threads']} thread(s), {hardware['gpu'] or 'no GPU'}",
         f"Python {versions['python']}, torch {versions['torch']}",
-        f"seeds {record.parameters.get('seeds')}", f"made by {record.made_by}",
     ]  # fmt: skip
     return f"*{' · '.join(parts)}*"
