@@ -61,10 +61,13 @@ def _trace(study: Study, seed: int, split: str) -> int:
 
 
 def _alone(study: Study, p: Any, seed: int) -> Calls:
-    compared = systems(p.depths, p.controls, study.profile.model.n_layers)
+    n_layers = study.profile.model.n_layers
+    compared = systems(p.depths, p.controls, n_layers)
+    rivals = [(ALONE, depth) for depth in p.depths if depth <= n_layers]  # the others have one seed
     return {
         system: (study.alone, "depth_losses", seed, Change(changes), p.depth_tokens)
         for system, changes in compared.items()
+        if system in rivals or seed == study.seeds[0]
     }
 
 
@@ -231,4 +234,4 @@ def _is_usual(notebook: str, paths: Sequence[Path]) -> bool:
 
 def _seeds(stage: Stage, resolved: Resolved) -> list[int]:
     parameters = NOTEBOOKS[stage.notebook](**resolved.parameters[stage.notebook])
-    return list(resolved.seeds[: stage.seeds(parameters)])
+    return list(resolved.seeds_of(stage.notebook)[: stage.seeds(parameters)])
