@@ -1,6 +1,7 @@
 # make results   set up and run the notebooks: every table and figure (PROFILE=smoke, cpu, wikitext2)
 # make test      set up and check everything
 # make fuzz      set up and try twenty times as many arguments as the tests do, others each time
+# make grid      set up and run a small grid of studies that is killed and goes on, minutes
 # make lab       set up and open JupyterLab
 # make clean     remove the environment, caches and executed notebooks; results stay
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 FUZZED := tests/test_arguments.py tests/test_checked.py tests/test_command_line.py
 
-.PHONY: results test fuzz lab clean
+.PHONY: results test fuzz grid lab clean
 
 results: .venv/ready
 	$(BIN)/python -m earlyexit run --profile $(PROFILE)
@@ -23,6 +24,9 @@ test: .venv/ready
 
 fuzz: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile=fuzz --dist load $(FUZZED)
+
+grid: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m grid -n 0 tests/test_workflow.py
 
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks

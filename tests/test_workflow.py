@@ -52,7 +52,8 @@ def models(root: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in root.glob(".cache/models/[!.]*")}
 
 
-@pytest.mark.slow  # 4 jobs of a fresh process each, for 6 cells and 4 notebooks, started three times
+@pytest.mark.slow
+@pytest.mark.grid  # minutes: 4 jobs at a time, a process each, for 6 cells and 4 notebooks, thrice
 def test_a_grid_that_is_killed_and_fails_is_finished_by_whoever_comes(tmp_path, monkeypatch):
     studies = grid_project(tmp_path, profiles=2, seeds="0 1 2")
     labels = [runner.plan(study_settings(study), root=tmp_path).label for study in studies]
