@@ -20,8 +20,12 @@ from earlyexit.runs.paths import project
 ROOT = project().root
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Without what pip must install by itself, for it would bring others.
+EXTRAS = [lines for name, lines in PROJECT["optional-dependencies"].items() if name != "smollm"]
 DECLARED = [
-    Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    requirement
+    for requirement in map(Requirement, sum(EXTRAS, PROJECT["dependencies"]))
+    if requirement.name != PROJECT["name"]
 ]
 # What every notebook takes, and its annotation in the parameters cell.
 COMMON = {

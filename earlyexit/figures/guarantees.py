@@ -50,7 +50,7 @@ def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes) -> None:
     style.percent(ax.yaxis)
 
 
-@style.panel(PAGE, 2.9)
+@style.panel(PAGE, 3.1)
 def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the upper bound of each method over n, with the mean loss and the level that ε allows.
 

@@ -270,7 +270,7 @@ def break_even_map(
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the panel of :func:`break_even` of a criterion, number of layers and batch size."""
-    ax, own = style.new_axes(ax, COLUMN, 2.6)
+    ax, own = style.new_axes(ax, COLUMN, 2.8)
     here = pd.Series({"criterion": criterion, "n_layers": n_layers, "batch": batch})
     grid, points = (t[(t[here.index] == here).all(axis=1)] for t in (grid, points))
     table = np.log2(grid.pivot(index="executed", columns="head_ratio", values="speedup_time"))

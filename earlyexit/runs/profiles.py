@@ -131,7 +131,7 @@ PROFILES = {
         ),
         Profile(
             "cpu",
-            "the default: the embedded text on a laptop CPU, three seeds, a quarter of an hour",
+            "the default: the embedded text on a laptop CPU, three seeds, minutes",
             model=replace(MODEL, dropout_p=0.0),
             gates=GatesConfig(max_tokens=40_000),
             max_eval_tokens=50_000,

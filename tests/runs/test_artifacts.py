@@ -219,7 +219,7 @@ def test_a_figure_may_be_given_by_its_axes(out, root, rows):
 
 def test_the_label_is_the_runners_or_the_profiles(monkeypatch):
     assert artifacts.run_label("cpu", {"epochs": 2.0}) == "cpu~epochs=2.0"
-    assert artifacts.run_label("cpu", {}, [0]) == "cpu"
+    assert artifacts.run_label("cpu", {}, [0, 1, 2]) == "cpu"
     assert artifacts.run_label("cpu", {"epochs": 2.0}, [3, 4]) == "cpu~epochs=2.0~seeds=3,4"
     monkeypatch.setenv(artifacts.LABEL, "cpu~rows=3")
     assert artifacts.run_label("cpu") == "cpu~rows=3"
