@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from tiny_project import write_project
 
+from earlyexit import stages
 from earlyexit.__main__ import main
 from earlyexit.runs import publish, runner
 from earlyexit.runs.artifacts import MissingResult, read_table
@@ -127,6 +128,10 @@ def test_the_commands_it_shows_are_accepted(monkeypatch):
     long = {line.strip() for line in lines if "--set" not in line and "--seeds" not in line}
     assert len(long) >= 2
     monkeypatch.setattr(runner, "check_hub", lambda corpus: None)  # the text is not looked for
+    staged = []
+    monkeypatch.setattr(stages, "run", lambda settings, name, seeds: staged.append((name, seeds)))
     for line in long:
         arguments = [a for a in shlex.split(line) if a != "--dry-run"]
-        assert main([*arguments, "--dry-run"]) == 0, line
+        arguments += [] if "--stage" in arguments else ["--dry-run"]
+        assert main(arguments) == 0, line
+    assert staged and {name for name, _ in staged} <= set(stages.STAGES)
