@@ -21,12 +21,14 @@ import symtable
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from earlyexit.runs.paths import PACKAGE
 
 PARAMETERS = "parameters"  # tag of the cell with a notebook's defaults
 DIGITS = 16  # hexadecimal digits kept of a definition's digest
+PARSER = Lock()  # python 3.11 fails with SystemError when two threads make syntax trees at once
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -117,7 +119,7 @@ def notebook_parameters(path: Path) -> dict[str, tuple[str, Any]]:
     tagged = [source for source, tags in _code_cells(path) if PARAMETERS in tags]
     if len(tagged) != 1:
         raise ValueError(f"{path.name}: {len(tagged)} cells are tagged `{PARAMETERS}`, not one")
-    for node in ast.parse(tagged[0]).body:
+    for node in _tree(tagged[0]).body:
         try:
             kind = ast.unparse(node.annotation).split("[")[0]
             found[node.target.id] = (kind, ast.literal_eval(node.value))
@@ -146,13 +148,18 @@ def _code_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
             yield "".join(cell["source"]), cell["metadata"].get("tags", [])
 
 
+def _tree(source: str) -> ast.Module:
+    with PARSER:
+        return ast.parse(source)
+
+
 def _parse(source: str) -> ast.Module:
     try:
-        return ast.parse(source)
+        return _tree(source)
     except SyntaxError:  # perhaps an IPython magic
         from IPython.core.inputtransformer2 import TransformerManager
 
-        return ast.parse(TransformerManager().transform_cell(source))
+        return _tree(TransformerManager().transform_cell(source))
 
 
 class _Meaning(ast.NodeTransformer):
@@ -201,7 +208,7 @@ class _Module(NamedTuple):
 @lru_cache(maxsize=1024)
 def _read_module(name: str, package: str, text: str) -> _Module:
     """Parse a file's text; its relative imports start from ``package``."""
-    tree, code = _meaning(ast.parse(text)), {"": []}
+    tree, code = _meaning(_tree(text)), {"": []}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             parts = package.split(".")
@@ -255,7 +262,7 @@ def _uses(code: str) -> tuple[list[list[str]], dict[str, tuple[str, str]], set[s
         Names that it does not define, with their attributes (``a.b.c`` is [a, b, c]); the bindings of
         the imports inside it; and the last part of each of its strings, read as a path.
     """
-    tree = ast.parse(code)
+    tree = _tree(code)
     bindings = _bindings(tree)
     names = set(_outside_names(symtable.symtable(code, "", "exec")))
     chains = [chain for chain in _chains(tree) if chain[0] in names]
@@ -365,7 +372,7 @@ class _Source:
 
     def _node(self, target: tuple[str, str]) -> ast.stmt | None:
         code = self.module(target[0]).definitions.get(target[1], "")
-        return next(iter(ast.parse(code).body), None)
+        return next(iter(_tree(code).body), None)
 
     def _module(self, name: str) -> _Module | None:
         """Return the module of a dotted name; None outside the package."""

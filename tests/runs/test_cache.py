@@ -62,8 +62,6 @@ def test_another_number_of_threads_is_another_model(arguments):
 def test_what_several_want_at_once_is_made_once(arguments, monkeypatch):
     prices = TimeModel({"p": {"k": 1.0}}, {})
     monkeypatch.setattr(times, "calibrate", lambda device: (prices, pd.DataFrame()))
-    corpus, config, settings, folder, device = arguments
-    everything((corpus, config, settings, folder / "alone", device))  # threads cannot parse at once
     made = Counter()
     for name in ("train", "train_gates", "collect_trace"):
         function = getattr(cache, name)

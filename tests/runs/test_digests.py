@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import nbformat
@@ -272,6 +275,24 @@ def test_parameters_must_be_annotated_literals(tmp_path, line):
     path = write_notebook(tmp_path, "01_x", [], extra=line + "\n")
     with pytest.raises(ValueError, match="not an annotated literal"):
         digests.notebook_parameters(path)
+
+
+def test_threads_make_syntax_trees_one_after_another(monkeypatch):
+    parse, busy, together = ast.parse, threading.Semaphore(0), []
+
+    def counted(*given, **options):
+        together.append(busy.acquire(blocking=False))
+        busy.release()
+        time.sleep(0.002)  # the others arrive
+        try:
+            return parse(*given, **options)
+        finally:
+            busy.acquire()
+
+    monkeypatch.setattr(ast, "parse", counted)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(digests._tree, ["a = 1"] * 20))
+    assert together == [False] * 20
 
 
 @settings(max_examples=50, deadline=None)
