@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 LOSSES = [  # columns of a table of models trained alone, without those that name them
     *("split", "document", "tokens", "nll", "model", "parameters", "flops_per_token", "seconds")
 ]
+ROWS, COLUMNS = 15, 9  # that a table has on screen, at most
 LARGEST_PUBLISHED = 9_000_000  # bytes of one model's weights among the results
 
 
@@ -75,6 +76,7 @@ class Study:
         used = {"seeds": self.seeds, "device": str(self.device)}
         self.outputs = Outputs(self.label, notebook, as_dict(given) | used)
         use_style()
+        pd.set_option("display.max_rows", ROWS, "display.max_columns", COLUMNS)
 
     # ------------------------------------------------------------------ text
 
@@ -323,12 +325,23 @@ class Study:
 
     # ------------------------------------------------------------------ results
 
-    def table(self, df: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
-        """Write a result table; see :meth:`earlyexit.runs.artifacts.Outputs.table`."""
-        return self.outputs.table(df, name, caption, self.corpus.data_hash)
+    def table(self, df: pd.DataFrame, name: str, caption: str, **matters) -> pd.DataFrame:
+        """Write a result table; see :meth:`earlyexit.runs.artifacts.Outputs.table`.
+
+        Args:
+            matters: ``by`` and ``of``, the columns that :meth:`brief` and LaTeX show.
+        """
+        return self.outputs.table(df, name, caption, self.corpus.data_hash, **matters)
+
+    def brief(self, name: str) -> pd.DataFrame:
+        """Return what matters of a table that this notebook wrote, as texts."""
+        return self.outputs.brief(name)
 
     def figure(self, drawn: Any, name: str, caption: str) -> Any:
-        """Write a figure, given itself or its axes; see ``artifacts.Outputs.figure``."""
+        """Write a figure, given itself or its axes; see ``artifacts.Outputs.figure``.
+
+        A cell shows it as its last value or with ``display``.
+        """
         return self.outputs.figure(drawn, name, caption, self.corpus.data_hash)
 
     def document(self, text: str, name: str, caption: str, suffix: str = "json") -> Path:

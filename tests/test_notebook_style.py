@@ -53,6 +53,17 @@ def test_a_cell_knows_no_test_and_no_size_of_its_own(cell):
     assert not re.search(r"(?<!\d)(5 %|0\.05|0\.7\b)", told)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_figure_and_brief_table_is_shown_where_it_is_made(cell):
+    """As the last value of its cell, or by ``display``: nothing shows it a second time."""
+    tree = ast.parse(cell.source)
+    shown = [tree.body[-1].value] if isinstance(tree.body[-1], ast.Expr) else []
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    shown += [a for c in calls if ast.unparse(c.func) == "display" for a in c.args]
+    made = [c for c in calls if ast.unparse(c.func) in ("study.figure", "study.brief")]
+    assert all(call in shown for call in made)
+
+
 def test_the_control_finds_what_it_looks_for():
     rows = ast.parse("rows.append({'a': 1} | extra)").body[0].value
     assert _row(rows.args[0])

@@ -7,14 +7,17 @@ import shutil
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
+from paper import width
 
 from earlyexit.runs import runner
 from earlyexit.runs.cache import NotTrained
 from earlyexit.runs.freshness import all_published, discover, published
 from earlyexit.runs.paths import project
 from earlyexit.runs.settings import Settings
+from earlyexit.runs.tables import TEXT_WIDTH
 from earlyexit.runs.workers import JOBS
-from earlyexit.study import Study
+from earlyexit.study import COLUMNS, ROWS, Study
 
 pytestmark = pytest.mark.slow
 NOTEBOOKS = [path.stem for path in discover(project())]
@@ -31,6 +34,11 @@ def series(tmp_path_factory):
         patch.setenv(JOBS, "2")  # as a run on two cores; all other tests train in one process
         assert runner.run(Settings("smoke"), root=place.root) == NOTEBOOKS
     return place
+
+
+def outputs_of(place, name):
+    executed = nbformat.read(place.executed("smoke", name), as_version=4)
+    return [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
 
 
 def test_the_series_is_fresh_after_its_run(series):
@@ -55,12 +63,31 @@ def test_a_notebook_writes_what_it_announces(series, name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_says_numbers_and_complains_of_nothing(series, name):
-    executed = nbformat.read(series.executed("smoke", name), as_version=4)
-    outputs = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
+    outputs = outputs_of(series, name)
     said = [o.data["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
     assert said and not [text for text in said if re.search(r"\b(nan|inf|None)\b", text)]
     heard = [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]
     assert not [text for text in heard if "Warning" in text]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_shows_each_figure_once_and_small_tables(series, name):
+    outputs = outputs_of(series, name)
+    images = [o for o in outputs if "image/png" in o.get("data", {})]
+    figures = [p for p in published(series, "smoke", name).files if p.endswith(".png")]
+    assert len(images) == len(figures)
+    pages = (BeautifulSoup(o.get("data", {}).get("text/html", ""), "html.parser") for o in outputs)
+    for table in (table for page in pages for table in page.select("table.dataframe")):
+        rows = [row.find_all("td") for row in table.select("tbody tr")]
+        assert len(rows) <= ROWS and max(map(len, rows)) <= COLUMNS
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_latex_table_fits_a_page(series, name):
+    texts = [p for p in published(series, "smoke", name).files if p.endswith(".tex")]
+    assert texts
+    for path in texts:
+        assert width((series.root / path).read_text("utf-8")) <= TEXT_WIDTH, path
 
 
 def test_every_result_names_its_command_text_and_machine(series):

@@ -22,7 +22,7 @@ import pandas as pd
 from earlyexit.atomic import atomic_path
 from earlyexit.models.checkpoints import save_model
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
-from earlyexit.runs import digests, profiles, provenance
+from earlyexit.runs import digests, profiles, provenance, tables
 from earlyexit.runs.paths import Project, project
 from earlyexit.runs.provenance import File, Record
 
@@ -37,11 +37,6 @@ LABEL = "EARLYEXIT_LABEL"
 COMMAND = "EARLYEXIT_COMMAND"
 FOLDER = "EARLYEXIT_FOLDER"
 _BY_HAND = f"by-hand-{uuid.uuid4().hex[:12]}"  # one id for the life of a kernel
-
-_TEX = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-)
 
 
 class MissingResult(FileNotFoundError):
@@ -80,6 +75,7 @@ class Outputs:
     ) -> None:
         self.project = project(root)
         self.folder = Path(os.environ.get(FOLDER) or self.project.by_hand(label))
+        self._shown: dict[str, tuple] = {}
         self.record = Record(
             notebook,
             label,
@@ -93,28 +89,50 @@ class Outputs:
         )
 
     def table(
-        self, df: pd.DataFrame, name: str, caption: str, text_hash: str | None = None
+        self,
+        df: pd.DataFrame,
+        name: str,
+        caption: str,
+        text_hash: str | None = None,
+        by: Sequence[str] | None = None,
+        of: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """Write a tidy table as CSV and LaTeX, and return it, so that a notebook shows it.
+        """Write a tidy table whole as CSV, and what matters of it as LaTeX, and return it.
+
+        Args:
+            by, of: columns that matter; see :func:`earlyexit.runs.tables.brief`.
 
         Raises:
             ValueError: the table has no rows, no ``seed`` column, columns that are not plain names, or
                 an infinite number. NaN is allowed: it marks what could not be measured.
         """
         self._check_table(df, name)
-        latex = _latex(df, name, caption)
+        self._shown[name] = (df, by, of)
         csv = df.to_csv(index=False, lineterminator="\n")
-        writers = {f"results/{name}.csv": _text(csv), f"results/{name}.tex": _text(latex)}
+        writers = {f"results/{name}.csv": _text(csv)}
+        if latex := tables.latex(df, name, caption, by, of):
+            writers[f"results/{name}.tex"] = _text(latex)
         self._write("table", name, caption, text_hash, writers)
         return df
 
+    def brief(self, name: str) -> pd.DataFrame:
+        """Return what matters of a table that was written here, as texts.
+
+        Raises:
+            KeyError: no table of that name was written.
+        """
+        return tables.brief(*self._shown[name])
+
     def figure(self, drawn: Any, name: str, caption: str, text_hash: str | None = None) -> Figure:
         """Write a figure as PDF (TrueType fonts) and PNG, and return it, so that a notebook shows it.
+
+        It is closed then: a notebook would show an open one once more at the end of its cell.
 
         Args:
             drawn: a figure, or its axes, or an array of them.
         """
         import matplotlib as mpl
+        import matplotlib.pyplot as plt
 
         fig = np.ravel(np.asarray(drawn, dtype=object))[0].get_figure(root=True)
 
@@ -127,6 +145,7 @@ class Outputs:
             f"figures/{name}.png": lambda path: fig.savefig(path, format="png", dpi=PNG_DPI),
         }
         self._write("figure", name, caption, text_hash, writers)
+        plt.close(fig)
         return fig
 
     def document(
@@ -254,20 +273,6 @@ def result_path(
 def owner_of(file: str, folder: Path) -> Record | None:
     """Return the record in a folder that lists a file, or None."""
     return next((r for r in provenance.read_records(folder) if file in r.files), None)
-
-
-def _latex(df: pd.DataFrame, name: str, caption: str) -> str:
-    """Format a booktabs table, with numbers of four significant digits (the CSV has them all)."""
-    floats = list(df.select_dtypes("floating"))
-    style = df.reset_index(drop=True).style.format(escape="latex", na_rep="--")
-    style = style.format("{:.4g}", subset=floats, na_rep="--") if floats else style
-    style = style.format_index(escape="latex", axis="columns").hide(axis="index")
-    return style.to_latex(
-        hrules=True,
-        caption=caption.translate(_TEX),
-        label=f"tab:{name}",
-        position_float="centering",
-    )
 
 
 def remedy(label: str, notebook: str | None) -> str:
