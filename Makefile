@@ -2,6 +2,7 @@
 # make test      set up and check everything
 # make fuzz      set up and try twenty times as many arguments as the tests do, others each time
 # make grid      set up and run a small grid of studies that is killed and goes on, minutes
+# make notebooks set up and run every notebook by hand with a changed parameter, minutes
 # make lab       set up and open JupyterLab
 # make clean     remove the environment, caches and executed notebooks; results stay
 
@@ -11,7 +12,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 FUZZED := tests/test_arguments.py tests/test_checked.py tests/test_command_line.py
 
-.PHONY: results test fuzz grid lab clean
+.PHONY: results test fuzz grid notebooks lab clean
 
 results: .venv/ready
 	$(BIN)/python -m earlyexit run --profile $(PROFILE)
@@ -27,6 +28,9 @@ fuzz: .venv/ready
 
 grid: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m grid -n 0 tests/test_workflow.py
+
+notebooks: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m notebooks -n 0 tests/test_notebooks.py
 
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks

@@ -6,21 +6,38 @@ import re
 import shutil
 
 import nbformat
+import papermill
 import pytest
 from bs4 import BeautifulSoup
 from paper import width
 
-from earlyexit.runs import runner
+from earlyexit.runs import provenance, runner
 from earlyexit.runs.cache import NotTrained
 from earlyexit.runs.freshness import all_published, discover, published
-from earlyexit.runs.paths import project
-from earlyexit.runs.settings import Settings
+from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
+from earlyexit.runs.settings import Settings, resolve
 from earlyexit.runs.tables import TEXT_WIDTH
 from earlyexit.runs.workers import JOBS
 from earlyexit.study import COLUMNS, ROWS, Study
 
 pytestmark = pytest.mark.slow
 NOTEBOOKS = [path.stem for path in discover(project())]
+# One parameter each, with a value that leaves something out: no exit, no certificate, one size.
+CHANGED = [
+    ("01_build", {"seeds": (0, 1)}),
+    ("01_build", {"sets": ("depths=[2]",)}),
+    ("01_build", {"sets": ("model.n_layers=2",)}),
+    ("02_calibration", {"sets": ("epsilon=0.000001",)}),
+    ("03_threshold_sweep", {"sets": ("epsilons=[0.3]",)}),
+    ("03_threshold_sweep", {"sets": ('recipes=["frozen"]',)}),
+    ("04_speedup_breakdown", {"sets": ("epsilon=0.000001",)}),
+    ("05_memory_profiling", {"sets": ("lengths=[64]",)}),
+    ("06_guarantees", {"sets": ("epsilons=[0.00001]",)}),
+    ("06_guarantees", {"sets": ("criterion=entropy",)}),
+    ("07_combinations", {"sets": ("epsilon=0.000001",)}),
+    ("08_study", {"sets": ('criteria=["entropy"]',)}),
+    ("09_existing_models", {"sets": ("assisted_tokens=0",)}),
+]
 WRITES = re.compile(r"\*\*Writes\*\*.*")
 
 
@@ -37,8 +54,25 @@ def series(tmp_path_factory):
 
 
 def outputs_of(place, name):
-    executed = nbformat.read(place.executed("smoke", name), as_version=4)
+    return outputs(nbformat.read(place.executed("smoke", name), as_version=4))
+
+
+def outputs(executed):
     return [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
+
+
+def assert_says_numbers(shown):
+    said = [o.data["text/markdown"] for o in shown if "text/markdown" in o.get("data", {})]
+    assert said and not [text for text in said if re.search(r"\b(nan|inf|None)\b", text)]
+
+
+def assert_shows_figures_once_and_small_tables(shown, files):
+    images = [o for o in shown if "image/png" in o.get("data", {})]
+    assert len(images) == sum(path.endswith(".png") for path in files)
+    pages = (BeautifulSoup(o.get("data", {}).get("text/html", ""), "html.parser") for o in shown)
+    for table in (table for page in pages for table in page.select("table.dataframe")):
+        rows = [row.find_all("td") for row in table.select("tbody tr")]
+        assert len(rows) <= ROWS and max(map(len, rows)) <= COLUMNS
 
 
 def test_the_series_is_fresh_after_its_run(series):
@@ -63,23 +97,34 @@ def test_a_notebook_writes_what_it_announces(series, name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_says_numbers_and_complains_of_nothing(series, name):
-    outputs = outputs_of(series, name)
-    said = [o.data["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
-    assert said and not [text for text in said if re.search(r"\b(nan|inf|None)\b", text)]
-    heard = [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]
+    shown = outputs_of(series, name)
+    assert_says_numbers(shown)
+    heard = [o.text for o in shown if o.output_type == "stream" and o.name == "stderr"]
     assert not [text for text in heard if "Warning" in text]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_shows_each_figure_once_and_small_tables(series, name):
-    outputs = outputs_of(series, name)
-    images = [o for o in outputs if "image/png" in o.get("data", {})]
-    figures = [p for p in published(series, "smoke", name).files if p.endswith(".png")]
-    assert len(images) == len(figures)
-    pages = (BeautifulSoup(o.get("data", {}).get("text/html", ""), "html.parser") for o in outputs)
-    for table in (table for page in pages for table in page.select("table.dataframe")):
-        rows = [row.find_all("td") for row in table.select("tbody tr")]
-        assert len(rows) <= ROWS and max(map(len, rows)) <= COLUMNS
+    files = published(series, "smoke", name).files
+    assert_shows_figures_once_and_small_tables(outputs_of(series, name), files)
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize(("name", "change"), CHANGED)
+def test_a_notebook_survives_a_changed_parameter(series, monkeypatch, name, change):
+    """By hand, as in JupyterLab, beside what the run published."""
+    monkeypatch.setenv(HOME_VARIABLE, str(series.root))
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shutil.rmtree(series.build / "by-hand", ignore_errors=True)
+    path = series.notebooks / f"{name}.ipynb"
+    parameters = resolve(Settings("smoke", **change), [path]).parameters[name]
+    options = {"kernel_name": "python3", "language": "python", "cwd": path.parent}
+    shown = outputs(papermill.execute_notebook(path, None, parameters, **options))
+    (record,) = provenance.read_records(next((series.build / "by-hand").iterdir()))
+    assert record.notebook == name and record.command == "by hand"
+    assert_says_numbers(shown)
+    assert_shows_figures_once_and_small_tables(shown, record.files)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

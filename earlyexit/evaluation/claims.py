@@ -107,7 +107,8 @@ def claims_and_certificates(front: pd.DataFrame, certificates: pd.DataFrame) -> 
 def verdicts(tables: Mapping[str, pd.DataFrame], front: pd.DataFrame) -> pd.DataFrame:
     """Settle each promise of the original by one number: held, not held, or cannot hold.
 
-    A promise cannot hold where counting alone, of operations or positions, refutes it.
+    A promise cannot hold where counting alone, of operations or positions, refutes it. It is not
+    measured where 03 trained no frozen exits, or no gate keeps to the loss that is promised.
 
     Args:
         tables: name → table of one seed: costs (01), recipes (03), part_times and end_to_end (04),
@@ -123,6 +124,7 @@ def verdicts(tables: Mapping[str, pd.DataFrame], front: pd.DataFrame) -> pd.Data
     peaks = peaks.set_index("execution")["peak_mib"]
     products = tables["claimed_products"].set_index("claim")
     frozen = tables["recipes"].query("recipe == 'frozen'")["gate_speedup_layers"]
+    frozen = next(iter(frozen), np.nan)
     ends = tables["end_to_end"].iloc[0]
     gates = front[(front["criterion"] == "gate") & (front["quality_loss"] <= PROMISED_LOSS)]
     total, positions = products["total time"], products["positions"]
@@ -144,11 +146,14 @@ def verdicts(tables: Mapping[str, pd.DataFrame], front: pd.DataFrame) -> pd.Data
          positions["scales × exits (multiplied)"], at_least),
         ("sparse + exits", SPARSE_AND_EXITS, total["sparse + exits (measured)"], np.nan, at_least),
         (f"time, within {PROMISED_LOSS:.0%}", EXITS, gates["speedup_time"].max(), np.nan, at_least),
-        (f"layers, without retraining, within {PROMISED_LOSS:.0%}", EXITS, frozen.iloc[0], np.nan,
+        (f"layers, without retraining, within {PROMISED_LOSS:.0%}", EXITS, frozen, np.nan,
          at_least),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["claim", "claimed", "measured", "best_possible", "sign"])
     sign = table.pop("sign")
     held = sign * table["measured"] >= sign * table["claimed"]
     refuted = sign * table["best_possible"] < sign * table["claimed"]
-    return table.assign(verdict=np.select([held, refuted], ["held", "cannot hold"], "not held"))
+    settled = [held, refuted, table["measured"].isna()]
+    return table.assign(
+        verdict=np.select(settled, ["held", "cannot hold", "not measured"], "not held")
+    )

@@ -62,7 +62,7 @@ def loss_against(table: pd.DataFrame, claims: pd.DataFrame, x: str, *, ax: Axes)
 
 
 def rivals(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
-    """Draw perplexity over the speedup of gates and of models trained alone, a panel per cost.
+    """Draw perplexity over the speedup with exits and of models trained alone, a panel per cost.
 
     A line joins each policy with its rival of equal cost: exits are better where it points down.
 
@@ -80,7 +80,7 @@ def rivals_at(table: pd.DataFrame, x_label: str, *, ax: Axes) -> None:
     """Draw a panel of :func:`rivals`."""
     table = table.sort_values("speedup")
     for k, (column, label) in enumerate(
-        {"perplexity": "gates", "rival_perplexity": "models trained alone, equal cost"}.items()
+        {"perplexity": "early exit", "rival_perplexity": "models trained alone, equal cost"}.items()
     ):
         points = style.look(k) | {"linestyle": "none", "label": label}
         ax.plot(table["speedup"], table[column], **points)

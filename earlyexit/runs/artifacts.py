@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from earlyexit.atomic import atomic_path
+from earlyexit.cost.memory import MIB, largest_peak_bytes
 from earlyexit.models.checkpoints import save_model
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.runs import digests, profiles, provenance, tables
@@ -189,6 +190,7 @@ class Outputs:
             files=self._files_so_far() | written,
             hardware=provenance.hardware(),  # torch is loaded by now and names a GPU in use
             time=provenance.now(),
+            peak_mib=round(largest_peak_bytes() / MIB, 1),
         )
         self.record.write(self.folder)
         return self.folder / next(iter(writers))

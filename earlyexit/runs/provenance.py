@@ -76,6 +76,7 @@ class Record:
         fingerprint: what the results depend on; None for a run by hand.
         seconds: duration of the run.
         work: FLOPs of its training; None if unknown.
+        peak_mib: peak resident memory of its largest process; None if it was not recorded.
         note: remark for the reader.
     """
 
@@ -94,6 +95,7 @@ class Record:
     fingerprint: Fingerprint | None = None
     seconds: float | None = None
     work: float | None = None
+    peak_mib: float | None = None
     note: str = ""
     format: Literal[1, 2, 3] = FORMAT
 

@@ -79,6 +79,13 @@ def status_block(root: Path) -> str:
     return _fill("status.md", profiles={p: [r for r in records if r.label == p] for p in QUOTED})
 
 
+def profiles_block(root: Path) -> str:
+    """List the profiles with their texts, and the minutes and memory that their records hold."""
+    records = all_published(project(root))
+    profiles = ((p.name, p.about) for p in PROFILES.values())
+    return _fill("profiles.md", rows={p: [r for r in records if r.label == p[0]] for p in profiles})
+
+
 def block(template: str, profile: str, root: Path) -> str:
     """Fill a template about one profile from the tables that it quotes."""
     return _fill(
@@ -109,6 +116,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "text": partial(block, "text.md", "cpu"),
     "exits": partial(block, "exits.md", "wikitext2"),
     "large": large_block,
+    "profiles": profiles_block,
     "products": partial(block, "products.md", "combinations"),
     "status": status_block,
 }
