@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.optimize import nnls
+
 from earlyexit.runs import digests, profiles
 from earlyexit.runs.paths import Project
 from earlyexit.runs.profiles import Profile
@@ -161,16 +164,20 @@ def minutes(
         records: records of earlier runs, under any label.
 
     Returns:
-        The last time under the same label (``"last run"``) if the work was the same, else the time of
-        another run scaled by training work (``"rough"``), else ``(None, "unknown")``.
+        The last time under the same label (``"last run"``) if the work was the same. Else what other
+        runs say, of this version where there are any: a time that every run takes, and one in
+        proportion to the training work (``"rough"``). Else ``(None, "unknown")``.
     """
-    known = [r for r in records if r.notebook == notebook and r.seconds is not None]
+    known = [r for r in records if r.notebook == notebook and r.seconds]
     for record in known:
         if record.label == label and record.work == work:
             return record.seconds / 60, "last run"
-    scaled = [r for r in known if r.work and work]
-    if not scaled:
+    others = [r for r in known if r.work and work]
+    others = [r for r in others if not r.is_old] or others
+    if not others:
         return None, "unknown"
-    # Start-up times distort the largest run least.
-    nearest = max(scaled, key=lambda r: r.work)
-    return nearest.seconds / 60 * work / nearest.work, "rough"
+    share = np.array([r.work for r in others]) / work
+    seconds = np.array([r.seconds for r in others])
+    # A relative error counts alike for short and long runs.
+    parts, _ = nnls(np.c_[1 / seconds, share / seconds], np.ones(len(others)))
+    return float(parts.sum()) / 60, "rough"

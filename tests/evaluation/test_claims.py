@@ -105,3 +105,6 @@ def test_every_promise_is_settled_by_one_number():
     assert table["exit check / layer"] == table["confidence / layer"] == "cannot hold"
     assert table["time, within 5%"] == "not held"
     assert (table == "held").sum() == 8
+    tables["recipes"] = tables["recipes"].iloc[:0]
+    table = verdicts(tables, front.iloc[:0]).set_index("claim")["verdict"]
+    assert (table == "not measured").sum() == 2

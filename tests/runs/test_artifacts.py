@@ -72,6 +72,7 @@ def test_the_record_says_where_a_number_comes_from(out, root):
     assert file["text_hash"] == "abc"
     assert set(record["versions"]) >= {"python", "torch", "numpy", "pandas", "papermill"}
     assert set(record["hardware"]) >= {"cpu", "cores", "ram_gib", "gpu", "platform"}
+    assert 50 < record["peak_mib"] < 100_000
     assert record["format"] == FORMAT and record["command"] == "by hand"
     assert record["commit"] is None  # the folder is no repository
     assert str(Path.home()) not in text and str(root) not in text

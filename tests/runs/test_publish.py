@@ -16,6 +16,7 @@ from earlyexit.runs.artifacts import MissingResult, read_table
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
+from earlyexit.runs.provenance import Record
 
 
 def test_the_readme_quotes_the_results_that_are_here():
@@ -50,6 +51,23 @@ def test_the_status_block_names_profiles_without_results(tmp_path):
     text = publish.status_block(tmp_path)
     assert "| cpu | none yet: `python -m earlyexit run --profile cpu` |" in text
     assert "smoke" not in text
+
+
+def test_the_profiles_show_minutes_and_memory_of_their_records(tmp_path):
+    def record(label, notebook, **measured):
+        made = Record(notebook, label, "", "", {}, None, None, {}, {}, "", **measured)
+        made.write(tmp_path / "results" / label)
+
+    record("cpu", "01_build", seconds=600.0, peak_mib=2048.0)
+    record("cpu", "02_plot", seconds=90.0, peak_mib=512.0)
+    record("recipes", "01_build", seconds=59.0)
+    record("cpu~epochs=2.0", "01_build", seconds=1e6, peak_mib=1e6)
+    lines = publish.profiles_block(tmp_path).splitlines()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in lines if "---" not in line)
+    assert rows["`cpu`"].endswith("three seeds | 2 | 12 | 2.0 GiB")
+    assert rows["`recipes`"].endswith("training exits | 1 | 1 | not recorded")
+    assert rows["`gpu`"].endswith("for a GPU | not run")
+    assert {row.strip("`") for row in rows} >= set(PROFILES)
 
 
 def test_a_card_says_what_the_weights_are(make_model):

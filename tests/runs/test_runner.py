@@ -25,7 +25,7 @@ from earlyexit.runs import artifacts, digests, execute, freshness, profiles, pro
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
 from earlyexit.runs.profiles import get_profile
-from earlyexit.runs.provenance import Record
+from earlyexit.runs.provenance import FORMAT, Record
 from earlyexit.runs.settings import Settings, UsageError, resolve
 
 SMOKE = Settings("smoke")
@@ -332,7 +332,8 @@ def test_the_estimate_is_the_last_time_or_scaled_by_work():
 
     known = [record("cpu", 120, 4.0), record("smoke", 6, 0.1)]
     assert freshness.minutes("01", "cpu", 4.0, known) == (2.0, "last run")
-    assert freshness.minutes("01", "wikitext2", 40.0, known) == (20.0, "rough")
+    alone = freshness.minutes("01", "wikitext2", 40.0, known[:1])
+    assert alone == (pytest.approx(20.0), "rough")
     assert freshness.minutes("01", "cpu~corpus=folder", None, known) == (None, "unknown")
     assert freshness.minutes("02", "cpu", 4.0, known) == (None, "unknown")
     profile = get_profile("cpu")
@@ -382,6 +383,26 @@ def test_killed_while_publishing_the_notebook_runs_again(finished, tmp_path, mon
             execute.publish(place, replace(before, files=files), folder)
             assert list(artifacts.read_table("smoke", "numbers", tmp_path).x) == [2]
             assert why(tmp_path)["02_plot"] == ["input 01_build changed"]
+
+
+@pytest.mark.parametrize("asked", [0.05, 0.4, 1.0, 9.0, 30.0])
+def test_the_estimate_is_within_a_factor_of_one_and_a_half(asked):
+    """Of a time that every run takes, and one in proportion to its work, each run ±15 % off."""
+    noise = random.Random(0)
+
+    def seconds(work):
+        return 25 + 300 * work
+
+    def record(work, seconds, version=FORMAT):
+        plain = ("", "", {}, None, None, {}, {}, "")
+        return Record("01", f"{work}", *plain, seconds=seconds, work=work, format=version)
+
+    known = [record(w, seconds(w) * noise.uniform(0.85, 1.15)) for w in (0.1, 3.0, 12.0)]
+    slow = [record(w, 10 * seconds(w), version=1) for w in (0.2, 5.0)]  # of an earlier version
+    found, basis = freshness.minutes("01", "asked", asked, [*slow, *known])
+    assert basis == "rough" and 1 / 1.5 < 60 * found / seconds(asked) < 1.5
+    distorted, _ = freshness.minutes("01", "asked", asked, slow)  # where nothing else is known
+    assert 60 * distorted == pytest.approx(10 * seconds(asked))
 
 
 @pytest.mark.slow
