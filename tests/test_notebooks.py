@@ -17,7 +17,6 @@ from earlyexit.runs.freshness import all_published, discover, published
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
 from earlyexit.runs.settings import Settings, resolve
 from earlyexit.runs.tables import TEXT_WIDTH
-from earlyexit.runs.workers import JOBS
 from earlyexit.study import COLUMNS, ROWS, Study
 
 pytestmark = pytest.mark.slow
@@ -48,7 +47,6 @@ def series(tmp_path_factory):
     shutil.copytree(project().notebooks, place.notebooks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # models this small gain nothing from a second thread
-        patch.setenv(JOBS, "2")  # as a run on two cores; all other tests train in one process
         assert runner.run(Settings("smoke"), root=place.root) == NOTEBOOKS
     return place
 

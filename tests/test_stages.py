@@ -11,9 +11,11 @@ from tiny_project import LITTLE, write_project, write_texts, write_training
 
 from earlyexit import stages
 from earlyexit.__main__ import main, study_settings
+from earlyexit.evaluation.ablation import Change
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.paths import HOME_VARIABLE, project
 from earlyexit.runs.settings import Settings
+from earlyexit.runs.workers import JOBS
 from earlyexit.study import Study
 
 
@@ -68,6 +70,13 @@ def test_torchrun_is_for_stages(monkeypatch, capsys):
     assert "add --stage" in capsys.readouterr().err
 
 
+def little_study(data_dir, seeds) -> Study:
+    overrides = dict(pair.split("=") for pair in LITTLE.split())
+    overrides = {k: int(v) if v.isdecimal() else v for k, v in overrides.items()}
+    common = {"profile": "smoke", "seeds": seeds, "data_dir": data_dir}
+    return Study("01_build", common | {"overrides": overrides})
+
+
 def test_a_cell_trains_into_the_cache_and_says_its_throughput(tmp_path, monkeypatch, caplog):
     place = write_training(tmp_path)
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
@@ -78,14 +87,24 @@ def test_a_cell_trains_into_the_cache_and_says_its_throughput(tmp_path, monkeypa
     assert len(traces) == 2
     assert main(["run", *options.split(), "--stage", "exits", "4"]) == 0  # made with the traces
     assert "seed 4, exits: " in caplog.text and "tokens/s on 1 process(es)" in caplog.text
-    settings = study_settings(options)
-    common = {"profile": "smoke", "seeds": [3, 4], "data_dir": settings.data_dir}
-    overrides = dict(pair.split("=") for pair in LITTLE.split())
-    overrides = {k: int(v) if v.isdecimal() else v for k, v in overrides.items()}
-    study = Study("01_build", common | {"overrides": overrides})
+    study = little_study(study_settings(options).data_dir, [3, 4])
     assert study.model(4).model.n_layers == 2
     with pytest.raises(FileNotFoundError, match="seed 3"):
         study.model(3)
+
+
+def test_models_trained_side_by_side_come_through_the_cache(tmp_path, monkeypatch):
+    """In processes of their own: a model, and a table of one that is trained alone."""
+    place = write_training(tmp_path)
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(JOBS, "2")
+    study = little_study(str(write_texts(tmp_path)), [0])
+    alone = study.alone, "depth_losses", 0, Change()
+    done = study.side_by_side({"exits": (study.build, 0), "alone": alone})
+    assert len(list(place.cache.glob("models/*"))) == 3  # with gates, without, and alone
+    assert done["exits"].model.fingerprint() == study.model(0).model.fingerprint()
+    again = study.side_by_side({"alone": alone})["alone"]
+    pd.testing.assert_frame_equal(done["alone"], again)
 
 
 def test_throughput_is_of_a_whole_training():

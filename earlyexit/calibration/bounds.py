@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numba
 import numpy as np
-from scipy import stats
 
 PRIOR = 2.0  # units that the first bets pretend to have seen
 SAFE = 0.9  # largest bet as a share of what could lose everything on one unit
@@ -132,6 +131,8 @@ def fixed_sequence(p_values: np.ndarray, delta: float) -> int:
 
 def paired_interval(differences: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
     """Return the mean of paired differences, half its t interval, and the two-sided p-value."""
+    from scipy import stats  # as slow to import as a quarter of all else, and rarely needed
+
     result = stats.ttest_1samp(differences, 0.0)
     low, _ = result.confidence_interval(level)
     mean = float(np.mean(differences))
@@ -152,5 +153,7 @@ def seed_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float
 
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
     """Return the exact interval of a proportion (Clopper & Pearson 1934)."""
+    from scipy import stats
+
     result = stats.binomtest(successes, trials).proportion_ci(level, method="exact")
     return float(result.low), float(result.high)

@@ -8,7 +8,6 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from earlyexit.calibration.audit import audit, synthetic_units, width_table
 from earlyexit.calibration.bounds import smallest_level
@@ -237,6 +236,8 @@ def neighbours_correlation(losses: np.ndarray, epsilon: float) -> tuple[float, f
     Args:
         losses: mean gap of each document, in the order of the text ``(documents, candidates)``.
     """
+    from scipy import stats  # slow to import, and needed here only
+
     documents = nearest_to_level(losses, math.log1p(epsilon))
     found = stats.pearsonr(documents[:-1], documents[1:])
     return float(found.statistic), float(found.pvalue)

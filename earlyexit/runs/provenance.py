@@ -126,6 +126,9 @@ class Record:
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
+READER = TypeAdapter(Record)  # slow to make
+
+
 def read_record(folder: Path, notebook: str, label: str = "") -> Record | None:
     """Return a notebook's record in a folder; None if it does not exist or cannot be used.
 
@@ -136,7 +139,7 @@ def read_record(folder: Path, notebook: str, label: str = "") -> Record | None:
     if not path.is_file():
         return None
     try:
-        record = TypeAdapter(Record).validate_json(path.read_bytes())
+        record = READER.validate_json(path.read_bytes())
     except ValidationError as error:
         why = f"{error.error_count()} errors, the first: {error.errors()[0]['msg']}"
     except OSError as error:

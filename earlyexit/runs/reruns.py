@@ -14,12 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pydantic import TypeAdapter
 
 from earlyexit.runs import provenance
 from earlyexit.runs.artifacts import MissingResult
 from earlyexit.runs.paths import Project, project
-from earlyexit.runs.provenance import Record
 
 # Columns that hold times or follow from them, and tables that hold nothing else.
 TIMED = re.compile(r"time|second|_ms$|resident|predicted|^error$|^against_|^efficiency$")
@@ -67,7 +65,7 @@ def conditions(label: str, other: Path | None = None, root: Path | None = None) 
         listed = (_git(place, f"HEAD:{place.relative(here)}") or b"").decode().splitlines()
         names = [name for name in listed if name.endswith(provenance.SUFFIX)]
         texts = [_git(place, f"HEAD:{place.relative(here)}/{name}") for name in names]
-        old = [TypeAdapter(Record).validate_json(text) for text in texts if text]
+        old = [provenance.READER.validate_json(text) for text in texts if text]
         new = provenance.read_records(here)
     else:
         old = provenance.read_records(here)
