@@ -49,10 +49,19 @@ PRICES = {
 }
 
 
+# Files in the order of their time. Each worker begins with one of the first two and holds one more,
+# which waits behind the longest: a short one.
+SLOWEST = [
+    *("test_notebooks.py", "test_readme_commands.py", "test_tables.py", "test_runner.py"),
+    *("test_workflow.py", "test_reference_numbers.py", "test_workers.py", "test_study.py"),
+    *("test_stages.py", "test_command_line.py", "test_parallel.py", "test_probe.py"),
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs notebooks, and takes longest, first: each worker has a file of it."""
-    first = ("test_notebooks.py", "test_readme_commands.py")
-    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else 2)
+    """Begin with what takes longest, so that both workers end together."""
+    rank = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def fuzz(examples: int) -> settings:

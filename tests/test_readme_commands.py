@@ -18,6 +18,7 @@ LITTLE = [
     "max_train_tokens=12000", "leak_tokens=2000", "memory_tokens=500", "depth_tokens=2000",
     "ablation_tokens=2000", "controls=[]", "depths=[3]", 'changes=["as it is"]',
 ]  # fmt: skip
+LITTLE_SWEEP = ['recipes=["joint"]', "recipe_tokens=2000", "target_tokens=1000"]  # of the third
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ def test_the_readme_s_commands_run(place, texts, monkeypatch, line):
     monkeypatch.setenv(HOME_VARIABLE, str(place.root))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = [*shlex.split(line), "--profile", "smoke", "--set", *LITTLE]
+    arguments += LITTLE_SWEEP if "03" in arguments else []
     if "--only" not in arguments:
         arguments += ["--only", "01"]
     arguments = [str(texts) if word == "DIR" else word for word in arguments]

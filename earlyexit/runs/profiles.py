@@ -96,7 +96,7 @@ PROFILES = {
     for p in (
         Profile(
             "smoke",
-            "500 words of the default text, in a minute or two; its numbers mean nothing",
+            "500 words of the default text, to test that the series runs; its numbers mean nothing",
             corpus=CorpusConfig(vocab_size=500),
             model=replace(MODEL, d_model=32, n_layers=3, n_seq=32, bk_heads=4),
             gates=GatesConfig(max_tokens=4_000),
@@ -204,7 +204,7 @@ PROFILES = {
         ),
         Profile(
             "wikitext2-wide",
-            "the same with six layers of width 128, two seeds; many hours",
+            "the same with six layers of width 128, two seeds",
             corpus=CorpusConfig("wikitext-2", certify_articles=90),
             model=replace(MODEL, d_model=128, n_layers=6, bk_heads=32),
             training=replace(TRAINING, epochs=6.0, learning_rate=5e-3),

@@ -80,8 +80,11 @@ def status_block(root: Path) -> str:
 
 
 def profiles_block(root: Path) -> str:
-    """List the profiles with their texts, and the minutes and memory that their records hold."""
-    records = all_published(project(root))
+    """List the profiles with their texts, and the minutes and memory that their records hold.
+
+    Records of the profile ``smoke`` are a reader's own: the page stays as it is published.
+    """
+    records = [r for r in all_published(project(root)) if r.label != "smoke"]
     profiles = ((p.name, p.about) for p in PROFILES.values())
     return _fill("profiles.md", rows={p: [r for r in records if r.label == p[0]] for p in profiles})
 
