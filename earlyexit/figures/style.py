@@ -15,7 +15,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -243,9 +242,11 @@ def setting_points(ax: Axes, rows: pd.DataFrame, x: str, largest: float, **style
 
 def mean_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> None:
     """Draw the mean of ``y`` over rows with the same ``x``, and their range as a shade."""
-    band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.2, "linewidth": 0}}
-    style = {"markersize": 4.5, "markeredgewidth": 0} | style
-    sns.lineplot(table, x=x, y=y, ax=ax, legend=False, **band, **style)
+    values = table.dropna(subset=[x, y]).groupby(x)[y]
+    (line,) = ax.plot(values.mean(), **{"markersize": 4.5, "markeredgewidth": 0} | style)
+    ends = values.agg(["min", "max"])
+    band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+    ax.fill_between(ends.index, ends["min"], ends["max"], **band)
 
 
 def mean_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str) -> None:

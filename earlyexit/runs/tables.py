@@ -138,4 +138,4 @@ def _number_format(column: pd.Series) -> str:
         return "{:,.0f}"
     if largest < 1e-3 or (largest >= 10 and least < 0.1):
         return "{:.3g}"
-    return "{:.1f}" if largest >= 10 else f"{{:.{2 - int(np.floor(np.log10(largest)))}f}}"
+    return "{:,.1f}" if largest >= 10 else f"{{:.{2 - int(np.floor(np.log10(largest)))}f}}"
