@@ -115,8 +115,9 @@ PROFILES = {
                     "recipe_tokens": 4_000,
                 },
                 "04_speedup_breakdown": {
-                    "repeats": 3, "wide_windows": 2, "output_head_tokens": 4_000,
-                    "prices": "few", "panels": ((4, 1),), "batch_sizes": (1, 4, 16),
+                    "repeats": 3, "wide_windows": 2, "mean_depths": (2.0, 5.0),
+                    "output_head_tokens": 4_000, "prices": "few", "panels": ((4, 1),),
+                    "batch_sizes": (8, 16),
                 },
                 "05_memory_profiling": {
                     "batch_sizes": (1, 4), "lengths": (64, 256), "resident_runs": 1
