@@ -15,6 +15,7 @@ from earlyexit.runs import provenance, runner
 from earlyexit.runs.cache import NotTrained
 from earlyexit.runs.freshness import all_published, discover, published
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
+from earlyexit.runs.report import report
 from earlyexit.runs.settings import Settings, resolve
 from earlyexit.runs.tables import TEXT_WIDTH
 from earlyexit.study import COLUMNS, ROWS, Study
@@ -55,6 +56,10 @@ def outputs_of(place, name):
     return outputs(nbformat.read(place.executed("smoke", name), as_version=4))
 
 
+def is_picture(path):
+    return path.endswith(".png")
+
+
 def outputs(executed):
     return [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
 
@@ -66,7 +71,7 @@ def assert_says_numbers(shown):
 
 def assert_shows_figures_once_and_small_tables(shown, files):
     images = [o for o in shown if "image/png" in o.get("data", {})]
-    assert len(images) == sum(path.endswith(".png") for path in files)
+    assert len(images) == sum(map(is_picture, files))
     pages = (BeautifulSoup(o.get("data", {}).get("text/html", ""), "html.parser") for o in shown)
     for table in (table for page in pages for table in page.select("table.dataframe")):
         rows = [row.find_all("td") for row in table.select("tbody tr")]
@@ -105,6 +110,12 @@ def test_a_notebook_says_numbers_and_complains_of_nothing(series, name):
 def test_a_notebook_shows_each_figure_once_and_small_tables(series, name):
     files = published(series, "smoke", name).files
     assert_shows_figures_once_and_small_tables(outputs_of(series, name), files)
+
+
+def test_the_report_shows_each_figure_once(series):
+    page = report("smoke", series.root).read_text("utf-8")
+    files = [path for record in all_published(series) for path in record.files]
+    assert page.count('<img alt="figure of the code above"') == sum(map(is_picture, files))
 
 
 @pytest.mark.notebooks
