@@ -224,9 +224,14 @@ PROFILES = {
         ),
         Profile(
             "smollm2",
-            "WikiText-2, for 09 with SmolLM2-135M of the extra `smollm`; hours, not run in full yet",
+            "WikiText-2, for 09 with SmolLM2-135M of the extra `smollm` (`--only 09`), an hour",
             corpus=CorpusConfig("wikitext-2", certify_articles=90),
-            notebooks={"09_existing_models": {"decoder": "smollm2", "tokens": 100_000, "exits": 10}},
+            notebooks={
+                "09_existing_models": {
+                    "decoder": "smollm2", "exits": 10, "window": 128, "document_tokens": 128,
+                    "tokens": 24_000, "n_candidates": 5, "timed_windows": 2, "assisted_tokens": 24,
+                }
+            },
         ),
         Profile(
             "gpu",
