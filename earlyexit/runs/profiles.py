@@ -229,7 +229,8 @@ PROFILES = {
             notebooks={
                 "09_existing_models": {
                     "decoder": "smollm2", "exits": 10, "window": 128, "document_tokens": 128,
-                    "tokens": 24_000, "n_candidates": 5, "timed_windows": 2, "assisted_tokens": 24,
+                    "tokens": 16_000, "n_candidates": 5, "timed_windows": 2, "repeats": 3,
+                    "assisted_tokens": 24,
                 }
             },
         ),
