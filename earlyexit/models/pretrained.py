@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -101,17 +101,28 @@ class StateGates(ExitGates):
         return super().forward(layer, F.rms_norm(state, state.shape[-1:]))
 
 
-@dataclass
 class SharedStart:
-    """States of a batch after the stages that all of its tokens run, which no policy changes.
+    """States of a few batches after the stages that all of their tokens run, which no policy changes.
+
+    Args:
+        batches: how many are kept: the first ones, and the one that is run.
 
     Attributes:
-        x: the token ids of the batch, None before the first.
-        after: stage → states of all tokens after it ``(B·N, D)``.
+        after: of the batch that is run, stage → states of all tokens after it ``(B·N, D)``.
     """
 
-    x: Tensor | None = None
-    after: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self, batches: int):
+        self.batches = batches
+        self.kept: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+        self.after: dict[int, Tensor] = {}
+
+    def begin(self, x: Tensor) -> None:
+        """Go to the batch of these token ids, which is known by being the same tensor."""
+        if id(x) not in self.kept:
+            if len(self.kept) == self.batches:
+                self.kept.popitem()
+            self.kept[id(x)] = x, {}
+        self.after = self.kept[id(x)][1]
 
 
 class PretrainedModel(EarlyExitModel):
@@ -156,12 +167,12 @@ class PretrainedModel(EarlyExitModel):
         return base.layers if hasattr(base, "layers") else base.h
 
     @contextmanager
-    def shared_start(self) -> Iterator[None]:
+    def shared_start(self, batches: int = 1) -> Iterator[None]:
         """Run, inside, what all tokens of a batch run once for all policies of that batch.
 
         Until its first token leaves, the states are those of full depth. Nothing may be timed inside.
         """
-        self._shared = SharedStart()
+        self._shared = SharedStart(batches)
         try:
             yield
         finally:
@@ -184,8 +195,8 @@ class PretrainedModel(EarlyExitModel):
                 f"sequence of {end} tokens is longer than n_seq={self.n_seq}: cut it, or attach with a"
                 " larger n_seq"
             )
-        if self._shared and self._shared.x is not x:
-            self._shared = SharedStart(x)
+        if self._shared:
+            self._shared.begin(x)
         h = self.decoder.get_input_embeddings()(checked_ids(x, self.vocab_size))
         learned = getattr(self.decoder.base_model, "wpe", None)
         return h if learned is None else h + learned.weight[start:end]

@@ -32,11 +32,14 @@ def open_decoder(name: str, cache: Path) -> tuple[nn.Module, Any]:
 
     Raises:
         NotInstalled: transformers is not installed, or what ``"smollm2"`` comes with.
-        OSError: there is no such model, or the hub is not reachable.
+        ValueError: it is a path, and there is no such folder.
+        OSError: the hub has no such model, or is not reachable.
     """
     transformers = _transformers(name, cache)
     if name == SMOLLM2:
         name = str(_smollm2(cache / SMOLLM2, transformers))
+    elif name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"{name}: there is no such folder with a model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     return model.eval(), tokenizer

@@ -62,7 +62,8 @@ log = logging.getLogger(__name__)
 BATCH = 8  # windows of a trace and of a real run: states of all exits of so many are held at once
 SHARE = 4  # gates and traces read one of so many of the tokens of a probe
 KEPT, PASSES = 2, 3  # one of so many is kept to refine translators, which read it so many times
-TOKENS = 16  # that a trace or gates judge at once
+TOKENS = 32  # that a trace or gates judge at once
+SHARED_BYTES = 2**30  # of states that the real runs on the test split share, at most
 STEP = 512  # tokens of a step of the refinement
 FITS = (fit_translators, train_gates)  # on what the exits of a probe depend
 RUNS = (run, Scores)  # on what a real run depends, besides the model
@@ -105,7 +106,7 @@ class Probe:
     def __init__(self, model: PretrainedModel, corpus: Corpus, config: ProbeConfig, folder: Path):
         self.model, self.corpus, self.config, self.folder = model, corpus, config, folder
         self.about = {"model": model.fingerprint(), "text": corpus.data_hash}
-        self.about |= {k: getattr(config, k) for k in ("tokens", "document_tokens", "seed")}
+        self.about |= {k: getattr(config, k) for k in ("tokens", "seed")}
 
     @property
     def part(self) -> int:
@@ -199,7 +200,9 @@ class Probe:
             with _more_at_once(self.model):
                 collect_trace(self.model, self.split(name), eos, batch_size=BATCH).save(path)
 
-        return ExitTrace.load(self._kept(f"trace-{name}", ".parquet", make, *FITS, collect_trace))
+        asked = {"document_tokens": self.config.document_tokens}
+        path = self._kept(f"trace-{name}", ".parquet", make, *FITS, collect_trace, **asked)
+        return ExitTrace.load(path)
 
     @cached_property
     def certificates(self) -> dict[float, Certificate | Refused]:
@@ -222,8 +225,9 @@ class Probe:
             with open(path, "wb") as file:
                 np.savez(file, **{k: np.asarray(v) for k, v in vars(losses).items()})
 
-        asked = [policy.to_dict() for policy in policies]
-        path = self._kept("losses", ".npz", make, *FITS, *RUNS, window_losses, policies=asked)
+        asked = {"policies": [policy.to_dict() for policy in policies]}
+        asked["document_tokens"] = c.document_tokens
+        path = self._kept("losses", ".npz", make, *FITS, *RUNS, window_losses, **asked)
         with np.load(path) as found:
             plain = {k: v if v.ndim else v.item() for k, v in found.items()}
         losses = WindowLosses(**plain)
@@ -239,13 +243,15 @@ class Probe:
         """
         c, candidates = self.config, candidates_of(self.model, self.trace("fit"), self.certificates)
         asked = {"candidates": [(each.key, each.policy.to_dict()) for each in candidates]}
-        asked["epsilons"] = list(c.epsilons)
+        asked |= {"epsilons": list(c.epsilons), "document_tokens": c.document_tokens}
 
         def make(path: Path) -> None:
-            test = loader(self.split("test"), self.model.n_seq, BATCH, self.corpus.eos_id)
-            existing_policies(
-                self.model, self.trace("test"), candidates, c.epsilons, test
-            ).to_parquet(path)
+            test = list(loader(self.split("test"), self.model.n_seq, BATCH, self.corpus.eos_id))
+            size = 4 * BATCH * self.model.n_seq * self.model.config.d_model * self.model.n_layers
+            with self.model.shared_start(max(1, min(len(test), SHARED_BYTES // size))):
+                existing_policies(
+                    self.model, self.trace("test"), candidates, c.epsilons, test
+                ).to_parquet(path)
 
         used = (*FITS, *RUNS, collect_trace, existing_policies)
         table = pd.read_parquet(self._kept("policies", ".parquet", make, *used, **asked))

@@ -15,6 +15,8 @@ from earlyexit import ExitPolicy, attach, fit_policy
 from earlyexit.calibration.unit_losses import window_losses
 from earlyexit.corpus.documents import CorpusConfig
 from earlyexit.corpus.foreign import foreign_corpus
+from earlyexit.corpus.windows import loader
+from earlyexit.evaluation.compare import run_rows
 from earlyexit.evaluation.existing import CERTIFIED, CLOSE, FITTED, STATIC
 from earlyexit.runs import decoders
 from earlyexit.runs.probe import Probe, ProbeConfig
@@ -93,6 +95,11 @@ def test_candidates_that_start_alike_lose_what_each_loses_alone(done, corpus):
     np.testing.assert_array_equal(shared.gaps, alone.gaps)
     np.testing.assert_array_equal(shared.layers, alone.layers)
     assert len(set(alone.layers)) > 2 and abs(alone.gaps).max() > 0.1
+    test = list(loader(asked.split("test"), model.n_seq, 8, corpus.eos_id))
+    for batches in (1, 2, len(test)):  # kept: the first ones, and the one that is run
+        with model.shared_start(batches):
+            table = run_rows(model, policies, test)
+        pd.testing.assert_frame_equal(table, run_rows(model, policies, test))
 
 
 def test_what_decides_a_step_decides_its_name(done, decoder, corpus):
