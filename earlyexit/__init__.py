@@ -29,9 +29,9 @@ from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.explore import explore
 from earlyexit.models.act import ACTLanguageModel, convert_act_to_early_exit
+from earlyexit.models.attach import attach
 from earlyexit.models.checkpoints import load_model, save_model
 from earlyexit.models.multi_scale import MultiScaleLanguageModel
-from earlyexit.models.pretrained import attach
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.models.sparse_bk import SparseBKLanguageModel
 from earlyexit.nn.bk_core import BKCore

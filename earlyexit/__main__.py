@@ -32,8 +32,8 @@ from earlyexit.cost.synthetic import geometric_shares
 from earlyexit.cost.time_model import TimeModel, unpriced
 from earlyexit.devices import resolve_device
 from earlyexit.exits.criteria import CRITERIA
+from earlyexit.models.attach import attach
 from earlyexit.models.checkpoints import CheckpointError, load_model
-from earlyexit.models.pretrained import attach
 from earlyexit.nn.config import ModelConfig
 from earlyexit.runs import cache
 from earlyexit.runs.freshness import RunError
@@ -198,7 +198,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from earlyexit.runs import probe
+    from earlyexit.runs import decoders, probe, probe_page
 
     _device("cpu", options.threads)
     try:
@@ -213,7 +213,7 @@ def _probe(options: argparse.Namespace) -> int:
             assisted_tokens=options.assisted_tokens,
         )
         folder = project().cache
-        decoder, tokenizer = probe.open_decoder(options.model, folder)
+        decoder, tokenizer = decoders.open_decoder(options.model, folder)
         model = attach(decoder, tokenizer, options.exits, n_seq=options.n_seq)
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
@@ -223,7 +223,7 @@ def _probe(options: argparse.Namespace) -> int:
     corpus = foreign_corpus(text, backend, model.eos_id, config.tokens)
     asked = probe.Probe(model, corpus, config, folder / "probe")
     log.info("about %.0f minutes from nothing", asked.minutes())
-    print(asked.page(options.epsilon))
+    print(probe_page.page(asked, options.epsilon))
     return 0
 
 
@@ -484,7 +484,7 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--epsilon", type=float, default=0.05, help="tolerated loss of the verdict")
     asked.add_argument(
         "--assisted-tokens", type=int, default=0, metavar="N",
-        help="also time transformers' own early exits on N new tokens",
+        help="also time other libraries' early exits on N new tokens",
     )  # fmt: skip
     asked.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     return parser

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from earlyexit.calibration.certificate import Certificate
 from earlyexit.calibration.certify import Refused
 from earlyexit.calibration.trace import ExitTrace
-from earlyexit.cost.timing import time_columns
-from earlyexit.evaluation.compare import Candidate, compare, fitted, oracle
+from earlyexit.cost.timing import interleaved_times, time_columns
+from earlyexit.evaluation.compare import COLUMNS, Candidate, fitted, oracle, run_rows
 from earlyexit.evaluation.curves import exit_quality
 from earlyexit.evaluation.rivals import random_exits
 from earlyexit.exits.policy import ExitPolicy
@@ -23,6 +21,7 @@ from earlyexit.models.pretrained import PretrainedModel
 
 CLOSE = 0.05  # nats of KL: an exit so near to the last layer says the same
 ENOUGH = 100_000  # tokens on which translators should be fitted
+TIMES = ("speedup_time", "speedup_time_low", "speedup_time_high")
 CERTIFIED, FITTED, STATIC = "gate, certified", "gate, fitted", "static"
 
 
@@ -80,38 +79,55 @@ def existing_policies(
     candidates: Sequence[Candidate],
     epsilons: Sequence[float],
     loader: Iterable,
-    batch: tuple[Tensor, Tensor],
-    repeats: int,
 ) -> pd.DataFrame:
     """Run the candidates compacted on the test split, beside hindsight and random exits on its trace.
 
     Args:
         test: trace of the tokens of ``loader``.
-        batch: token ids and targets ``(B, N)`` on which all runs are timed.
 
     Returns:
-        The columns of :func:`~earlyexit.evaluation.compare.compare`, with trace_loss: the quality loss
-        that the trace promises, where states are those of full depth.
+        The columns of :func:`~earlyexit.evaluation.compare.compare` without times, with trace_loss: the
+        quality loss that the trace promises, where states are those of full depth.
     """
-    distinct = {c.policy: c for c in candidates}  # several ε may share a policy
-    kinds = {policy.criterion for policy in distinct} | {"depth"}
-    real = compare(model, [*distinct.values()], dict.fromkeys(kinds, loader), batch, repeats)
-    place = {policy: row for row, policy in enumerate(distinct)}
-    real = real.iloc[[place[c.policy] for c in candidates]].reset_index(drop=True)
+    distinct = list(dict.fromkeys(c.policy for c in candidates))  # several ε may share a policy
+    real = run_rows(model, tqdm(distinct, desc="real runs", mininterval=2), loader)
+    real = real.iloc[[distinct.index(c.policy) for c in candidates]].reset_index(drop=True)
     real["criterion"] = [c.criterion for c in candidates]
     real["epsilon"] = [c.value for c in candidates]
     real["trace_loss"] = [test.evaluate(c.policy)["quality_loss"] for c in candidates]
     parts = [real, oracle(model, test, epsilons), random_exits(test, candidates, FITTED)]
     table = pd.concat([part for part in parts if len(part)], ignore_index=True)
     hindsight = table["criterion"].isin(["oracle (kl)", "random exits"])
-    return table.assign(trace_loss=table["trace_loss"].where(~hindsight, table["quality_loss"]))
+    table["trace_loss"] = table["trace_loss"].where(~hindsight, table["quality_loss"])
+    return table[[name for name in COLUMNS if name in table and name not in TIMES] + ["trace_loss"]]
+
+
+def policy_times(
+    model: PretrainedModel,
+    candidates: Sequence[Candidate],
+    batch: tuple[Tensor, Tensor],
+    repeats: int,
+) -> pd.DataFrame:
+    """Time the candidates against full depth, interleaved: criterion, epsilon and ``TIMES``.
+
+    Args:
+        batch: token ids and targets ``(B, N)``; repeats: timed runs of each policy.
+    """
+    x, y = batch
+    runs = {None: lambda: model.nll(x, y)}
+    runs |= {c.policy: lambda p=c.policy: model.nll(x, y, p) for c in candidates}
+    with tqdm(total=2 * repeats * len(runs), desc="timing", mininterval=2) as bar:
+        shown = {policy: lambda run=run: (run(), bar.update()) for policy, run in runs.items()}
+        seconds = interleaved_times(shown, x.device, repeats)
+    rows = [c.key | time_columns(seconds[None], seconds[c.policy]) for c in candidates]
+    return pd.DataFrame(rows, columns=["criterion", "epsilon", *TIMES])
 
 
 def verdict(policies: pd.DataFrame, epsilon: float, fit_tokens: int) -> str:
     """Return one sentence: what is certified at ε, how far hindsight would go, whether time is saved.
 
     Args:
-        policies: the table of :func:`existing_policies`.
+        policies: the table of :func:`existing_policies`, with :func:`policy_times`.
         fit_tokens: tokens on which the translators were fitted.
     """
     at = policies[policies["epsilon"] == epsilon].set_index("criterion")
@@ -137,51 +153,3 @@ def verdict(policies: pd.DataFrame, epsilon: float, fit_tokens: int) -> str:
         f" {row['speedup_time']:.2f} [{low:.2f}, {high:.2f}]× in time at {row['quality_loss']:+.1%} on"
         f" the test split; {ceiling}."
     )
-
-
-@torch.no_grad()
-def assisted_generation(
-    model: PretrainedModel, prompts: Tensor, n_new: int, repeats: int
-) -> pd.DataFrame:
-    """Time transformers' own self-drafting, whose drafts leave after each exit, against plain decoding.
-
-    Every prompt is one greedy run with a cache. Drafts are verified, so that the words are the same.
-
-    Args:
-        prompts: token ids ``(B, N)``; n_new: new tokens of each.
-
-    Returns:
-        One row per exit but the last: criterion, exit_layer, speedup_time with its 90 % interval over
-        prompts and repeats, and agreement (share of new tokens that are those of plain decoding).
-    """
-    decoder, seconds, said = model.decoder, {}, {}
-    library = logging.getLogger("transformers")  # it warns of the settings that it makes itself
-    level = library.level
-    library.setLevel(logging.ERROR)
-    exits = [None, *(model.config.stage_layers * (k + 1) for k in range(model.n_layers - 1))]
-    for repeat in range(repeats + 1):  # the first warms up
-        for layers in exits:
-            for number, prompt in enumerate(prompts.split(1)):
-                start = time.perf_counter()
-                ids = decoder.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n_new,
-                    do_sample=False,
-                    **({} if layers is None else {"assistant_early_exit": layers}),
-                )  # fmt: skip
-                if repeat:
-                    seconds.setdefault(layers, []).append(time.perf_counter() - start)
-                said[layers, number] = ids[0, prompt.shape[1] :]
-    library.setLevel(level)
-    rows = []
-    for index, layers in enumerate(exits[1:]):
-        same = []
-        for number in range(len(prompts)):
-            drafted, plain = said[layers, number], said[None, number]
-            shorter = min(len(drafted), len(plain))
-            same.append(drafted[:shorter] == plain[:shorter])
-        rows.append(
-            {"criterion": "assistant_early_exit", "exit_layer": index}
-            | time_columns(np.array(seconds[None]), np.array(seconds[layers]))
-            | {"agreement": torch.cat(same).double().mean().item()}
-        )
-    return pd.DataFrame(rows)

@@ -8,13 +8,12 @@ A stage takes states and gives states, so what a token hands to those after it i
 each layer makes keys and values by itself, and a flag that says whether the token has left. Of one that
 has, every deeper layer reads keys and values of the state in which it left (Schuster et al. 2022, CALM,
 §3.2); ``left_behind="zeroed"`` puts zeros there instead, a control that is known to be bad.
-
-transformers calls a function of this module for attention, which tells apart running tokens and others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,25 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from earlyexit.checked import Checked, Count, brief, whole
+from earlyexit.checked import Checked, Count
 from earlyexit.corpus.windows import check_whole, checked_ids, checked_targets
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.operations import LAYER_NORM, Operations
+from earlyexit.models.decoder_layers import Attending, call_layer, keys_and_values
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS, precise
 from earlyexit.nn.gates import ExitGates
 from earlyexit.nn.heads import ExitHead
 from earlyexit.nn.unembedding import LinearUnembedding, nll_of_logits
 
-# Model types whose layers are known to be called as they are here; the tests make one of each.
-FAMILIES = (
-    *("gpt2", "gpt_neox", "llama", "mistral", "mixtral"),
-    *("olmo2", "phi3", "qwen2", "qwen3", "smollm3"),
-)
-ATTENTION = "earlyexit"  # its name among the attention functions of transformers
-MOST_EXITS, USUAL_LENGTH = 12, 512
 ROWS = 64  # of logits that are made at once, at least
-CHECKED_SHAPE = (2, 48)  # sequences and tokens on which full depth is compared with the model's own
-TOLERANCE = 1e-3  # of logits, relative to the largest; families that are known differ by about 1e-6
 Cache = list[tuple[Tensor, Tensor]]  # keys and values (B, H, positions, d) of each layer of a stage
 
 
@@ -110,71 +101,28 @@ class StateGates(ExitGates):
         return super().forward(layer, F.rms_norm(state, state.shape[-1:]))
 
 
-class KeysMade(Exception):
-    """Keys and values of tokens that have left are made; the rest of the layer is not run for them."""
-
-
-class Attending:
-    """The attention of running tokens to all tokens up to themselves, of the same sequence.
+class SharedStart:
+    """States of a few batches after the stages that all of their tokens run, which no policy changes.
 
     Args:
-        shape: sequences B and positions N of the batch.
-        rows: which of the B·N tokens are running ``(A,)``, ascending; None if all are.
-        others: the rest of the tokens ``(X,)``.
-        past: positions before these that the cache holds.
+        batches: how many are kept: the first ones, and the one that is run.
+
+    Attributes:
+        after: of the batch that is run, stage → states of all tokens after it ``(B·N, D)``.
     """
 
-    def __init__(self, shape: tuple[int, int], rows: Tensor | None, others: Tensor, past: int):
-        self.shape, self.rows, self.others, self.past = shape, rows, others, past
-        self.slots = self.mask = self.blank = None
-        self.left: tuple[Tensor, Tensor] | None = None  # keys and values of ``others`` (X, H, d)
-        self.cache: tuple[Tensor, Tensor] | None = None  # of the layer that runs
-        if rows is None:
-            return
-        # Queries are padded to the longest sequence of running tokens; nothing else is.
-        counts = (rows // shape[1]).bincount(minlength=shape[0])
-        self.width = int(counts.max())
-        rank = (
-            torch.arange(len(rows), device=rows.device)
-            - (counts.cumsum(0) - counts)[rows // shape[1]]
-        )
-        self.slots = rows // shape[1] * self.width + rank
-        seen = torch.zeros(shape[0] * self.width, dtype=torch.int64, device=rows.device)
-        seen[self.slots] = past + rows % shape[1]
-        positions = torch.arange(past + shape[1], device=rows.device)
-        self.mask = positions <= seen.view(shape[0], 1, self.width, 1)
+    def __init__(self, batches: int):
+        self.batches = batches
+        self.kept: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+        self.after: dict[int, Tensor] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Return what the running tokens take ``(1, A, H, d)``; arguments are ``(1, H, A, d)``."""
-        groups = query.shape[1] // key.shape[1]
-        self.keep(*(t.squeeze(0).transpose(0, 1) for t in (key, value)))
-        key, value = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in self.cache)
-        query = query.squeeze(0).transpose(0, 1)  # (A, H, d)
-        if self.slots is not None:
-            padded = query.new_zeros(self.shape[0] * self.width, *query.shape[1:])
-            query = padded.index_copy(0, self.slots, query)
-        query = query.unflatten(0, (self.shape[0], -1)).transpose(1, 2)
-        causal = self.mask is None and not self.past
-        out = F.scaled_dot_product_attention(
-            query, key, value, self.mask, is_causal=causal, scale=scale
-        )
-        out = out.transpose(1, 2).flatten(0, 1)
-        return (out if self.slots is None else out.index_select(0, self.slots)).unsqueeze(0)
-
-    def keep(self, key: Tensor, value: Tensor) -> None:
-        """Join keys and values of the running tokens ``(A, H, d)`` to those of all in ``cache``."""
-        self.cache = self._joined(key, 0), self._joined(value, 1)
-
-    def _joined(self, made: Tensor, index: int) -> Tensor:
-        """Return keys or values of all tokens so far ``(B, H, past + N, d)`` from ``(A, H, d)``."""
-        if self.left is not None:
-            joined = made.new_empty(self.shape[0] * self.shape[1], *made.shape[1:])
-            joined = joined.index_copy(0, self.rows, made)
-            made = joined.index_copy(0, self.others, self.left[index])
-        if self.blank is not None:
-            made = made.masked_fill(self.blank[:, None, None], 0)
-        made = made.unflatten(0, self.shape).transpose(1, 2)
-        return torch.cat([self.cache[index], made], dim=2) if self.past else made
+    def begin(self, x: Tensor) -> None:
+        """Go to the batch of these token ids, which is known by being the same tensor."""
+        if id(x) not in self.kept:
+            if len(self.kept) == self.batches:
+                self.kept.popitem()
+            self.kept[id(x)] = x, {}
+        self.after = self.kept[id(x)][1]
 
 
 class PretrainedModel(EarlyExitModel):
@@ -189,13 +137,14 @@ class PretrainedModel(EarlyExitModel):
     """
 
     can_step = True
+    _shared: SharedStart | None = None
 
     def __init__(self, decoder: nn.Module, config: PretrainedConfig, tokenizer: Any = None):
         super().__init__()
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
         self.n_layers, self.n_seq = config.n_layers, config.n_seq
         self.vocab_size = config.vocab_size
-        self.eos_id = 0 if tokenizer is None else _end(tokenizer)
+        self.eos_id = 0 if tokenizer is None else end_id(tokenizer)
         base, like = decoder.base_model, next(decoder.parameters())
         names = ("norm", "final_layer_norm", "ln_f")
         norm = next(getattr(base, name) for name in names if hasattr(base, name))
@@ -217,6 +166,18 @@ class PretrainedModel(EarlyExitModel):
         base = self.decoder.base_model
         return base.layers if hasattr(base, "layers") else base.h
 
+    @contextmanager
+    def shared_start(self, batches: int = 1) -> Iterator[None]:
+        """Run, inside, what all tokens of a batch run once for all policies of that batch.
+
+        Until its first token leaves, the states are those of full depth. Nothing may be timed inside.
+        """
+        self._shared = SharedStart(batches)
+        try:
+            yield
+        finally:
+            self._shared = None
+
     # ------------------------------------------------------------------ the contract
 
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
@@ -234,6 +195,8 @@ class PretrainedModel(EarlyExitModel):
                 f"sequence of {end} tokens is longer than n_seq={self.n_seq}: cut it, or attach with a"
                 " larger n_seq"
             )
+        if self._shared:
+            self._shared.begin(x)
         h = self.decoder.get_input_embeddings()(checked_ids(x, self.vocab_size))
         learned = getattr(self.decoder.base_model, "wpe", None)
         return h if learned is None else h + learned.weight[start:end]
@@ -263,7 +226,10 @@ class PretrainedModel(EarlyExitModel):
         states, left = given.flatten(0, 1)[:, :-1], given[..., -1].flatten() > 0
         if rows is None and not left.any():
             left = None
-        return self._stage(layer, u, states, left, rows, given.shape[:2], None)[0]
+        kept = self._shared.after if self._shared and rows is None and left is None else {}
+        if layer not in kept:
+            kept[layer] = self._stage(layer, u, states, left, rows, given.shape[:2], None)[0]
+        return kept[layer]
 
     def update(self, layer: int, h: Tensor, u: Tensor, mixed: Tensor) -> Tensor:
         return mixed
@@ -339,9 +305,9 @@ class PretrainedModel(EarlyExitModel):
         for index, block in enumerate(self.blocks[first : first + self.config.stage_layers]):
             attending.cache = cache[index] if cache else None
             if rows is not None:
-                attending.left = _keys_and_values(block, frozen, turned_others)
+                attending.left = keys_and_values(block, frozen, turned_others)
             if rows is None or len(rows):
-                new = _call(block, h, turned, attending)
+                new = call_layer(block, h, turned, attending)
                 put_back = rows is None and left is not None
                 h = torch.where(left[:, None], h, new) if put_back else new
             else:  # nobody runs, but later positions will read what these hand on
@@ -355,25 +321,6 @@ class PretrainedModel(EarlyExitModel):
         return None if rotary is None else rotary(like, positions[None])
 
 
-def _call(block: nn.Module, h: Tensor, turned, attending: Callable) -> Tensor:
-    """Call a layer of the decoder with states ``(A, D)`` of tokens of any sequence."""
-    out = block(h[None], attention_mask=None, position_embeddings=turned, attending=attending)
-    return (out[0] if isinstance(out, tuple) else out).squeeze(0)
-
-
-def _keys_and_values(block: nn.Module, h: Tensor, turned) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(X, H, d)`` that a layer makes of states ``(X, D)``."""
-    try:
-        _call(block, h, turned, _stop)
-    except KeysMade as made:
-        return tuple(t.squeeze(0).transpose(0, 1) for t in made.args)
-    raise AssertionError("the layer did not call its attention")
-
-
-def _stop(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    raise KeysMade(key, value)
-
-
 def _products(block: nn.Module) -> tuple[float, float, float]:
     """Return the weights in a layer's products: of attention, of the rest, and up to the keys."""
     (attention,) = (m for m in block.modules() if type(m).__name__.endswith("Attention"))
@@ -385,129 +332,7 @@ def _products(block: nn.Module) -> tuple[float, float, float]:
     return float(inside), float(everything - inside), float(up_to_keys)
 
 
-# ---------------------------------------------------------------------- attach
-
-
-def attach(
-    model: nn.Module,
-    tokenizer: Any = None,
-    exits: int | None = None,
-    *,
-    n_seq: int | None = None,
-    left_behind: Literal["copied", "zeroed"] = "copied",
-) -> PretrainedModel:
-    """Give exits to a Hugging Face decoder, whose weights stay as they are.
-
-    The translators of its exits start as the identity, and its gates untrained: see
-    :func:`earlyexit.training.translators.fit_translators` and
-    :func:`earlyexit.training.gates.train_gates`. The decoder remains usable by itself; where it attends
-    by another function than torch's own, it does by that from now on.
-
-    Args:
-        model: a model for causal language modelling of one of ``FAMILIES``.
-        tokenizer: what made its ids; None, if ids are given by hand.
-        exits: number of exits, the last layer's included; it divides the number of layers. None: the
-            largest such number up to ``MOST_EXITS``.
-        n_seq: longest sequence; None: 512, or fewer if the model has fewer positions.
-        left_behind: see :class:`PretrainedConfig`.
-
-    Raises:
-        TypeError: it is no such model.
-        ValueError: it is an encoder, of a family that is not known, or of half precision on a CPU; its
-            attention slides over less than n_seq or is of another kind, or it has fewer positions;
-            ``exits`` does not divide its layers; the tokenizer has no end; or full depth does not give
-            the model's own logits.
-    """
-    config = _check_family(model)
-    layers, positions = config.num_hidden_layers, config.max_position_embeddings
-    n_seq = min(USUAL_LENGTH, positions) if n_seq is None else whole("n_seq", n_seq, 1)
-    if n_seq > positions:
-        raise ValueError(f"n_seq={n_seq}: the model has {positions} positions; give at most those")
-    _check_attention(config, n_seq)
-    if tokenizer is not None:
-        _end(tokenizer)
-    divisors = [n for n in range(1, layers + 1) if layers % n == 0]
-    exits = max(n for n in divisors if n <= MOST_EXITS) if exits is None else exits
-    if whole("exits", exits, 1) not in divisors:
-        raise ValueError(
-            f"exits={exits} does not divide the model's {layers} layers: choose one of"
-            f" {', '.join(map(str, divisors))}"
-        )
-    sizes = (config.hidden_size, config.vocab_size, n_seq)
-    ours = PretrainedConfig(
-        config.model_type, exits, layers // exits, *sizes, left_behind=left_behind
-    )
-    x = torch.randint(
-        config.vocab_size, (CHECKED_SHAPE[0], min(n_seq, CHECKED_SHAPE[1])),
-        generator=torch.Generator().manual_seed(0),
-    ).to(next(model.parameters()).device)  # fmt: skip
-    usual = config._attn_implementation
-    model.eval()
-    try:
-        with torch.no_grad():
-            own = model(x).logits
-            _register()
-            config._attn_implementation = ATTENTION
-            attached = PretrainedModel(model, ours, tokenizer).eval()
-            gap = (attached(x) - own).abs().max().item()
-        if not gap <= TOLERANCE * max(1.0, own.abs().max().item()):
-            raise ValueError(
-                f"full depth differs from the model's own logits by {gap:.2g}: this {config.model_type}"
-                " scales, caps or mixes something that is not known here, and cannot be given exits"
-            )
-    except BaseException:
-        config._attn_implementation = usual
-        raise
-    return attached
-
-
-def _check_family(model: object) -> Any:
-    """Return the configuration of a decoder of a family that is known."""
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if not isinstance(model, nn.Module) or kind is None:
-        raise TypeError(
-            f"{brief(model)} is no Hugging Face model: give AutoModelForCausalLM.from_pretrained(…);"
-            " pip install 'earlyexit[hf]' brings transformers"
-        )
-    known = ", ".join(FAMILIES)
-    if (
-        config.is_encoder_decoder
-        or model.get_output_embeddings() is None
-        or not model.can_generate()
-    ):
-        raise ValueError(
-            f"a {type(model).__name__} predicts no next word: give a decoder with its output layer, of"
-            f" {known}"
-        )
-    if kind not in FAMILIES:
-        raise ValueError(f"{kind!r} is a family whose layers are not known here: known are {known}")
-    weight = next(model.parameters())
-    if weight.itemsize < 4 and weight.device.type == "cpu":
-        raise ValueError(
-            f"weights in {weight.dtype} are slow and coarse on a CPU: give model.float()"
-        )
-    return config
-
-
-def _check_attention(config: Any, n_seq: int) -> None:
-    """Raise ValueError where a token would not attend to all tokens before it."""
-    kinds = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention", "sliding_attention"
-    }  # fmt: skip
-    if kinds:
-        raise ValueError(f"attention of the kind {', '.join(sorted(kinds))} is not known here")
-    types = getattr(config, "layer_types", None)
-    slides = types is None or "sliding_attention" in types
-    window = getattr(config, "sliding_window", None) if slides else None
-    if window is not None and window < n_seq:
-        raise ValueError(
-            f"the model's attention slides over {window} tokens, and n_seq={n_seq}: give n_seq={window},"
-            " up to which it sees everything"
-        )
-
-
-def _end(tokenizer: Any) -> int:
+def end_id(tokenizer: Any) -> int:
     """Return the id that stands before a document and pads a batch."""
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         if (found := getattr(tokenizer, name, None)) is not None:
@@ -516,25 +341,3 @@ def _end(tokenizer: Any) -> int:
         "the tokenizer has no end, start or padding token, of which one must stand before a document:"
         " set tokenizer.eos_token"
     )
-
-
-def _register() -> None:
-    """Tell transformers of the attention function; a model that runs by itself gets torch's own."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attention(
-        module, query, key, value, attention_mask, scaling=None, attending=None, **others
-    ):
-        if attending is None:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, scaling=scaling, **others
-            )
-        unknown = [n for n in ("softcap", "s_aux", "position_bias") if others.get(n) is not None]
-        if unknown:
-            raise ValueError(f"attention with {', '.join(unknown)} is not known here")
-        return attending(query, key, value, scaling), None
-
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -194,6 +194,7 @@ class ExistingModels(Common):
     epsilon: Positive = 0.05
     delta: Probability = 0.05
     n_candidates: Count = 8
+    timed_windows: Count = 4
     repeats: Count = 5
     assisted_tokens: Limit = 32
 

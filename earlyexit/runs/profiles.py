@@ -228,7 +228,13 @@ PROFILES = {
             "smollm2",
             "WikiText-2, for 09 with SmolLM2-135M of the extra `smollm` (`--only 09`)",
             corpus=CorpusConfig("wikitext-2", certify_articles=90),
-            notebooks={"09_existing_models": {"decoder": "smollm2", "tokens": 100_000, "exits": 10}},
+            notebooks={
+                "09_existing_models": {
+                    "decoder": "smollm2", "exits": 10, "window": 128, "document_tokens": 128,
+                    "tokens": 16_000, "n_candidates": 5, "timed_windows": 2, "repeats": 3,
+                    "assisted_tokens": 24,
+                }
+            },
         ),
         Profile(
             "gpu",

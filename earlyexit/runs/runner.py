@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from earlyexit.atomic import remove_leftovers
 from earlyexit.corpus.documents import CorpusConfig, check_hub, read_documents
 from earlyexit.runs import freshness, publish
+from earlyexit.runs.decoders import lacking
 from earlyexit.runs.execute import execute
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import Project, project
@@ -29,6 +30,7 @@ class Step:
     Attributes:
         published: whether it has results.
         here: whether it ran here, so that there is an executed copy.
+        lacks: what to install before it can run; it is left out.
     """
 
     notebook: str
@@ -38,10 +40,13 @@ class Step:
     basis: str
     published: bool
     here: bool
+    lacks: str = ""
 
     @property
     def state(self) -> str:
         """Say in words how its results stand."""
+        if self.lacks:
+            return "left out"
         if not self.published:
             return "not run yet"
         if not self.here:
@@ -63,12 +68,13 @@ class _Request:
     """A request names the notebooks to run.
 
     Attributes:
-        chosen: their paths, in order.
+        chosen: their paths, in order; named: whether by name, or because there are no others.
         needs: notebook → notebooks whose tables it reads.
     """
 
     place: Project
     chosen: list[Path]
+    named: bool
     resolved: Resolved
     needs: dict[str, list[str]]
 
@@ -78,6 +84,20 @@ class _Request:
         current = freshness.fingerprint(self.place, path, self.resolved, needs)
         record = freshness.published(self.place, self.resolved.label, notebook)
         return freshness.reasons(self.place, record, current), current, record
+
+    def lacks(self, notebook: str, force: bool = False) -> str:
+        """Return what to install before a notebook can run; "" if nothing, or if it is fresh.
+
+        Raises:
+            UsageError: the notebook was asked for by name.
+        """
+        decoder = self.resolved.parameters[notebook].get("decoder")
+        found = "" if decoder is None else lacking(decoder, self.place.cache)
+        if not found or not (force or self.check(notebook)[0]):
+            return ""
+        if self.named:
+            raise UsageError(f"{notebook}: {found}")
+        return found
 
     def inputs_left_out(self) -> set[str]:
         """Return the notebooks that are not chosen but whose tables are read."""
@@ -92,8 +112,8 @@ def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None
         only: notebooks by number or name, such as ``"3"``, ``"03"``, ``"03_threshold_sweep"``.
 
     Raises:
-        UsageError: a setting is wrong, a notebook is unknown, one reads results that are missing, or one
-            must run and its text is neither cached nor reachable.
+        UsageError: a setting is wrong, a notebook is unknown, one reads results that are missing, one
+            that is named lacks a package, or one must run and its text is neither cached nor reachable.
     """
     request = _request(project(root), settings, only)
     label, needs = request.resolved.label, request.needs
@@ -102,6 +122,9 @@ def plan(settings: Settings, only: tuple[str, ...] = (), root: str | Path | None
     steps: list[Step] = []
     for name in (path.stem for path in request.chosen):
         why, _, record = request.check(name)
+        if lacks := request.lacks(name):
+            steps.append(Step(name, needs[name], [], None, lacks, record is not None, False, lacks))
+            continue
         again = [s.notebook for s in steps if s.reasons and s.notebook in needs[name]]
         why = why or [f"input {other} will be made again" for other in again]
         time, basis = freshness.minutes(name, label, work, known)
@@ -120,6 +143,8 @@ def run(
 ) -> list[str]:
     """Execute the notebooks that are not fresh, or all with ``force``; return their names.
 
+    A notebook whose packages are not installed is left out, unless ``only`` names it.
+
     Raises:
         UsageError: see :func:`plan`; nothing has been run then.
         RunError: a notebook failed or wrote nothing, or another run is writing the same results.
@@ -129,10 +154,16 @@ def run(
     for name in sorted(request.inputs_left_out()):
         if why := request.check(name)[0]:
             log.warning("%s is stale (%s); its tables are used as they are", name, "; ".join(why))
-    every = (request.check(path.stem)[0] for path in request.chosen)
+    chosen = []
+    for path in request.chosen:
+        if lacks := request.lacks(path.stem, force):
+            log.warning("%s is left out: %s", path.stem, lacks)
+        else:
+            chosen.append(path)
+    every = (request.check(path.stem)[0] for path in chosen)
     _check_hub(resolved.profile.corpus, ["forced"] if force else every)
     done = []
-    for position, path in enumerate(request.chosen, start=1):
+    for position, path in enumerate(chosen, start=1):
         with _only_writer(place, resolved.label, path.stem):
             why, current, record = request.check(path.stem)
             if not why and not force:
@@ -140,7 +171,7 @@ def run(
                 log.info("%s is fresh%s", path.stem, old if record.is_old else "")
                 continue
             log.info("%s: %s", path.stem, "; ".join(why) or "forced")
-            title = f"[{position}/{len(request.chosen)}] {path.stem}"
+            title = f"[{position}/{len(chosen)}] {path.stem}"
             execute(place, path, resolved, settings.command(path.stem), current, title)
             done.append(path.stem)
     if resolved.label in publish.QUOTED and place.readme.is_file():
@@ -186,7 +217,7 @@ def _request(place: Project, settings: Settings, only: tuple[str, ...]) -> _Requ
     resolved = resolve(settings, [path for path in notebooks if path.stem in relevant])
     if settings.data_dir:
         _check_text(resolved.profile.corpus)
-    request = _Request(place, chosen, resolved, needs)
+    request = _Request(place, chosen, bool(only), resolved, needs)
     for other in sorted(request.inputs_left_out()):
         if freshness.published(place, resolved.label, other) is None:
             reader = next(path.stem for path in chosen if other in needs[path.stem])

@@ -147,7 +147,7 @@ def _regression(
             kept.append(_States(after[:, :most].clone(), target[:most]))
             kept_count += len(kept[-1].targets)
         count += len(target)
-        bar.update(len(target))
+        bar.update(min(len(target), bar.total - bar.n))  # whole windows are read
         if count >= max_tokens:
             break
     bar.close()

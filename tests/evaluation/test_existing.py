@@ -16,6 +16,7 @@ from earlyexit.evaluation.existing import (
     candidates_of,
     existing_exits,
     existing_policies,
+    policy_times,
     verdict,
 )
 
@@ -45,9 +46,7 @@ def test_policies_run_for_real_beside_hindsight_and_chance(subject):
             layer = candidate.policy.thresholds[0]
             assert static[layer] <= candidate.value
     twice = [*found, *found]  # equal policies have equal rows, run once
-    table = existing_policies(
-        subject.model, subject.test, twice, EPSILONS, subject.batches, subject.batch, 2
-    )
+    table = existing_policies(subject.model, subject.test, twice, EPSILONS, subject.batches)
     real = table[table["criterion"].isin([FITTED, STATIC])].reset_index(drop=True)
     half = len(real) // 2
     pd.testing.assert_frame_equal(real[:half], real[half:].reset_index(drop=True))
@@ -55,6 +54,9 @@ def test_policies_run_for_real_beside_hindsight_and_chance(subject):
         promised = subject.test.evaluate(candidate.policy)["quality_loss"]
         assert (row.criterion, row.epsilon) == (candidate.criterion, candidate.value)
         assert row.trace_loss == pytest.approx(promised)
+    times = policy_times(subject.model, found, subject.batch, 2)
+    assert times["criterion"].tolist() == [c.criterion for c in found]
+    assert (times["speedup_time_low"] <= times["speedup_time"]).all()
     hindsight = table[table["criterion"] == "oracle (kl)"]
     assert (hindsight["trace_loss"] == hindsight["quality_loss"]).all() and len(hindsight) == 2
 

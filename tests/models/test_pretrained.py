@@ -13,7 +13,7 @@ from earlyexit import attach
 from earlyexit.cost.parts import policy_flops
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import exit_shares
-from earlyexit.models.pretrained import FAMILIES
+from earlyexit.models.attach import FAMILIES
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,

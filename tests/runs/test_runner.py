@@ -21,8 +21,18 @@ import pytest
 from tiny_project import write_notebook, write_project
 
 from earlyexit.__main__ import main
-from earlyexit.runs import artifacts, digests, execute, freshness, profiles, provenance, runner
+from earlyexit.runs import (
+    artifacts,
+    decoders,
+    digests,
+    execute,
+    freshness,
+    profiles,
+    provenance,
+    runner,
+)
 from earlyexit.runs.freshness import RunError
+from earlyexit.runs.parameters import COMMON, ExistingModels, as_dict
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
 from earlyexit.runs.profiles import get_profile
 from earlyexit.runs.provenance import FORMAT, Record
@@ -439,3 +449,29 @@ def test_killed_at_any_moment_the_next_run_completes(tmp_path):
     assert subprocess.run(COMMAND, env=environment(root), check=False).returncode == 0
     assert why(root) == {"01_build": [], "02_plot": []}
     assert not list(root.rglob("*.tmp*"))
+
+
+def test_a_notebook_of_existing_models_is_left_out_where_transformers_is_not(
+    tmp_path, monkeypatch, caplog, capsys
+):
+    """It is said before anything runs; one that was asked for by name stops the run at once."""
+    write_project(tmp_path)
+    own = {name: value for name, value in as_dict(ExistingModels()).items() if name not in COMMON}
+    extra = "".join(f"{name}: {type(value).__name__} = {value!r}\n" for name, value in own.items())
+    write_notebook(tmp_path, "09_existing_models", ["raise ValueError"], extra=extra)
+    monkeypatch.setattr(decoders, "find_spec", lambda name: None)
+    ran = []
+    monkeypatch.setattr(runner, "execute", lambda place, path, *others: ran.append(path.stem))
+    assert states(tmp_path) == ["not run yet", "not run yet", "left out"]
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    assert main(["run", "--profile", "smoke", "--dry-run"]) == 0
+    assert "09_existing_models     left out" in (said := capsys.readouterr().out)
+    assert "pip install -e '.[hf]'" in said and "to do: 2 of 3" in said
+    for force in ([], ["--force"]):
+        ran.clear()
+        assert main(["run", "--profile", "smoke", *force]) == 0
+        assert ran == ["01_build", "02_plot"]
+        assert "09_existing_models is left out: existing models need transformers" in caplog.text
+    assert main(["run", "--profile", "smoke", "--only", "01", "09"]) == 2
+    assert "09_existing_models: existing models need" in capsys.readouterr().err
+    assert ran == ["01_build", "02_plot"]

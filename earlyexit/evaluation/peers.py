@@ -1,0 +1,122 @@
+"""Other libraries' early exits decode with the same model; what cannot be run here is quoted.
+
+Decoding by drafts from the first layers that the whole model verifies says the same words as plain
+greedy decoding, so that only time is at stake. ``earlyexit/data/peers.csv`` holds figures that authors
+give of their own systems, with their source and why they are quoted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from earlyexit.cost.timing import time_columns
+from earlyexit.models.pretrained import PretrainedModel
+
+QUOTED = Path(__file__).parents[1] / "data" / "peers.csv"
+PLAIN = "plain greedy decoding"
+DRAFTERS = 3  # numbers of first layers that are tried
+Way = Callable[[Tensor, int], Tensor]  # prompt (1, N) and number of new tokens → all tokens
+
+
+def peer_table(model: PretrainedModel, prompts: Tensor, n_new: int, repeats: int) -> pd.DataFrame:
+    """Time the ways of decoding that are installed, and put quoted figures below.
+
+    Args:
+        prompts: token ids ``(B, N)``, decoded one at a time with a cache; n_new: new tokens of each.
+
+    Returns:
+        One row per system: system, basis (measured or quoted), tokens_per_second, speedup_time with its
+        90 % interval over prompts and repeats, agreement (share of new tokens that are those of plain
+        decoding), and source, which says of quoted figures where they stand, and on what they were got.
+    """
+    measured = decoding_times(ways_to_decode(model), prompts, n_new, repeats)
+    return pd.concat([measured.assign(basis="measured"), quoted()], ignore_index=True)
+
+
+def quoted() -> pd.DataFrame:
+    """Return the figures that authors give of their own systems: system, speedup_time, source."""
+    return pd.read_csv(QUOTED, comment="#").assign(basis="quoted")
+
+
+def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
+    """Return plain greedy decoding, and drafts from the first layers by each library that is there."""
+    decoder, stages = model.decoder, np.linspace(1, model.n_layers - 1, DRAFTERS).round()
+    depths = [model.config.stage_layers * int(stage) for stage in dict.fromkeys(stages)]
+
+    def greedy(prompt: Tensor, n_new: int, **drafts: int) -> Tensor:
+        mask = torch.ones_like(prompt)
+        return decoder.generate(
+            prompt, attention_mask=mask, max_new_tokens=n_new, do_sample=False, **drafts
+        )
+
+    ways: dict[str, Way] = {PLAIN: greedy}
+    for depth in depths:
+        ways[f"transformers, drafts from layer {depth}"] = lambda prompt, n_new, depth=depth: (
+            greedy(prompt, n_new, assistant_early_exit=depth)
+        )
+    if find_spec("economize"):
+        import economize
+
+        for depth in depths:
+            config = economize.EarlyExitConfig(exit_layer=depth, head="shared")
+            other = economize.apply(decoder, config)
+            ways[f"economize, drafts from layer {depth}"] = lambda prompt, n_new, other=other: (
+                other.generate(prompt, max_new_tokens=n_new, do_sample=False)
+            )
+    return ways
+
+
+@torch.no_grad()
+def decoding_times(
+    ways: Mapping[str, Way], prompts: Tensor, n_new: int, repeats: int
+) -> pd.DataFrame:
+    """Time ways of decoding, one after another for each prompt, against the first of them.
+
+    Returns:
+        The measured columns of :func:`peer_table`.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    said: dict[str, list[Tensor]] = {name: [] for name in ways}
+    steps = [(r, p, name) for r in range(repeats + 1) for p in prompts.split(1) for name in ways]
+    with _quiet_transformers():
+        for repeat, prompt, name in tqdm(steps, desc="decoding", mininterval=2):
+            start = time.perf_counter()
+            ids = ways[name](prompt, n_new)
+            if repeat:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+                said[name].append(ids[0, prompt.shape[1] :])
+    (plain, *_), rows = ways, []
+    for name in ways:
+        same = [
+            found[: len(usual)] == usual[: len(found)]
+            for found, usual in zip(said[name], said[plain], strict=True)
+        ]
+        rows.append(
+            {"system": name, "tokens_per_second": sum(map(len, said[name])) / sum(seconds[name])}
+            | time_columns(np.array(seconds[plain]), np.array(seconds[name]))
+            | {"agreement": torch.cat(same).double().mean().item()}
+        )
+    return pd.DataFrame(rows)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the library's warnings, which are of the settings that it makes itself."""
+    library = logging.getLogger("transformers")
+    level = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
