@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyexit.evaluation.ablation import CHANGES, Change
+from earlyexit.evaluation.causality import leak_trainings
 from earlyexit.evaluation.depth import ALONE, systems
 from earlyexit.runs import cache, digests, freshness
 from earlyexit.runs.cache import Trained
@@ -73,9 +74,13 @@ def _alone(study: Study, p: Any, seed: int) -> Calls:
 
 def _changes(study: Study, p: Any, seed: int) -> Calls:
     about = p.ablation_tokens, p.ablation_epochs, ["fit"]
-    return {
+    calls = {
         name: (study.alone, "ablation_losses", seed, CHANGES[name], *about) for name in p.changes
     }
+    if seed == study.seeds[0]:
+        leaks = leak_trainings(p.leak_epochs)
+        calls |= {n: (study.train, seed, *changes, p.leak_tokens) for n, changes in leaks.items()}
+    return calls
 
 
 def _recipes(study: Study, p: Any, seed: int) -> Calls:
@@ -91,9 +96,13 @@ def _heads(study: Study, p: Any, seed: int) -> Calls:
     heads = [("linear", True), ("linear", False), ("adaptive", False)]
     changes = [{"output_head": head, "tie_embeddings": tied} for head, tied in heads]
     return {
-        index: (study.train, seed, change, {}, p.output_head_tokens)
+        index: (_head, study, seed, change, p.output_head_tokens)
         for index, change in enumerate(changes)
     }
+
+
+def _head(study: Study, seed: int, change: Mapping[str, Any], max_tokens: int) -> Trained:
+    return study.with_gates(seed, study.train(seed, change, {}, max_tokens))
 
 
 def _systems(study: Study, p: Any, seed: int) -> Calls:

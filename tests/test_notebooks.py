@@ -11,13 +11,15 @@ import pytest
 from bs4 import BeautifulSoup
 from paper import width
 
-from earlyexit.runs import provenance, runner
+from earlyexit import stages
+from earlyexit.runs import cache, provenance, runner
 from earlyexit.runs.cache import NotTrained
 from earlyexit.runs.freshness import all_published, discover, published
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
 from earlyexit.runs.report import report
 from earlyexit.runs.settings import Settings, resolve
 from earlyexit.runs.tables import TEXT_WIDTH
+from earlyexit.runs.workers import JOBS
 from earlyexit.study import COLUMNS, ROWS, Study
 
 pytestmark = pytest.mark.slow
@@ -153,12 +155,30 @@ def test_every_result_names_its_command_text_and_machine(series):
         assert record.files and all(file.text_hash for file in record.files.values())
 
 
+def test_the_stages_train_all_that_the_notebooks_do(series, tmp_path, monkeypatch):
+    for folder in ("notebooks", ".cache"):  # no results, whose losses would do
+        shutil.copytree(series.root / folder, tmp_path / folder)
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(JOBS, "1")
+    trained = {path.stem for path in series.cache.glob("models/[!.]*")}
+    read, asked = cache._cached_model, set()
+
+    def asking(path, *rest):
+        asked.add(path.stem)
+        return read(path, *rest)
+
+    monkeypatch.setattr(cache, "_cached_model", asking)
+    for stage in stages.STAGES:
+        stages.run(Settings("smoke"), stage)
+    assert asked == trained
+
+
 def test_published_weights_stand_in_for_a_training(series, tmp_path, monkeypatch):
     for folder in ("notebooks", "results", ".cache/corpus"):
         shutil.copytree(series.root / folder, tmp_path / folder)
     seen = []
     for root in (series.root, tmp_path):
-        monkeypatch.setenv("EARLYEXIT_HOME", str(root))
+        monkeypatch.setenv(HOME_VARIABLE, str(root))
         seen.append(Study("02_calibration", {"profile": "smoke"}).model(0))
     assert not (tmp_path / ".cache/models").exists()
     trained, published = seen

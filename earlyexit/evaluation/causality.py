@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -53,6 +54,14 @@ def perplexity_without_future(
     if not count:
         raise ValueError("the loader gave no scored token: check the split")
     return tuple(perplexity(total, count) for total in totals.tolist())
+
+
+def leak_trainings(epochs: float) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Return form → changes of model and training of the two small models that :func:`leak` is of."""
+    recipe = {"epochs": epochs, "exit_loss_weight": 0.0, "learning_rate": 1e-2}
+    small = {"d_model": 32, "n_layers": 2, "dropout_p": 0.0}
+    forms = {"causal": True, "two-sided": False}
+    return {name: (small | {"causal": causal}, recipe) for name, causal in forms.items()}
 
 
 def leak(
