@@ -16,7 +16,8 @@ COLUMNS, ROWS = 7, 45  # at most, of a LaTeX table on one page
 TEXT_WIDTH = 7.0 * 72.27  # TeX points of a page's text, as of the widest figures
 GAP = 12.0  # points between columns: twice LaTeX's \tabcolsep
 MISSING = "–"
-DIGIT = 4.63  # points of a digit of Computer Modern at 9 points; letters are narrower on average
+# Points of a digit of Computer Modern at 9 points, wider than a letter on average, and of narrow signs.
+DIGIT, NARROW = 4.63, dict.fromkeys(".,:'[]()il", 2.6) | {" ": 3.1}
 
 _LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
@@ -74,12 +75,12 @@ def latex(
     Where the ranges over seeds do not fit, they are left to the CSV, and then the last columns.
 
     Returns:
-        LaTeX; None if that would be more than ``ROWS`` rows, or if ``by`` is not given and no columns
-        without fractions tell the rows apart: then they are the points of a curve.
+        LaTeX; None if that would be more than ``ROWS`` rows, or if ``by`` is not given and it is not a
+        few columns without fractions that tell the rows apart: then they are the points of a curve.
     """
     keys = _keys(df) if by is None else list(by)
-    repeated = by is None and df.duplicated([*keys, "seed"]).any()
-    if not keys or repeated or len(df.drop_duplicates(keys)) > ROWS:
+    curve = by is None and (len(keys) > 4 or df.duplicated([*keys, "seed"]).any())
+    if not keys or curve or len(df.drop_duplicates(keys)) > ROWS:
         return None
     table = brief(df, keys, of)
     if not _fits(table):
@@ -107,10 +108,14 @@ def _keys(df: pd.DataFrame) -> list[str]:
 
 
 def _fits(table: pd.DataFrame) -> bool:
-    """Tell whether a table with one digit's width for each character is as narrow as the text."""
+    """Tell whether a table is no wider than the text of a page."""
     table = table.reset_index()
-    longest = [max(len(c), table[c].str.len().max()) for c in table]
-    return len(longest) <= COLUMNS and sum(DIGIT * n + GAP for n in longest) <= TEXT_WIDTH
+    widest = [max(map(_points, [c, *table[c]])) + GAP for c in table]
+    return len(widest) <= COLUMNS and sum(widest) <= TEXT_WIDTH
+
+
+def _points(text: str) -> float:
+    return sum(NARROW.get(c, DIGIT) for c in text)
 
 
 def _is_number(column: pd.Series) -> bool:
