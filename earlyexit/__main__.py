@@ -212,17 +212,19 @@ def _probe(options: argparse.Namespace) -> int:
             epsilons=tuple(sorted({*probe.ProbeConfig.epsilons, options.epsilon})),
             assisted_tokens=options.assisted_tokens,
         )
+        if options.text and not Path(options.text).is_dir():
+            raise ValueError(f"--text {options.text}: there is no such folder")
         folder = project().cache
         decoder, tokenizer = decoders.open_decoder(options.model, folder)
         model = attach(decoder, tokenizer, options.exits, n_seq=options.n_seq)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(f"{options.model} has no fast tokenizer: a probe needs one")
+        corpus = foreign_corpus(text, backend, model.eos_id, config.tokens)
+        asked = probe.Probe(model, corpus, config, folder / "probe")
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UsageError(f"{options.model} has no fast tokenizer: a probe needs one")
-    corpus = foreign_corpus(text, backend, model.eos_id, config.tokens)
-    asked = probe.Probe(model, corpus, config, folder / "probe")
-    log.info("about %.0f minutes from nothing", asked.minutes())
+    log.info("about %.0f minutes, less what is kept of an earlier one", 1 + asked.minutes())
     print(probe_page.page(asked, options.epsilon))
     return 0
 

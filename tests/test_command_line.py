@@ -206,7 +206,12 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(make_model, tmp_path,
 
 def test_a_probe_that_cannot_be_is_refused_before_a_model_is_read(monkeypatch, capsys):
     monkeypatch.setattr("earlyexit.runs.decoders.open_decoder", None)
-    for arguments in (["--tokens", "0"], ["--epsilon", "0"], ["--corpus", "folder"]):
+    for arguments in (
+        ["--tokens", "0"],
+        ["--epsilon", "0"],
+        ["--corpus", "folder"],
+        ["--text", "none"],
+    ):
         assert main(["probe", "any", *arguments]) == 2
         said = capsys.readouterr().err
         assert said.startswith("earlyexit: ") and said.count("\n") == 1

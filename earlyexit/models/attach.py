@@ -103,24 +103,27 @@ def _check_family(model: object) -> Any:
             f"{brief(model)} is no Hugging Face model: give AutoModelForCausalLM.from_pretrained(…);"
             " pip install 'earlyexit[hf]' brings transformers"
         )
-    known = ", ".join(FAMILIES)
-    if (
-        config.is_encoder_decoder
-        or model.get_output_embeddings() is None
-        or not model.can_generate()
-    ):
+    if model.get_output_embeddings() is None or not model.can_generate():
         raise ValueError(
             f"a {type(model).__name__} predicts no next word: give a decoder with its output layer, of"
-            f" {known}"
+            f" {', '.join(FAMILIES)}"
         )
-    if kind not in FAMILIES:
-        raise ValueError(f"{kind!r} is a family whose layers are not known here: known are {known}")
+    check_kind(config)
     weight = next(model.parameters())
     if weight.itemsize < 4 and weight.device.type == "cpu":
         raise ValueError(
             f"weights in {weight.dtype} are slow and coarse on a CPU: give model.float()"
         )
     return config
+
+
+def check_kind(config: Any) -> None:
+    """Raise ValueError unless a configuration of transformers is a decoder's of a known family."""
+    kind, known = config.model_type, ", ".join(FAMILIES)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{kind!r} reads with an encoder: give a decoder alone, of {known}")
+    if kind not in FAMILIES:
+        raise ValueError(f"{kind!r} is a family whose layers are not known here: known are {known}")
 
 
 def _check_attention(config: Any, n_seq: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from earlyexit.corpus.corpus import Corpus
-from earlyexit.models.attach import attach
+from earlyexit.models.attach import attach, check_kind
 from earlyexit.models.pretrained import PretrainedModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.mixing import HEAD_WIDTH
@@ -32,7 +32,7 @@ def open_decoder(name: str, cache: Path) -> tuple[nn.Module, Any]:
 
     Raises:
         NotInstalled: transformers is not installed, or what ``"smollm2"`` comes with.
-        ValueError: it is a path, and there is no such folder.
+        ValueError: it is a path without a folder, or a model of a family that is not known.
         OSError: the hub has no such model, or is not reachable.
     """
     transformers = _transformers(name, cache)
@@ -40,6 +40,7 @@ def open_decoder(name: str, cache: Path) -> tuple[nn.Module, Any]:
         name = str(_smollm2(cache / SMOLLM2, transformers))
     elif name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"{name}: there is no such folder with a model")
+    check_kind(transformers.AutoConfig.from_pretrained(name))  # before its weights are read
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     return model.eval(), tokenizer

@@ -64,7 +64,8 @@ SHARE = 4  # gates and traces read one of so many of the tokens of a probe
 KEPT, PASSES = 2, 3  # one of so many is kept to refine translators, which read it so many times
 TOKENS = 32  # that a trace or gates judge at once
 SHARED_BYTES = 2**30  # of states that the real runs on the test split share, at most
-STEP = 512  # tokens of a step of the refinement
+STEP, WORDS = 512, 2_048  # tokens of a step of the refinement, and words that it usually draws
+AFTER = 0.5  # of a full pass, what a policy costs beyond the start that it shares: rather more
 FITS = (fit_translators, train_gates)  # on what the exits of a probe depend
 RUNS = (run, Scores)  # on what a real run depends, besides the model
 
@@ -101,9 +102,14 @@ class Probe:
         model: a decoder with exits, not fitted yet.
         corpus: the text in its ids.
         folder: of what is kept.
+
+    Raises:
+        ValueError: the model has one exit, its last layer's.
     """
 
     def __init__(self, model: PretrainedModel, corpus: Corpus, config: ProbeConfig, folder: Path):
+        if model.n_layers < 2:
+            raise ValueError("exits=1: nothing can leave early; give two exits or more")
         self.model, self.corpus, self.config, self.folder = model, corpus, config, folder
         self.about = {"model": model.fingerprint(), "text": corpus.data_hash}
         self.about |= {k: getattr(config, k) for k in ("tokens", "seed")}
@@ -122,17 +128,22 @@ class Probe:
         return 1e3 * (time.perf_counter() - start) / x.numel()
 
     def minutes(self) -> float:
-        """Estimate the time of a probe from nothing: full passes over its tokens, heads counted."""
-        exits = self.model.n_layers
-        head = (
-            self.model.operations().head("word")["flops"]
-            / self.model.operations().layer(0)["flops"]
+        """Estimate the time of a probe from nothing, in full passes over tokens."""
+        c, exits, operations = self.config, self.model.n_layers, self.model.operations()
+        head, layer = operations.head("word")["flops"], operations.layer(0)["flops"]
+        head /= exits * layer + head  # share of a full pass that reading its words takes
+        judged = 1 + (exits - 1) * head
+        refined = 3 * PASSES / KEPT * (exits - 1) * head * min(1.0, WORDS / self.model.vocab_size)
+        certify, fit, test = (self.split(name).n_tokens for name in ("certify", "fit", "test"))
+        policies = 2 * len(c.epsilons)  # those that are certified, and those that are fitted
+        passes = (
+            c.tokens * (1 + refined)
+            + (min(self.part, c.tokens) + fit + test) * judged
+            + certify * (1 + AFTER * c.n_candidates)
+            + test * (1 + AFTER * policies)
+            + 2 * c.repeats * (1 + policies) * c.timed_windows * self.model.n_seq
         )
-        judged = (exits + exits * head) / (exits + head)  # passes of a trace
-        certified = self.split("certify").n_tokens * (1 + self.config.n_candidates)
-        others = self.part * (3 * judged + 1 + 3 * len(self.config.epsilons))
-        tokens = self.config.tokens + others + certified
-        return tokens * self.milliseconds_per_token() / 60_000
+        return passes * self.milliseconds_per_token() / 60_000
 
     @cached_property
     def translators(self) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from earlyexit.runs.probe import Probe
 
 EXITS = ["model_layers", "perplexity", "quality_loss", "kl", "agreement", "close", "close_so_far"]
 POLICIES = ["criterion", "epsilon", "quality_loss", "trace_loss", "speedup_layers", "speedup_flops"]
+PEERS = ["system", "basis", "tokens_per_second", "agreement"]
 
 
 def page(probe: Probe, epsilon: float) -> str:
@@ -29,9 +30,10 @@ def page(probe: Probe, epsilon: float) -> str:
         "",
         f"Each exit, test split (close: share of tokens within {CLOSE:g} nats of the last layer):",
         exits.to_string(index=False, float_format=lambda v: f"{v:.4g}"),
+        f"{exits['close_so_far'].iloc[-2]:.0%} of the tokens have such an exit before the last layer.",
         "",
         "Policies, run compacted on the test split; hindsight and random exits off its trace:",
-        _plain(probe.policies[[*POLICIES, *TIMES]]),
+        _plain(probe.policies[POLICIES].assign(speedup_time=_with_interval(probe.policies))),
         *(
             f"  not certified at {e:.0%}: {found}"
             for e, found in probe.certificates.items()
@@ -40,7 +42,8 @@ def page(probe: Probe, epsilon: float) -> str:
     ]
     if len(probe.peers):
         parts += ["", "Other libraries' early exits, greedy decoding:"]
-        parts += [_plain(probe.peers.drop(columns="source")), *_sources(probe.peers)]
+        peers = probe.peers[PEERS].assign(speedup_time=_with_interval(probe.peers))
+        parts += [_plain(peers), *_sources(probe.peers)]
     parts += [
         "",
         probe.sentence(epsilon),
@@ -52,6 +55,15 @@ def page(probe: Probe, epsilon: float) -> str:
 
 def _plain(table: pd.DataFrame) -> str:
     return table.to_string(index=False, float_format=lambda v: f"{v:.3f}", na_rep="")
+
+
+def _with_interval(table: pd.DataFrame) -> list[str]:
+    """Return times as text, the ratio and its interval, where there are such."""
+    said = []
+    for at, low, high in table[list(TIMES)].itertuples(index=False):
+        ends = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+        said.append("" if pd.isna(at) else f"{at:.2f}{ends}")
+    return said
 
 
 def _sources(peers: pd.DataFrame) -> list[str]:

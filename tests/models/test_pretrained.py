@@ -160,6 +160,10 @@ def test_what_is_not_known_is_refused():
     )
     with pytest.raises(ValueError, match="BertForMaskedLM predicts no next word"):
         attach(bert)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=61, **sizes))
+    with pytest.raises(ValueError, match="'t5' reads with an encoder: give a decoder alone"):
+        attach(t5)
     with pytest.raises(TypeError, match=r"no Hugging Face model.*earlyexit\[hf\]"):
         attach(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"weights in torch.bfloat16 .* model.float"):

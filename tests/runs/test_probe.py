@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from earlyexit import ExitPolicy, attach, fit_policy
 from earlyexit.calibration.unit_losses import window_losses
@@ -146,3 +146,15 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(decoders, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install -e '.\[hf\]'"):
         decoders.open_decoder("any", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "match"),
+    [("gemma2", "'gemma2' is a family .* known are gpt2"), ("t5", "'t5' reads with an encoder")],
+)
+def test_a_model_of_no_known_family_is_refused_before_its_weights_are_read(saved, match, tmp_path):
+    AutoConfig.for_model(saved).save_pretrained(tmp_path)  # no weights beside it
+    with pytest.raises(ValueError, match=match):
+        decoders.open_decoder(str(tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        decoders.open_decoder(str(tmp_path / "other"), tmp_path)
