@@ -38,6 +38,7 @@ CHANGED = [
     ("06_guarantees", {"sets": ("criterion=entropy",)}),
     ("07_combinations", {"sets": ("epsilon=0.000001",)}),
     ("08_study", {"sets": ('criteria=["entropy"]',)}),
+    ("08_study", {"sets": ("epsilons=[0.000001]",)}),
     ("09_existing_models", {"sets": ("assisted_tokens=0",)}),
 ]
 WRITES = re.compile(r"\*\*Writes\*\*.*")

@@ -9,7 +9,7 @@ of the other settings are NaN. Speedups are against the same weights at full dep
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -26,6 +26,7 @@ from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops
 from earlyexit.cost.timing import interleaved_times, time_columns
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
 from earlyexit.exits.api import EarlyExitModel
+from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 
 SETTINGS = ("epsilon", "threshold", "exit_layer", "depth")
@@ -85,16 +86,18 @@ def fitted(
     trace: ExitTrace,
     criteria: Iterable[str],
     epsilons: Sequence[float],
+    fit: Callable[..., ExitPolicy] | None = None,
 ) -> list[Candidate]:
     """Return a policy per criterion and ε, without those whose criterion saves nothing within ε.
 
     Args:
         trace: trace of the fit part.
+        fit: :func:`fitted_policy`, the default, or :func:`policy_within`, which leaves out none.
     """
     found = []
     for criterion, epsilon in product(criteria, epsilons):
         with suppress(Unreachable):
-            policy = fitted_policy(model, trace, criterion, epsilon)
+            policy = (fit or fitted_policy)(model, trace, criterion, epsilon)
             found.append(Candidate(criterion, "epsilon", epsilon, policy))
     return found
 
@@ -111,6 +114,16 @@ def fitted_policy(
         Unreachable: only full depth stays within ε.
     """
     return fit_policy(trace, criterion, epsilon, costs=policy_costs(model, criterion))
+
+
+def policy_within(
+    model: EarlyExitModel, trace: ExitTrace, criterion: str, epsilon: float
+) -> ExitPolicy:
+    """Return :func:`fitted_policy`, or one by which no token leaves where none saves within ε."""
+    try:
+        return fitted_policy(model, trace, criterion, epsilon)
+    except Unreachable:
+        return ExitPolicy.constant(CRITERIA[criterion].never, model.n_layers, criterion)
 
 
 def nearest_policy(

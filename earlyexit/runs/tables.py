@@ -60,7 +60,7 @@ def brief(
         )
         ends = (" [" + low + ", " + high + "]").where(low != high, "")
         shown[name] = mean + ends if ranges else mean
-    return pd.DataFrame(shown, columns=list(of))
+    return pd.DataFrame(shown, groups.size().index, list(of))
 
 
 def latex(

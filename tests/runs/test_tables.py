@@ -35,6 +35,8 @@ def test_seeds_become_a_mean_and_a_range():
 def test_a_seed_counts_once_and_what_is_missing_is_a_dash():
     uneven = pd.DataFrame({"seed": [0, 0, 0, 1], "x": "a", "y": [1.0, 1.0, 1.0, 3.0]})
     assert brief(uneven)["y"].item() == "2.00 [1.00, 3.00]"
+    names = pd.DataFrame({"seed": 0, "x": ["b", "a"]})  # nothing but what tells rows apart
+    assert list(brief(names).index) == ["b", "a"] and latex(names, "t", "T").count(r"\\") == 3
     gone = pd.DataFrame({"seed": 0, "x": ["a", None], "e": [0.1, np.nan], "y": [np.nan, 2.5]})
     shown = brief(gone, ["x", "e"], ["y"])
     assert dict(shown["y"]) == {("a", "0.1"): "–", ("–", "–"): "2.50"}
