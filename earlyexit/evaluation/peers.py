@@ -26,7 +26,7 @@ from earlyexit.models.pretrained import PretrainedModel
 QUOTED = Path(__file__).parents[1] / "data" / "peers.csv"
 PLAIN = "plain greedy decoding"
 DRAFTERS = 3  # numbers of first layers that are tried
-Way = Callable[[Tensor, int], Tensor]  # prompt (1, N) and number of new tokens → all tokens
+Way = Callable[[Tensor, int], Tensor]  # prompt (1, N), number of new tokens → these (n,)
 
 
 def peer_table(model: PretrainedModel, prompts: Tensor, n_new: int, repeats: int) -> pd.DataFrame:
@@ -40,7 +40,8 @@ def peer_table(model: PretrainedModel, prompts: Tensor, n_new: int, repeats: int
         90 % interval over prompts and repeats, agreement (share of new tokens that are those of plain
         decoding), and source, which says of quoted figures where they stand, and on what they were got.
     """
-    measured = decoding_times(ways_to_decode(model), prompts, n_new, repeats)
+    with _own_attention(model):
+        measured = decoding_times(ways_to_decode(model), prompts, n_new, repeats)
     return pd.concat([measured.assign(basis="measured"), quoted()], ignore_index=True)
 
 
@@ -56,9 +57,10 @@ def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
 
     def greedy(prompt: Tensor, n_new: int, **drafts: int) -> Tensor:
         mask = torch.ones_like(prompt)
-        return decoder.generate(
+        ids = decoder.generate(
             prompt, attention_mask=mask, max_new_tokens=n_new, do_sample=False, **drafts
         )
+        return ids[0, prompt.shape[1] :]
 
     ways: dict[str, Way] = {PLAIN: greedy}
     for depth in depths:
@@ -67,12 +69,13 @@ def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
         )
     if find_spec("economize"):
         import economize
+        from economize.techniques.early_exit import EarlyExitConfig
 
         for depth in depths:
-            config = economize.EarlyExitConfig(exit_layer=depth, head="shared")
+            config = EarlyExitConfig(exit_layer=depth, head="shared")
             other = economize.apply(decoder, config)
             ways[f"economize, drafts from layer {depth}"] = lambda prompt, n_new, other=other: (
-                other.generate(prompt, max_new_tokens=n_new, do_sample=False)
+                other.decode(prompt, n_new, stop=decoder.generation_config.eos_token_id).tokens
             )
     return ways
 
@@ -92,10 +95,10 @@ def decoding_times(
     with _quiet_transformers():
         for repeat, prompt, name in tqdm(steps, desc="decoding", mininterval=2):
             start = time.perf_counter()
-            ids = ways[name](prompt, n_new)
+            new = ways[name](prompt, n_new)
             if repeat:  # the first warms up
                 seconds[name].append(time.perf_counter() - start)
-                said[name].append(ids[0, prompt.shape[1] :])
+                said[name].append(new)
     (plain, *_), rows = ways, []
     for name in ways:
         same = [
@@ -108,6 +111,17 @@ def decoding_times(
             | {"agreement": torch.cat(same).double().mean().item()}
         )
     return pd.DataFrame(rows)
+
+
+@contextmanager
+def _own_attention(model: PretrainedModel) -> Iterator[None]:
+    """Let the decoder attend by torch's own function, the one that other libraries know."""
+    config, usual = model.decoder.config, model.decoder.config._attn_implementation
+    config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
 
 
 @contextmanager
