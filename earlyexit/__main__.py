@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -26,11 +27,13 @@ from tqdm.auto import tqdm
 import earlyexit
 from earlyexit.corpus.documents import CorpusConfig
 from earlyexit.corpus.foreign import foreign_corpus
+from earlyexit.corpus.load import encode_texts
 from earlyexit.cost import bench, predict
 from earlyexit.cost.parts import Load
 from earlyexit.cost.synthetic import geometric_shares
 from earlyexit.cost.time_model import TimeModel, unpriced
 from earlyexit.devices import resolve_device
+from earlyexit.evaluation.decoding import gated_drafts
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.models.attach import attach
 from earlyexit.models.checkpoints import CheckpointError, load_model
@@ -39,7 +42,7 @@ from earlyexit.runs import cache
 from earlyexit.runs.freshness import RunError
 from earlyexit.runs.paths import project
 from earlyexit.runs.profiles import PROFILES
-from earlyexit.runs.published import published_prices
+from earlyexit.runs.published import Published, published_prices
 from earlyexit.runs.settings import Settings, UsageError
 from earlyexit.runs.workers import JOBS
 from earlyexit.training import parallel
@@ -229,6 +232,48 @@ def _probe(options: argparse.Namespace) -> int:
     return 0
 
 
+def _generate(options: argparse.Namespace) -> int:
+    _device("cpu", 1)
+    published = earlyexit.load(options.profile, options.seed, options.data_dir or None, "cpu")
+    model, corpus = published.model, published.corpus
+    try:
+        ids = encode_texts(corpus, [options.prompt], "prompt").ids[:-1]  # the line goes on
+        how = _decoding(options, published)
+        prompt, seed = torch.from_numpy(ids).long()[None], options.seed_of_words
+        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        # Once unheard: what is refused is refused before a word, and loops are compiled.
+        model.decode(prompt, options.words, generator=generators[0], **how)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    log.info("%d of %d words are not known", (ids == corpus.unk_id).sum(), len(ids))
+    word = corpus.config.tokenizer == "word"
+
+    def told(_: int, words: list[int]) -> None:
+        for one in corpus.decode(words):
+            text = "\n" if one == "<eos>" else f" {one}" if word else one
+            print(text, end="", flush=True)
+
+    print(options.prompt, end="", flush=True)
+    start = time.perf_counter()
+    made = model.decode(prompt, options.words, generator=generators[1], told=told, **how)
+    pace, layers = made.new.sum() / (time.perf_counter() - start), made.layers
+    print(f"\n\n{pace:,.0f} words per second, {layers:.2f} of {model.n_layers} layers per word")
+    return 0
+
+
+def _decoding(options: argparse.Namespace, published: Published) -> dict:
+    """Return how words are decoded, as arguments of a model's ``decode``."""
+    how = {"temperature": options.temperature, "top_p": options.top_p}
+    if options.drafts:
+        (drafted,) = gated_drafts(published.model.n_layers, [0.8], options.drafts).values()
+        return how | drafted
+    if options.full_depth:
+        return how
+    if published.policy is None:
+        log.info("no policy is certified for this model: every word takes all layers")
+    return how | {"policy": published.policy}
+
+
 def _published_prices(device: torch.device, threads: int, load: Load) -> TimeModel | None:
     """Return published prices that can tell the time of ``load``, unless this machine's are known.
 
@@ -375,6 +420,30 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     several = {"nargs": "+", "action": _Tuple, "default": ()}
+
+    words = add(
+        _generate, "continue a text, and say what it took",
+        'generate --profile cpu --prompt "My fellow citizens," --temperature 0.8',
+        description="Words leave at the exits that the certified policy of a published model allows."
+        " With --drafts they are those of full depth.",
+    )  # fmt: skip
+    words.add_argument("--prompt", required=True, help="text to continue")
+    words.add_argument("--profile", default="cpu", help="with published weights")
+    words.add_argument("--seed", type=int, default=0, help="of the model (default: 0)")
+    words.add_argument("--words", type=int, default=60, help="new words (default: 60)")
+    words.add_argument(
+        "--temperature", type=float, default=0.0, help="0: the most probable word (default)"
+    )
+    words.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the fewest words of this share"
+    )
+    words.add_argument("--seed-of-words", type=int, default=0, help="of the words that are drawn")
+    words.add_argument(
+        "--drafts", type=int, default=0, metavar="N",
+        help="exits only propose, up to N words; the last layer verifies them",
+    )  # fmt: skip
+    words.add_argument("--full-depth", action="store_true", help="all layers, no exits")
+    words.add_argument("--data-dir", default="", metavar="DIR", help="folder with local text")
 
     told = "execute the notebooks that are not fresh"
     run = add(_run, told, "run --only 01 03 --set epochs=2.0 --dry-run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -25,6 +27,7 @@ from earlyexit.exits.policy import ExitPolicy
 from earlyexit.models.checkpoints import save_model
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE
 from earlyexit.runs.provenance import Record
+from earlyexit.runs.published import Published
 from earlyexit.training.resume import TrainingState
 
 # ------------------------------------------------------------------ a short fuzz
@@ -50,6 +53,7 @@ KEYS = [
 ]
 COMMANDS = [
     "run", "status", "compare", "readme", "report", "doctor", "names", "bench", "predict",
+    "generate",
 ]  # fmt: skip
 OPTIONS = st.one_of(
     st.tuples(st.just("--set"), st.builds("{}={}".format, st.sampled_from(KEYS), VALUES)),
@@ -215,3 +219,39 @@ def test_a_probe_that_cannot_be_is_refused_before_a_model_is_read(monkeypatch, c
         assert main(["probe", "any", *arguments]) == 2
         said = capsys.readouterr().err
         assert said.startswith("earlyexit: ") and said.count("\n") == 1
+
+
+def test_a_text_is_continued_as_its_words_come(make_model, corpus, monkeypatch, capsys):
+    published = Published(make_model(), corpus, None, None)
+    monkeypatch.setattr("earlyexit.load", lambda *_: published)
+    said = {}
+    for options in ([], ["--drafts", "3"], ["--full-depth"]):
+        assert main(["generate", "--prompt", "3 4 5", "--words", "6", *options]) == 0
+        told = capsys.readouterr().out
+        text, _, pace = told.partition("\n\n")
+        said[tuple(options)] = text.split()
+        assert re.fullmatch(r"[\d,]+ words per second, \d\.\d\d of 3 layers per word\n", pace)
+    prompt = torch.tensor([[5, 6, 7]])
+    ids = published.model.generate(prompt, 6)[0]
+    wanted = " ".join(corpus.decode(ids[0].tolist())).replace("<eos>", "").split()
+    assert list(said.values()) == [wanted] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--prompt", " "], "none with a word"),
+        (["--prompt", "3", "--words", "-1"], "n_new=-1: must be ≥ 0"),
+        (["--prompt", "3", "--words", "40"], "exceed n_seq=12"),
+        (["--prompt", "3", "--top-p", "0"], "top_p=0.0"),
+        (["--prompt", "3", "--temperature", "nan"], "temperature=nan"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(
+    make_model, corpus, monkeypatch, capsys, options, told
+):
+    published = Published(make_model(), corpus, None, None)
+    monkeypatch.setattr("earlyexit.load", lambda *_: published)
+    assert main(["generate", *options]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1

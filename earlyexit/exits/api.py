@@ -14,12 +14,14 @@ from earlyexit.corpus.windows import check_whole
 from earlyexit.exits.clock import marker
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.execution import run
-from earlyexit.exits.generation import generate
+from earlyexit.exits.fused import fusable, pack
+from earlyexit.exits.generation import Generated, Prompts, decode
 from earlyexit.exits.policy import ExitPolicy, check_policy, check_threshold
 from earlyexit.exits.protocol import Execution, ExitModel
 from earlyexit.exits.readers import Predictions, Reader, Scores
 from earlyexit.exits.statistics import exit_statistics
 from earlyexit.nn.borrowed import own_precision
+from earlyexit.nn.decode_loops import Weights
 
 
 class EarlyExitModel(ExitModel):
@@ -33,6 +35,7 @@ class EarlyExitModel(ExitModel):
         """Set the threshold of the default policy, and count exits from zero."""
         self.confidence_threshold = confidence_threshold
         self._last_fingerprint: tuple[list, str] = [], ""
+        self._packed: tuple[list, Weights] | None = None
         self.register_buffer("avg_exit_layer", torch.zeros(()), persistent=False)
         counts = torch.zeros(self.n_layers + 1, dtype=torch.int64)
         self.register_buffer("exit_layer_counts", counts, persistent=False)
@@ -194,13 +197,36 @@ class EarlyExitModel(ExitModel):
 
     def generate(
         self,
-        prompt: Tensor,
+        prompt: Prompts,
         n_new: int,
         policy: ExitPolicy | None = None,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        **options,
     ) -> tuple[Tensor, Tensor]:
-        """Continue ``prompt``; see :func:`earlyexit.exits.generation.generate`."""
+        """Return the ``ids`` and ``exits`` of :meth:`decode`."""
+        made = self.decode(prompt, n_new, policy, temperature, generator, **options)
+        return made.ids, made.exits
+
+    def decode(
+        self,
+        prompt: Prompts,
+        n_new: int,
+        policy: ExitPolicy | None = None,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        **options,
+    ) -> Generated:
+        """Continue ``prompt``; see :func:`earlyexit.exits.generation.decode`."""
         if policy is not None:
             self._check_origin(policy)
-        return generate(self, prompt, n_new, policy, temperature, generator)
+        if fusable(self):
+            options["weights"] = self._packed_weights()
+        return decode(self, prompt, n_new, policy, temperature, generator, **options)
+
+    def _packed_weights(self) -> Weights:
+        """Return the weights as compiled loops read them, made again where one was written since."""
+        state = self._state_of_weights()
+        if self._packed is None or self._packed[0] != state:
+            self._packed = state, pack(self)
+        return self._packed[1]

@@ -1,72 +1,235 @@
-"""Text is generated with exits: in O(1) state per layer where a model can, else by running again."""
+"""Text is generated with exits: in O(1) state per layer where a model can, else by running again.
+
+There are three ways, and :func:`decode` takes the fastest that is right for the model:
+
+* compiled loops (:mod:`earlyexit.exits.fused`) for plain ResNet-BK blocks on a CPU. The prompt is run in
+  one pass, then every word takes O(1);
+* step by step through the contract, for all that keep a state from position to position;
+* running everything again for each word, in O(N²), for any causal model.
+
+A policy is used in one of two ways. Without drafts it decides where a word leaves, and the words are
+those of its exits. With drafts (self-speculation; LayerSkip, Elhoushi et al. 2024, which drafts with a
+fixed exit) the exits only propose, as long as the policy lets words go, and the last layer verifies a
+whole draft in one pass: the words are those of full depth, and drawn ones are distributed as its.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from earlyexit.checked import real, whole
+from earlyexit.corpus.windows import IGNORE
 from earlyexit.exits.execution import DenseWalk, run
+from earlyexit.exits.fused import FusedDecoder, Texts, fusable, pack, rule_of
 from earlyexit.exits.policy import ExitPolicy, check_policy
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.readers import Reader
+from earlyexit.exits.statistics import layers_executed
 from earlyexit.exits.tally import ExitRun, Tally
 from earlyexit.nn.borrowed import borrowed
+from earlyexit.nn.decode_loops import Choice, Weights, distribution, draw
 from earlyexit.nn.unembedding import finite_words
 
+Prompts = Tensor | Sequence[Tensor]
+Told = Callable[[int, list[int]], None]
 # Maps the ids so far and a position to the run of the tokens at that position, one per sequence.
 NextRun = Callable[[Tensor, int], ExitRun]
 
 
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """These are continued sequences.
+
+    Attributes:
+        ids: words ``(B, M)``, ``IGNORE`` behind the end of a sequence.
+        exits: 0-based exit of every word run ``(B, M − 1)``, n_layers where there was none. With drafts:
+            the exit that proposed the word after it, if that stood.
+        new: new words of each sequence ``(B,)``.
+        layers: layers that the new words took, divided by their number: what was run for a draft that
+            did not stand counts, the prompt does not.
+        drafts: counts ``(4, L, max_draft + 1)`` by exit and place in the draft of words that were
+            drafted, decided upon, and that stood; and of rows that each layer ran, by how many ran at
+            once. None without drafts.
+    """
+
+    ids: Tensor
+    exits: Tensor
+    new: Tensor
+    layers: float
+    drafts: Tensor | None = None
+
+
 @torch.no_grad()
-def generate(
+def decode(
     model: ExitModel,
-    prompt: Tensor,
+    prompt: Prompts,
     n_new: int,
     policy: ExitPolicy | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Continue ``prompt`` ``(B, N)`` by ``n_new`` tokens.
+    *,
+    top_p: float = 1.0,
+    stop: Sequence[int] = (),
+    max_draft: int = 0,
+    told: Told | None = None,
+    fused: bool = True,
+    weights: Weights | None = None,
+) -> Generated:
+    """Continue prompts by ``n_new`` words each, or up to a stop word.
+
+    A continuation ends with the window. The state alone could go on, but a position has a learned
+    embedding, and there is none beyond n_seq: what came next would not be what the model was trained
+    for, so it is refused rather than made.
 
     Args:
+        prompt: token ids ``(B, N)``, or a list of ids ``(N_b,)`` of unequal lengths.
         policy: None runs full depth.
-        temperature: 0 takes the most probable token; otherwise a token is sampled.
-
-    Returns:
-        Token ids ``(B, N + n_new)``, and the exit layer of every token run ``(B, N + n_new − 1)``.
+        temperature: 0 takes the most probable word; otherwise a word is drawn.
+        generator: of the random numbers that words are drawn with.
+        top_p: words are drawn among the fewest whose share reaches it.
+        stop: words at which a sequence ends; they are its last.
+        max_draft: longest draft of words that the policy lets go, verified by the last layer; 0: none.
+        told: called with the number of a sequence and its new words, as they come.
+        fused: whether compiled loops are used where they can be.
+        weights: what :func:`earlyexit.exits.fused.pack` made of the model, if it is kept.
 
     Raises:
-        ValueError: prompt and continuation exceed n_seq, ``n_new`` or the temperature is negative, the
-            policy is for another depth, logits are not finite, or ``embed`` refuses the prompt.
+        TypeError: a number is no number, or the policy is none.
+        ValueError: a prompt is empty, prompt and continuation exceed n_seq, ``n_new`` or the
+            temperature is negative, top_p is outside (0, 1], a stop word is outside the vocabulary, the
+            policy is for another depth, drafts are asked of what cannot make them, logits are not
+            finite, or ``embed`` refuses the prompt.
     """
-    model.embed(prompt)  # refuses what cannot be run
-    batch, length = prompt.shape
-    n_new, temperature = whole("n_new", n_new), real("temperature", temperature, least=0)
-    if length + n_new > model.n_seq + 1:
-        raise ValueError(
-            f"{length} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
-        )
-    policy = ExitPolicy.static(model.n_layers, model.n_layers) if policy is None else policy
+    policy, full = policy or ExitPolicy.static(model.n_layers, model.n_layers), policy is None
     check_policy(policy, model.n_layers)
-    ids, exits = prompt.long(), []
-    next_run = _stepping(model, policy) if model.can_step else _running_again(model, policy)
+    choice = Choice(real("temperature", temperature, least=0), real("top_p", top_p))
+    if not 0 < choice.top_p <= 1:
+        raise ValueError(f"top_p={choice.top_p}: must lie in (0, 1]")
+    stops = [whole("stop", word, 0, model.vocab_size - 1) for word in stop]
+    texts = _texts(model, prompt, whole("n_new", n_new), choice, stops, generator)
+    rule = rule_of(model, policy) if fused and fusable(model) else None
+    if whole("max_draft", max_draft) and (rule is None or full):
+        raise ValueError(
+            f"max_draft={max_draft}: drafts need a policy by depth, gate or agreement, and a model of"
+            " plain ResNet-BK blocks on a CPU: leave out max_draft for others"
+        )
     with borrowed(model):
-        for position in range(length + n_new - 1):
-            result = next_run(ids, position)
-            exits.append(result.exit_layers)
-            if position >= length - 1:
-                ids = torch.cat([ids, _choose(result.outputs, temperature, generator)], dim=1)
-    return ids, torch.stack(exits, dim=1) if exits else ids.new_zeros(batch, 0)
+        if rule is None:
+            decoder = ContractDecoder(model, texts, policy, generator)
+        else:
+            weights = pack(model) if weights is None else weights
+            decoder = FusedDecoder(weights, texts, rule, max_draft)
+        while (texts.length < texts.end).any():
+            known = texts.length.copy()
+            decoder.advance(1 if told else texts.ids.shape[1])
+            for b in (texts.length > known).nonzero()[0].tolist() if told else ():
+                told(b, texts.ids[b, known[b] : texts.length[b]].tolist())
+    return _generated(texts, model, getattr(decoder, "seen", None) if max_draft else None)
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    word = finite_words(*logits.max(dim=-1, keepdim=True))
-    if temperature == 0:
+def _texts(
+    model: ExitModel, prompt: Prompts, n_new: int, choice: Choice, stops: list[int], generator
+) -> Texts:
+    """Return checked prompts with room for their continuations."""
+    prompts = _checked(model, prompt)
+    lengths = np.array([len(one) for one in prompts])
+    if lengths.max() + n_new > model.n_seq + 1:
+        raise ValueError(
+            f"{lengths.max()} + {n_new} tokens exceed n_seq={model.n_seq}: shorten prompt or n_new"
+        )
+    ids = np.full((len(prompts), lengths.max() + n_new), IGNORE)
+    for row, one in zip(ids, prompts, strict=True):
+        row[: len(one)] = one.cpu().numpy()
+
+    def uniform(shape: tuple[int, ...]) -> np.ndarray:
+        if choice.temperature == 0:
+            return np.zeros(shape)
+        device = "cpu" if generator is None else generator.device
+        made = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
+        return made.cpu().numpy()
+
+    exits, stop = np.full_like(ids, IGNORE), np.array(stops, dtype=np.int64)
+    return Texts(ids, exits, lengths, lengths.copy(), lengths + n_new, choice, uniform, stop)
+
+
+def _checked(model: ExitModel, prompt: Prompts) -> list[Tensor]:
+    """Return prompts ``(N_b,)`` that ``embed`` does not refuse."""
+    if isinstance(prompt, Tensor):
+        model.embed(prompt)
+        return list(prompt)
+    if not len(prompt):
+        raise ValueError("there is no prompt: give one or more")
+    for b, one in enumerate(prompt):
+        if not len(one):
+            raise ValueError(f"prompt {b} is empty: give it a word or more, such as <eos>")
+        model.embed(torch.as_tensor(one)[None])
+    return list(map(torch.as_tensor, prompt))
+
+
+def _generated(texts: Texts, model: ExitModel, seen: np.ndarray | None) -> Generated:
+    longest, new = int(texts.length.max()), texts.length - texts.start
+    places = np.arange(longest)
+    ids = np.where(places < texts.length[:, None], texts.ids[:, :longest], IGNORE)
+    ran = places[:-1] < texts.length[:, None] - 1
+    exits = np.where(ran, texts.exits[:, : longest - 1], IGNORE)
+    fresh = ran & (places[:-1] >= texts.start[:, None] - 1)
+    layers = layers_executed(exits[fresh], model.n_layers).sum()
+    if seen is not None:
+        layers = seen[3].sum()
+    device = next(model.parameters()).device
+    ids, exits, new = (torch.from_numpy(part).to(device) for part in (ids, exits, new))
+    drafts = None if seen is None else torch.from_numpy(seen)
+    return Generated(ids, exits, new, layers / max(1, int(new.sum())), drafts)
+
+
+class ContractDecoder:
+    """This decoder continues texts position by position, through the contract or by running again."""
+
+    def __init__(self, model: ExitModel, texts: Texts, policy: ExitPolicy, generator):
+        self.model, self.texts, self.position = model, texts, 0
+        self.device = next(model.parameters()).device
+        self.uniforms = texts.uniform((texts.ids.shape[1], len(texts.ids)))
+        made = _stepping if model.can_step else _running_again
+        self.next_run = made(model, policy)
+        common = texts.length if (texts.length < texts.end).any() else texts.length.max()
+        for _ in range(np.min(common) - 1):  # all but the last word that every prompt has
+            self._run()
+
+    def _run(self) -> None:
+        t, at = self.texts, self.position
+        ids = torch.from_numpy(np.maximum(t.ids[:, : at + 1], 0)).to(self.device)
+        result = self.next_run(ids, at)
+        t.exits[:, at], self.position = result.exit_layers.cpu().numpy(), at + 1
+        if (rows := (t.length == at + 1) & (t.length < t.end)).any():
+            words = _choose(result.outputs, t.choice, self.uniforms[at])
+            t.ids[rows, at + 1] = words[rows]
+            t.length[rows] += 1
+            ended = rows & np.isin(t.ids[:, at + 1], t.stop)
+            t.end[ended] = t.length[ended]
+
+    def advance(self, words: int) -> None:
+        """Run ``words`` more positions, or fewer: a sequence gets a word where its prompt has ended."""
+        for _ in range(words):
+            if not (self.texts.length < self.texts.end).any():
+                return
+            self._run()
+
+
+def _choose(logits: Tensor, choice: Choice, uniforms: np.ndarray) -> np.ndarray:
+    """Return a word for each row of logits ``(B, V)``."""
+    word = finite_words(*logits.max(dim=-1)).cpu().numpy()
+    if choice.temperature == 0:
         return word
-    return (logits / temperature).softmax(dim=-1).multinomial(1, generator=generator)
+    p = np.empty(logits.shape[1])
+    for b, row in enumerate(logits.double().cpu().numpy()):
+        distribution(row, choice.temperature, choice.top_p, p)
+        word[b] = draw(p, uniforms[b])
+    return word
 
 
 def _running_again(model: ExitModel, policy: ExitPolicy) -> NextRun:

@@ -13,6 +13,8 @@ from earlyexit.figures.build import (
     ablation, cost_shares, depth_and_memory, depth_curve, leak, memory_curve, position_curve,
     trained_exits, training_curves, training_nll)
 from earlyexit.figures.calibration import confidence_shares, reliability, reliability_diagram
+from earlyexit.figures.decoding import (
+    decoding, decoding_parts, decoding_speeds, draft_break_even)
 from earlyexit.figures.guarantees import (
     bound_widths, price_of_certainty, target_achieved, violation_rate, violation_rates)
 from earlyexit.figures.memory_profiling import memory

@@ -199,6 +199,22 @@ class ExistingModels(Common):
     assisted_tokens: Limit = 32
 
 
+@dataclass(frozen=True)
+class Generation(Common):
+    epsilon: Positive = 0.05
+    delta: Probability = 0.05
+    prompts: Count = 32
+    prompt_words: Count = 16
+    new_words: Count = 96
+    batch_sizes: Counts = (1, 8, 32)
+    drafts: Counts = (1, 2, 3, 4, 6, 8)
+    draft_thresholds: Shares = (0.5, 0.7, 0.8, 0.9)
+    temperatures: Annotated[tuple[Weight, ...], _some] = (0.0, 1.0)
+    repeats: Count = 7
+    stepped_words: Count = 8
+    shown_words: Count = 90
+
+
 NOTEBOOKS: dict[str, type[Common]] = {
     "01_build": Build,
     "02_calibration": Calibration,
@@ -209,6 +225,7 @@ NOTEBOOKS: dict[str, type[Common]] = {
     "07_combinations": Combinations,
     "08_study": Answer,
     "09_existing_models": ExistingModels,
+    "10_generation": Generation,
 }
 INJECTED = "# Parameters\n"  # how papermill begins the cell that it adds
 KINDS = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "dict": dict}

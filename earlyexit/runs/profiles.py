@@ -129,6 +129,10 @@ PROFILES = {
                     "small_tokens": 8_000, "small_epochs": 1.0, "tokens": 2_000,
                     "document_tokens": 64, "n_candidates": 4, "repeats": 3, "assisted_tokens": 8,
                 },
+                "10_generation": {
+                    "prompts": 4, "prompt_words": 8, "new_words": 16, "batch_sizes": (1, 4),
+                    "drafts": (1, 3), "draft_thresholds": (0.5,), "repeats": 3, "shown_words": 16,
+                },
             },
         ),
         Profile(

@@ -1,0 +1,78 @@
+"""Figures of notebook 10 show words per second, and where they come from."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from earlyexit.figures import style
+from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, Panels
+
+PARTS = {
+    "layers one by one": "C0",
+    "heads one by one": "C1",
+    "layers in one pass": "C5",
+    "heads in one pass": "C4",
+    "rest": "0.75",
+}
+
+
+@style.panel(COLUMN, 2.4)
+def decoding_speeds(speeds: pd.DataFrame, *, ax: Axes) -> None:
+    """Draw words per second over full depth at the same batch, a group of bars per method."""
+    batches = speeds["batch"].unique()
+    values = speeds.pivot(index="method", columns="batch", values="speedup_time")
+    values = values.reindex(index=speeds["method"].unique(), columns=batches)
+    values.columns = [f"batch {size}" for size in batches]
+    values.index = [_short(name) for name in values.index]
+    style.grouped_bars(ax, values, "{:.2f}", fontsize=5.5)
+    ax.axhline(1, **REFERENCE)
+    ax.set(ylabel="words per second\nover full depth")
+    ax.tick_params(axis="x", labelsize=6)
+    ax.margins(y=0.12)
+
+
+def _short(name: str) -> str:
+    return name.replace(", ", "\n")
+
+
+@style.panel(COLUMN, 2.4)
+def draft_break_even(acceptance: pd.DataFrame, *, ax: Axes) -> None:
+    """Draw the acceptance that drafts have, and that they would need to pay, over their length."""
+    for k, (exit_layer, rows) in enumerate(acceptance.groupby("exit_layer")):
+        look = style.look(k)
+        ax.plot(rows["draft"], rows["acceptance"], label=f"exit {exit_layer + 1}", **look)
+        ax.plot(rows["draft"], rows["needed"], color=look["color"], linestyle="--")
+    ax.plot([], [], color="0.3", linestyle="--", label="needed to pay")
+    ax.set(xlabel="words of a draft", ylabel="acceptance", ylim=(0, 1.03))
+    style.integers(ax.xaxis)
+    style.percent(ax.yaxis, 0)
+
+
+@style.panel(COLUMN, 2.4)
+def decoding_parts(parts: pd.DataFrame, *, ax: Axes) -> None:
+    """Draw the microseconds of a word by part, a bar per method."""
+    values = parts.pivot(index="method", columns="part", values="microseconds")
+    values = values.reindex(index=parts["method"].unique(), columns=list(PARTS))
+    totals = values.sum(axis=1)
+    values.index = [_short(name) for name in values.index]
+    style.stacked_bars(
+        ax, values.clip(lower=0), "{:.0f}", colors=list(PARTS.values()), totals=totals
+    )
+    ax.set(xlabel="microseconds per word, batch 1")
+    ax.tick_params(axis="y", labelsize=6)
+
+
+def decoding(
+    speeds: pd.DataFrame, acceptance: pd.DataFrame, parts: pd.DataFrame, *, ax: Panels = None
+) -> np.ndarray:
+    """Draw speeds, the drafts' break-even, and the time of a word, in three panels."""
+    panels = [
+        partial(decoding_speeds, speeds),
+        partial(draft_break_even, acceptance),
+        partial(decoding_parts, parts),
+    ]
+    return style.compose(ax, PAGE, 2.7, panels)
