@@ -25,7 +25,8 @@ from earlyexit.atomic import atomic_path
 from earlyexit.runs import digests
 
 log = logging.getLogger(__name__)
-FORMAT = 3  # of new records; 2: of models whose exits shared a head; 1: of the first layer
+# Of new records; 3: without peak memory; 2: of models whose exits shared a head; 1: of the first layer.
+FORMAT = 4
 SUFFIX = ".run.json"
 
 LIBRARIES = (
@@ -97,7 +98,7 @@ class Record:
     work: float | None = None
     peak_mib: float | None = None
     note: str = ""
-    format: Literal[1, 2, 3] = FORMAT
+    format: Literal[1, 2, 3, 4] = FORMAT
 
     @property
     def is_old(self) -> bool:
