@@ -93,6 +93,7 @@ def test_a_cell_trains_into_the_cache_and_says_its_throughput(tmp_path, monkeypa
         study.model(3)
 
 
+@pytest.mark.slow  # two processes start, and each imports torch
 def test_models_trained_side_by_side_come_through_the_cache(tmp_path, monkeypatch):
     """In processes of their own: a model, and a table of one that is trained alone."""
     place = write_training(tmp_path)

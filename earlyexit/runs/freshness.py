@@ -176,8 +176,9 @@ def minutes(
     others = [r for r in others if not r.is_old] or others
     if not others:
         return None, "unknown"
-    share = np.array([r.work for r in others]) / work
+    largest = max(r.work for r in others)
     seconds = np.array([r.seconds for r in others])
-    # A relative error counts alike for short and long runs.
-    parts, _ = nnls(np.c_[1 / seconds, share / seconds], np.ones(len(others)))
-    return float(parts.sum()) / 60, "rough"
+    shares = np.array([r.work / largest for r in others])
+    # Relative errors count, so that short runs have a say; one run alone is all in proportion.
+    (slope, start), _ = nnls(np.c_[shares / seconds, 1 / seconds], np.ones(len(others)))
+    return float(start + slope * work / largest) / 60, "rough"
