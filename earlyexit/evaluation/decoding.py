@@ -258,8 +258,8 @@ def breakdown(
             exits = torch.cat([g.exits[:, prompts.shape[1] - 1 :] for g in made]).clamp_max(last)
             heads = np.bincount(exits.flatten().numpy(), minlength=last + 1)
             parts = {
-                "layers one by one": (exits + 1).sum().item() * of["layer", -1, 1],
-                "heads one by one": sum(n * of["head", k, 1] for k, n in enumerate(heads)),
+                "layers": (exits + 1).sum().item() * of["layer", -1, 1],
+                "heads": sum(n * of["head", k, 1] for k, n in enumerate(heads)),
             }
         else:
             drafted, _, _, ran = sum(g.drafts for g in made).numpy()
@@ -267,11 +267,11 @@ def breakdown(
             layer = np.array([of["layer", -1, n] for n in joined])
             head = np.array([of["head", last, n] for n in joined])
             parts = {
-                "layers one by one": ran[:, 0].sum() * layer[0],
-                "heads one by one": sum(n * of["head", k, 1] for k, n in enumerate(drafted.sum(1)))
+                "layers": ran[:, 0].sum() * layer[0],
+                "heads": sum(n * of["head", k, 1] for k, n in enumerate(drafted.sum(1)))
                 + ran[-1, 0] * head[0],
-                "layers in one pass": (ran[:, 1:].sum(0) * layer[1:]).sum(),
-                "heads in one pass": (ran[-1, 1:] * head[1:]).sum(),
+                "layers, joined": (ran[:, 1:].sum(0) * layer[1:]).sum(),
+                "heads, joined": (ran[-1, 1:] * head[1:]).sum(),
             }
         told = 1e6 / at_one.loc[name, "words_per_second"]
         parts = {part: total / words for part, total in parts.items()}
