@@ -17,8 +17,8 @@ from torch import Tensor
 
 from earlyexit.cost.timing import interleaved_times, time_columns
 from earlyexit.exits.api import EarlyExitModel
-from earlyexit.exits.fused import FusedDecoder, Texts, pack
-from earlyexit.exits.generation import Generated
+from earlyexit.exits.fused import FusedDecoder, Texts
+from earlyexit.exits.generation import Generated, decode
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.nn import decode_loops as loops
 from earlyexit.nn.decode_loops import Choice, Rule
@@ -31,8 +31,12 @@ PRICED = 200  # runs of a part that is timed
 def generate_all(
     model: EarlyExitModel, prompts: Tensor, n_new: int, batch_size: int, options: Mapping[str, Any]
 ) -> list[Generated]:
-    """Continue prompts ``(B, N)`` by ``n_new`` words, ``batch_size`` at a time."""
-    return [model.decode(part, n_new, **options) for part in prompts.split(batch_size)]
+    """Continue prompts ``(B, N)`` by ``n_new`` words, ``batch_size`` at a time.
+
+    Weights are packed once, and a policy's origin is not checked for every prompt.
+    """
+    how = {"weights": model.packed_weights()} | options
+    return [decode(model, part, n_new, **how) for part in prompts.split(batch_size)]
 
 
 def speeds(
@@ -82,7 +86,7 @@ def stepped(model: EarlyExitModel, prompts: Tensor, n_new: int, repeats: int) ->
     full = ExitPolicy.static(model.n_layers, model.n_layers)
     runs = {
         PLAIN: lambda: generate_all(model, prompts, n_new, 1, {}),
-        STEPPED: lambda: generate_all(model, prompts, n_new, 1, {"policy": full, "fused": False}),
+        STEPPED: lambda: generate_all(model, prompts, n_new, 1, {"policy": full, "weights": None}),
     }
     seconds = interleaved_times(runs, next(model.parameters()).device, repeats)
     words = len(prompts) * n_new / np.median(seconds[STEPPED])
@@ -132,7 +136,7 @@ def prices(model: EarlyExitModel, max_draft: int, repeats: int) -> pd.DataFrame:
         Columns part ("layer", "head"), exit_layer (whose head; −1 for a layer, which is their mean),
         joined (rows of a pass), microseconds (of one row: the median).
     """
-    weights, n_layers, runs = pack(model), model.n_layers, {}
+    weights, n_layers, runs = model.packed_weights(), model.n_layers, {}
     room = loops.rows(weights, max_draft + 1)
     core = model.blocks[0].bk_layer.mixing.bk_core
     state = np.zeros((n_layers, max_draft + 2, 2, core.n_heads * (1 + core.n_values)))
@@ -159,7 +163,7 @@ def plain_parts(model: EarlyExitModel, prompts: Tensor, n_new: int, repeats: int
     The layers are run over words that stand there already; the head is what choosing the most probable
     word adds, and drawing what choosing at random adds to that.
     """
-    weights, (count, known) = pack(model), prompts.shape
+    weights, (count, known) = model.packed_weights(), prompts.shape
     full = Rule(loops.DEPTH, np.full(model.n_layers, np.inf), 0.0)
 
     def run(temperature: float, read: bool) -> None:
