@@ -331,8 +331,8 @@ def verdict(
     """
     best = speed.loc[list(lossless), "speedup_time"].idxmax()
     part = plain.set_index("part")["microseconds"]
-    margin = (accepted["acceptance"] - accepted["needed"]).idxmax(skipna=True)
-    row = None if accepted["needed"].isna().all() else accepted.loc[margin]
+    margin = (accepted["acceptance"] - accepted["needed"]).dropna()
+    row = accepted.loc[margin.idxmax()] if len(margin) else None
     why = "not even drafts that always stand would pay, at any length"
     if row is not None:
         why = (
