@@ -226,12 +226,12 @@ def test_a_text_is_continued_as_its_words_come(make_model, corpus, monkeypatch, 
     monkeypatch.setattr("earlyexit.load", lambda *_: published)
     said = {}
     for options in ([], ["--drafts", "3"], ["--full-depth"]):
-        assert main(["generate", "--prompt", "3 4 5", "--words", "6", *options]) == 0
+        assert main(["generate", "--prompt", "3", "--words", "6", *options]) == 0
         told = capsys.readouterr().out
-        text, _, pace = told.partition("\n\n")
+        text, _, pace = told.rpartition("\n\n")
         said[tuple(options)] = text.split()
         assert re.fullmatch(r"[\d,]+ words per second, \d\.\d\d of 3 layers per word\n", pace)
-    prompt = torch.tensor([[5, 6, 7]])
+    prompt = torch.tensor([[5]])
     ids = published.model.generate(prompt, 6)[0]
     wanted = " ".join(corpus.decode(ids[0].tolist())).replace("<eos>", "").split()
     assert list(said.values()) == [wanted] * 3

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from earlyexit.cost.timing import interleaved_times, time_columns
 from earlyexit.exits.api import EarlyExitModel
-from earlyexit.exits.fused import FusedDecoder, Texts, pack
-from earlyexit.exits.generation import Generated
+from earlyexit.exits.fused import FusedDecoder, Texts
+from earlyexit.exits.generation import Generated, decode
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.nn import decode_loops as loops
 from earlyexit.nn.decode_loops import Choice, Rule
@@ -31,8 +31,12 @@ PRICED = 200  # runs of a part that is timed
 def generate_all(
     model: EarlyExitModel, prompts: Tensor, n_new: int, batch_size: int, options: Mapping[str, Any]
 ) -> list[Generated]:
-    """Continue prompts ``(B, N)`` by ``n_new`` words, ``batch_size`` at a time."""
-    return [model.decode(part, n_new, **options) for part in prompts.split(batch_size)]
+    """Continue prompts ``(B, N)`` by ``n_new`` words, ``batch_size`` at a time.
+
+    Weights are packed once, and a policy's origin is not checked for every prompt.
+    """
+    how = {"weights": model.packed_weights()} | options
+    return [decode(model, part, n_new, **how) for part in prompts.split(batch_size)]
 
 
 def speeds(
@@ -82,7 +86,7 @@ def stepped(model: EarlyExitModel, prompts: Tensor, n_new: int, repeats: int) ->
     full = ExitPolicy.static(model.n_layers, model.n_layers)
     runs = {
         PLAIN: lambda: generate_all(model, prompts, n_new, 1, {}),
-        STEPPED: lambda: generate_all(model, prompts, n_new, 1, {"policy": full, "fused": False}),
+        STEPPED: lambda: generate_all(model, prompts, n_new, 1, {"policy": full, "weights": None}),
     }
     seconds = interleaved_times(runs, next(model.parameters()).device, repeats)
     words = len(prompts) * n_new / np.median(seconds[STEPPED])
@@ -132,7 +136,7 @@ def prices(model: EarlyExitModel, max_draft: int, repeats: int) -> pd.DataFrame:
         Columns part ("layer", "head"), exit_layer (whose head; −1 for a layer, which is their mean),
         joined (rows of a pass), microseconds (of one row: the median).
     """
-    weights, n_layers, runs = pack(model), model.n_layers, {}
+    weights, n_layers, runs = model.packed_weights(), model.n_layers, {}
     room = loops.rows(weights, max_draft + 1)
     core = model.blocks[0].bk_layer.mixing.bk_core
     state = np.zeros((n_layers, max_draft + 2, 2, core.n_heads * (1 + core.n_values)))
@@ -159,7 +163,7 @@ def plain_parts(model: EarlyExitModel, prompts: Tensor, n_new: int, repeats: int
     The layers are run over words that stand there already; the head is what choosing the most probable
     word adds, and drawing what choosing at random adds to that.
     """
-    weights, (count, known) = pack(model), prompts.shape
+    weights, (count, known) = model.packed_weights(), prompts.shape
     full = Rule(loops.DEPTH, np.full(model.n_layers, np.inf), 0.0)
 
     def run(temperature: float, read: bool) -> None:
@@ -258,8 +262,8 @@ def breakdown(
             exits = torch.cat([g.exits[:, prompts.shape[1] - 1 :] for g in made]).clamp_max(last)
             heads = np.bincount(exits.flatten().numpy(), minlength=last + 1)
             parts = {
-                "layers one by one": (exits + 1).sum().item() * of["layer", -1, 1],
-                "heads one by one": sum(n * of["head", k, 1] for k, n in enumerate(heads)),
+                "layers": (exits + 1).sum().item() * of["layer", -1, 1],
+                "heads": sum(n * of["head", k, 1] for k, n in enumerate(heads)),
             }
         else:
             drafted, _, _, ran = sum(g.drafts for g in made).numpy()
@@ -267,11 +271,11 @@ def breakdown(
             layer = np.array([of["layer", -1, n] for n in joined])
             head = np.array([of["head", last, n] for n in joined])
             parts = {
-                "layers one by one": ran[:, 0].sum() * layer[0],
-                "heads one by one": sum(n * of["head", k, 1] for k, n in enumerate(drafted.sum(1)))
+                "layers": ran[:, 0].sum() * layer[0],
+                "heads": sum(n * of["head", k, 1] for k, n in enumerate(drafted.sum(1)))
                 + ran[-1, 0] * head[0],
-                "layers in one pass": (ran[:, 1:].sum(0) * layer[1:]).sum(),
-                "heads in one pass": (ran[-1, 1:] * head[1:]).sum(),
+                "layers, joined": (ran[:, 1:].sum(0) * layer[1:]).sum(),
+                "heads, joined": (ran[-1, 1:] * head[1:]).sum(),
             }
         told = 1e6 / at_one.loc[name, "words_per_second"]
         parts = {part: total / words for part, total in parts.items()}
@@ -327,8 +331,8 @@ def verdict(
     """
     best = speed.loc[list(lossless), "speedup_time"].idxmax()
     part = plain.set_index("part")["microseconds"]
-    margin = (accepted["acceptance"] - accepted["needed"]).idxmax(skipna=True)
-    row = None if accepted["needed"].isna().all() else accepted.loc[margin]
+    margin = (accepted["acceptance"] - accepted["needed"]).dropna()
+    row = accepted.loc[margin.idxmax()] if len(margin) else None
     why = "not even drafts that always stand would pay, at any length"
     if row is not None:
         why = (

@@ -35,7 +35,7 @@ class EarlyExitModel(ExitModel):
         """Set the threshold of the default policy, and count exits from zero."""
         self.confidence_threshold = confidence_threshold
         self._last_fingerprint: tuple[list, str] = [], ""
-        self._packed: tuple[list, Weights] | None = None
+        self._packed: tuple[list, Weights | None] | None = None
         self.register_buffer("avg_exit_layer", torch.zeros(()), persistent=False)
         counts = torch.zeros(self.n_layers + 1, dtype=torch.int64)
         self.register_buffer("exit_layer_counts", counts, persistent=False)
@@ -215,18 +215,28 @@ class EarlyExitModel(ExitModel):
         policy: ExitPolicy | None = None,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        *,
+        fused: bool = True,
         **options,
     ) -> Generated:
-        """Continue ``prompt``; see :func:`earlyexit.exits.generation.decode`."""
+        """Continue ``prompt``; see :func:`earlyexit.exits.generation.decode`.
+
+        Args:
+            fused: whether compiled loops are used, where they know all parts of the model.
+        """
         if policy is not None:
             self._check_origin(policy)
-        if fusable(self):
-            options["weights"] = self._packed_weights()
-        return decode(self, prompt, n_new, policy, temperature, generator, **options)
+        weights = self.packed_weights() if fused else None
+        return decode(
+            self, prompt, n_new, policy, temperature, generator, weights=weights, **options
+        )
 
-    def _packed_weights(self) -> Weights:
-        """Return the weights as compiled loops read them, made again where one was written since."""
+    def packed_weights(self) -> Weights | None:
+        """Return the weights for compiled loops, made again where one was written since.
+
+        None: the loops do not know all parts of the model.
+        """
         state = self._state_of_weights()
         if self._packed is None or self._packed[0] != state:
-            self._packed = state, pack(self)
+            self._packed = state, pack(self) if fusable(self) else None
         return self._packed[1]

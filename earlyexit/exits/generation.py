@@ -16,6 +16,7 @@ whole draft in one pass: the words are those of full depth, and drawn ones are d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 from earlyexit.checked import real, whole
 from earlyexit.corpus.windows import IGNORE
 from earlyexit.exits.execution import DenseWalk, run
-from earlyexit.exits.fused import FusedDecoder, Texts, fusable, pack, rule_of
+from earlyexit.exits.fused import FusedDecoder, Texts, rule_of
 from earlyexit.exits.policy import ExitPolicy, check_policy
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.readers import Reader
@@ -77,7 +78,6 @@ def decode(
     stop: Sequence[int] = (),
     max_draft: int = 0,
     told: Told | None = None,
-    fused: bool = True,
     weights: Weights | None = None,
 ) -> Generated:
     """Continue prompts by ``n_new`` words each, or up to a stop word.
@@ -95,8 +95,8 @@ def decode(
         stop: words at which a sequence ends; they are its last.
         max_draft: longest draft of words that the policy lets go, verified by the last layer; 0: none.
         told: called with the number of a sequence and its new words, as they come.
-        fused: whether compiled loops are used where they can be.
-        weights: what :func:`earlyexit.exits.fused.pack` made of the model, if it is kept.
+        weights: what :func:`earlyexit.exits.fused.pack` made of the model, for compiled loops; None goes
+            through the contract.
 
     Raises:
         TypeError: a number is no number, or the policy is none.
@@ -112,17 +112,16 @@ def decode(
         raise ValueError(f"top_p={choice.top_p}: must lie in (0, 1]")
     stops = [whole("stop", word, 0, model.vocab_size - 1) for word in stop]
     texts = _texts(model, prompt, whole("n_new", n_new), choice, stops, generator)
-    rule = rule_of(model, policy) if fused and fusable(model) else None
+    rule = None if weights is None else rule_of(model, policy)
     if whole("max_draft", max_draft) and (rule is None or full):
         raise ValueError(
             f"max_draft={max_draft}: drafts need a policy by depth, gate or agreement, and a model of"
             " plain ResNet-BK blocks on a CPU: leave out max_draft for others"
         )
-    with borrowed(model):
+    with borrowed(model) if rule is None else nullcontext():
         if rule is None:
-            decoder = ContractDecoder(model, texts, policy, generator)
+            decoder = ContractDecoder(model, texts, policy)
         else:
-            weights = pack(model) if weights is None else weights
             decoder = FusedDecoder(weights, texts, rule, max_draft)
         while (texts.length < texts.end).any():
             known = texts.length.copy()
@@ -190,7 +189,7 @@ def _generated(texts: Texts, model: ExitModel, seen: np.ndarray | None) -> Gener
 class ContractDecoder:
     """This decoder continues texts position by position, through the contract or by running again."""
 
-    def __init__(self, model: ExitModel, texts: Texts, policy: ExitPolicy, generator):
+    def __init__(self, model: ExitModel, texts: Texts, policy: ExitPolicy):
         self.model, self.texts, self.position = model, texts, 0
         self.device = next(model.parameters()).device
         self.uniforms = texts.uniform((texts.ids.shape[1], len(texts.ids)))

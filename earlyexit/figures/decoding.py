@@ -12,20 +12,21 @@ from earlyexit.figures import style
 from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, Panels
 
 PARTS = {
-    "layers one by one": "C0",
-    "heads one by one": "C1",
-    "layers in one pass": "C5",
-    "heads in one pass": "C4",
+    "layers": "C0",
+    "heads": "C1",
+    "layers, joined": "C5",
+    "heads, joined": "C4",
     "rest": "0.75",
 }
 
 
-@style.panel(COLUMN, 2.4)
+@style.panel(COLUMN, 2.4, loc="upper center", ncols=3, fontsize=5.5)
 def decoding_speeds(speeds: pd.DataFrame, *, ax: Axes) -> None:
     """Draw words per second over full depth at the same batch, a group of bars per method."""
     batches = speeds["batch"].unique()
     values = speeds.pivot(index="method", columns="batch", values="speedup_time")
-    values = values.reindex(index=speeds["method"].unique(), columns=batches)
+    names = [name for name in speeds["method"].unique() if (values.loc[name] != 1).any()]
+    values = values.reindex(index=names, columns=batches)  # full depth is 1
     values.columns = [f"batch {size}" for size in batches]
     values.index = [_short(name) for name in values.index]
     style.grouped_bars(ax, values, "{:.2f}", fontsize=5.5)
@@ -39,7 +40,7 @@ def _short(name: str) -> str:
     return name.replace(", ", "\n")
 
 
-@style.panel(COLUMN, 2.4)
+@style.panel(COLUMN, 2.4, loc="upper center", ncols=4, fontsize=5.5)
 def draft_break_even(acceptance: pd.DataFrame, *, ax: Axes) -> None:
     """Draw the acceptance that drafts have, and that they would need to pay, over their length."""
     for k, (exit_layer, rows) in enumerate(acceptance.groupby("exit_layer")):
@@ -52,9 +53,9 @@ def draft_break_even(acceptance: pd.DataFrame, *, ax: Axes) -> None:
     style.percent(ax.yaxis, 0)
 
 
-@style.panel(COLUMN, 2.4)
+@style.panel(COLUMN, 2.4, loc="upper center", ncols=3, fontsize=5.5)
 def decoding_parts(parts: pd.DataFrame, *, ax: Axes) -> None:
-    """Draw the microseconds of a word by part, a bar per method."""
+    """Draw the microseconds of a word by part, a bar per method; joined rows share a pass."""
     values = parts.pivot(index="method", columns="part", values="microseconds")
     values = values.reindex(index=parts["method"].unique(), columns=list(PARTS))
     totals = values.sum(axis=1)
@@ -62,7 +63,7 @@ def decoding_parts(parts: pd.DataFrame, *, ax: Axes) -> None:
     style.stacked_bars(
         ax, values.clip(lower=0), "{:.0f}", colors=list(PARTS.values()), totals=totals
     )
-    ax.set(xlabel="microseconds per word, batch 1")
+    ax.set(xlabel="µs per word, batch 1", xlim=(0, 1.8 * totals.max()))  # and room for a legend
     ax.tick_params(axis="y", labelsize=6)
 
 

@@ -347,28 +347,26 @@ def _log_sum(x):
 def _most_probable(W, k, r, B):
     """Return the most probable word of a projected row; −1 if its logit is not finite.
 
-    A cluster is opened only where all of it outweighs the best word so far.
+    A cluster is opened only where all of it outweighs the best word so far. Its best word wins if
+    Σ exp(x − max x) stays below exp(cluster − best); where it does not, that shows after few words.
     """
-    S = W.size[_S]
-    clusters = B.top.shape[1] - S
-    word, best = -1, -np.inf
-    for w in range(S):
-        if B.top[r, w] > best:
-            word, best = w, B.top[r, w]
-        elif np.isnan(B.top[r, w]):
-            return -1
-    if not np.isfinite(best):
+    top, S = B.top[r], W.size[_S]
+    word, best, start = top[:S].argmax(), top[:S].max(), S
+    if not np.isfinite(top.sum()):
         return -1
-    start = S
-    for c in range(clusters):
-        if B.top[r, S + c] > best:
+    for c in range(len(top) - S):
+        if top[S + c] > best:
             rare = _open(W, k, r, c, B)
             inside = rare.argmax()
-            value = B.top[r, S + c] + rare[inside] - _log_sum(rare)
-            if not np.isfinite(value):
+            largest, total, limit = rare[inside], 0.0, np.exp(top[S + c] - best)
+            if not np.isfinite(largest):
                 return -1
-            if value > best:
-                word, best = start + inside, value
+            for x in rare:
+                total += np.exp(x - largest)
+                if total >= limit:
+                    break
+            if total < limit:
+                word, best = start + inside, top[S + c] - np.log(total)
         start += W.size[_V1]
     return word
 

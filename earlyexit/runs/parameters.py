@@ -208,7 +208,7 @@ class Generation(Common):
     new_words: Count = 96
     batch_sizes: Counts = (1, 8, 32)
     drafts: Counts = (1, 2, 3, 4, 6, 8)
-    draft_thresholds: Shares = (0.5, 0.7, 0.8, 0.9)
+    draft_thresholds: Shares = (0.8, 0.9, 0.95, 0.99)
     temperatures: Annotated[tuple[Weight, ...], _some] = (0.0, 1.0)
     repeats: Count = 7
     stepped_words: Count = 8

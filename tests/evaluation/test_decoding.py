@@ -50,8 +50,10 @@ def test_every_method_is_timed_on_the_same_words(measured):
     model, prompts, methods, speed = measured
     assert len(speed) == 2 * len(methods)
     speed = speed.set_index(["method", "batch"])
-    assert (speed.loc[decoding.PLAIN, ["speedup_time", "layers", "same_words"]] == [1, 3, 1]).all(
-        None
+    assert (
+        (speed.loc[decoding.PLAIN, ["speedup_time", "layers", "same_words"]] == [1, 3, 1])
+        .to_numpy()
+        .all()
     )
     assert (speed.loc["exits", "layers"] == 1).all() and (
         speed.loc["exits", "same_words"] < 1

@@ -217,7 +217,7 @@ def test_drawn_drafts_are_distributed_as_full_depth(make_model, temperature, top
     prompt = torch.tensor([[2, 5]]).expand(20_000, -1)
     wanted = exact(model, prompt, temperature, top_p)
     likely = 20_000 * wanted > 10  # the others are counted together
-    assert likely.sum() > 8
+    assert likely.sum() > 5
 
     def p_value(**options) -> float:
         generator = torch.Generator().manual_seed(0)

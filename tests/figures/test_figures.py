@@ -126,8 +126,8 @@ DECODED = grid(method=["full depth", "exits, certified"], batch=[1, 8])
 DECODED = between(DECODED, "speedup_time")
 DRAFTS = between(grid(exit_layer=[0, 1], draft=[1, 4]), "acceptance", "needed") - [0, 0, 1, 1]
 DRAFTS.loc[0, "needed"] = np.nan
-WORDS = grid(method=["full depth", "lossless"], part=["layers one by one", "rest"])
-WORDS = WORDS.assign(microseconds=[20.0, 2.0, 15.0, -0.5])
+SPENT = grid(method=["full depth", "lossless"], part=["layers", "rest"])
+SPENT = SPENT.assign(microseconds=[20.0, 2.0, 15.0, -0.5])
 CASES = {
     "ablation": ((CHANGED,), 1),
     "act_conversion": ((ACT,), 1),
@@ -136,8 +136,8 @@ CASES = {
     "break_even_map": ((MAP, MAP[::3], "gate", 4, 32), 1),
     "claimed_measured": ((PRODUCTS,), 1),
     "coloured_text": ((["the", "<eos>", "end"], np.array([1, 2, 2]), 2, 6), 1),
-    "decoding": ((DECODED, DRAFTS, WORDS), 3),
-    "decoding_parts": ((WORDS,), 1),
+    "decoding": ((DECODED, DRAFTS, SPENT), 3),
+    "decoding_parts": ((SPENT,), 1),
     "decoding_speeds": ((DECODED,), 1),
     "draft_break_even": ((DRAFTS,), 1),
     "combination_curves": ((SYSTEMS, ALONE, 0.05, "speedup_layers"), 1),
