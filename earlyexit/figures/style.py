@@ -242,11 +242,11 @@ def setting_points(ax: Axes, rows: pd.DataFrame, x: str, largest: float, **style
 
 def mean_line(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> None:
     """Draw the mean of ``y`` over rows with the same ``x``, and their range as a shade."""
-    values = table.dropna(subset=[x, y]).groupby(x)[y]
-    (line,) = ax.plot(values.mean(), **{"markersize": 4.5, "markeredgewidth": 0} | style)
-    ends = values.agg(["min", "max"])
-    band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
-    ax.fill_between(ends.index, ends["min"], ends["max"], **band)
+    import seaborn as sns  # here, since most notebooks draw no such line and need not wait for it
+
+    band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.2, "linewidth": 0}}
+    style = {"markersize": 4.5, "markeredgewidth": 0} | style
+    sns.lineplot(table, x=x, y=y, ax=ax, legend=False, **band, **style)
 
 
 def mean_lines(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
