@@ -25,7 +25,7 @@ from earlyexit.nn.decode_loops import Choice, Rule
 
 PLAIN, STEPPED = "full depth", "full depth, not compiled"
 Methods = Mapping[str, dict[str, Any]]  # name → options of ``decode``
-PRICED = 200  # runs of a part that is timed
+PRICED = 64  # passes of a part that is timed
 
 
 def generate_all(
@@ -129,30 +129,37 @@ def quality(
     return pd.DataFrame(rows)
 
 
-def prices(model: EarlyExitModel, max_draft: int, repeats: int) -> pd.DataFrame:
-    """Time what decoding is made of, in passes of 1 … ``max_draft`` + 1 rows.
+def prices(model: EarlyExitModel, prompts: Tensor, max_draft: int, repeats: int) -> pd.DataFrame:
+    """Time what decoding is made of, in passes of 1 … ``max_draft`` + 1 rows that read prompts.
+
+    A head is what it adds to the layers before it, whose states decide which words it looks at.
 
     Returns:
         Columns part ("layer", "head"), exit_layer (whose head; −1 for a layer, which is their mean),
         joined (rows of a pass), microseconds (of one row: the median).
     """
     weights, n_layers, runs = model.packed_weights(), model.n_layers, {}
-    room = loops.rows(weights, max_draft + 1)
+    room, words = loops.rows(weights, max_draft + 1), prompts.flatten().numpy()
     core = model.blocks[0].bk_layer.mixing.bk_core
     state = np.zeros((n_layers, max_draft + 2, 2, core.n_heads * (1 + core.n_values)))
 
-    def run(first: int, last: int, head: bool, joined: int) -> Callable:
-        how = first, last, head, joined, PRICED, state, room
+    def run(layers: int, head: bool, joined: int) -> Callable:
+        how = layers, head, joined, PRICED, words, state, room
         return lambda: loops.price(weights, *how)
 
     for joined in range(1, max_draft + 2):
-        runs["layer", -1, joined] = run(0, n_layers, False, joined)
         for k in range(n_layers) if joined in (1, max_draft + 1) else [n_layers - 1]:
-            runs["head", k, joined] = run(k + 1, k + 1, True, joined)
+            runs |= {(k, head, joined): run(k + 1, head, joined) for head in (False, True)}
     seconds = interleaved_times(runs, next(model.parameters()).device, repeats)
+    row = {key: 1e6 * np.median(taken) / (PRICED * key[2]) for key, taken in seconds.items()}
     rows = [
-        (*key, 1e6 * np.median(taken) / (PRICED * key[2] * (n_layers if key[0] == "layer" else 1)))
-        for key, taken in seconds.items()
+        ("head", k, joined, row[k, True, joined] - row[k, False, joined])
+        for k, head, joined in row
+        if head
+    ]
+    rows += [
+        ("layer", -1, joined, row[n_layers - 1, False, joined] / n_layers)
+        for joined in range(1, max_draft + 2)
     ]
     return pd.DataFrame(rows, columns=["part", "exit_layer", "joined", "microseconds"])
 

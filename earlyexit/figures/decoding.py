@@ -63,7 +63,7 @@ def decoding_parts(parts: pd.DataFrame, *, ax: Axes) -> None:
     style.stacked_bars(
         ax, values.clip(lower=0), "{:.0f}", colors=list(PARTS.values()), totals=totals
     )
-    ax.set(xlabel="µs per word, batch 1", xlim=(0, 1.8 * totals.max()))  # and room for a legend
+    ax.set(xlabel="µs per word, batch 1", xlim=(0, 2.4 * totals.max()))  # and room for a legend
     ax.tick_params(axis="y", labelsize=6)
 
 

@@ -622,15 +622,20 @@ def speculate(
 
 
 @compiled
-def price(W, first, last, head, joined, repeats, state, B):
-    """Run layers ``first`` … ``last`` − 1 and, if asked, a head for ``joined`` rows, to be timed."""
-    for _ in range(repeats):
+def price(W, layers, head, joined, repeats, words, state, B):
+    """Run the first ``layers`` layers and, if asked, the head after them, ``joined`` rows at a time.
+
+    Args:
+        words: what the rows read, one after another, as often as it takes.
+    """
+    slots = state.shape[1]
+    for i in range(repeats):
         for r in range(joined):
-            slot = r % state.shape[1]
-            _embed(W, r, 0, r % W.size[_N], slot, (slot + 1) % state.shape[1], B)
-        for k in range(first, last):
+            n = i * joined + r
+            _embed(W, r, words[n % len(words)], n % W.size[_N], n % slots, (n + 1) % slots, B)
+        for k in range(layers):
             _layer(W, k, 0, joined, B, state)
         if head:
-            _project(W, last - 1, B.of[INDEX][:joined], joined, B)
+            _project(W, layers - 1, B.of[INDEX][:joined], joined, B)
             for r in range(joined):
-                _most_probable(W, last - 1, r, B)
+                _most_probable(W, layers - 1, r, B)

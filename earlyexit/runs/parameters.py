@@ -210,7 +210,7 @@ class Generation(Common):
     drafts: Counts = (1, 2, 3, 4, 6, 8)
     draft_thresholds: Shares = (0.8, 0.9, 0.95, 0.99)
     temperatures: Annotated[tuple[Weight, ...], _some] = (0.0, 1.0)
-    repeats: Count = 7
+    repeats: Count = 5
     stepped_words: Count = 8
     shown_words: Count = 90
 

@@ -68,8 +68,8 @@ def test_every_method_is_timed_on_the_same_words(measured):
 
 def test_the_parts_of_a_word_add_up(measured):
     model, prompts, methods, speed = measured
-    cost = decoding.prices(model, 2, 3)
-    assert (cost["microseconds"] > 0).all()
+    cost = decoding.prices(model, prompts, 2, 9)
+    assert (cost.loc[cost["part"] == "layer", "microseconds"] > 0).all()
     assert set(cost.loc[cost["part"] == "head", "exit_layer"]) == {0, 1, 2}
     parts = decoding.breakdown(model, methods, prompts, 8, cost, speed)
     total = parts.groupby("method")["microseconds"].sum()
