@@ -4,7 +4,7 @@ One word at batch 1 of a narrow model is a hundred products of a few thousand nu
 time than a library takes to start them. Here one compiled function runs a layer for *rows*, whatever
 these are: the words of a prompt, one word of each sequence, or a draft that is verified. A row reads the
 state that a slot holds and writes that of another, so going back is reading an older slot. What a row
-gives does not depend on the rows beside it, to the last bit: a sum has one order, that of the width.
+gives does not depend on the rows beside it: a sum has one order, that of the width.
 
 The loops trust the shapes and types that they are given: :mod:`earlyexit.exits.fused`, which has made
 them, is the only caller. Their mathematics is that of :mod:`earlyexit.nn.block`, :mod:`~.mixing`,
