@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from earlyexit.evaluation.compare import COLUMNS, Candidate, fitted, oracle, run
 from earlyexit.evaluation.curves import exit_quality
 from earlyexit.evaluation.rivals import random_exits
 from earlyexit.exits.policy import ExitPolicy
-from earlyexit.models.pretrained import PretrainedModel
+from earlyexit.models.pretrained import PretrainedModel, Way
 
 CLOSE = 0.05  # nats of KL: an exit so near to the last layer says the same
 ENOUGH = 100_000  # tokens on which translators should be fitted
@@ -100,6 +102,31 @@ def existing_policies(
     hindsight = table["criterion"].isin(["oracle (kl)", "random exits"])
     table["trace_loss"] = table["trace_loss"].where(~hindsight, table["quality_loss"])
     return table[[name for name in COLUMNS if name in table and name not in TIMES] + ["trace_loss"]]
+
+
+def ways_left_behind(
+    model: PretrainedModel, test: ExitTrace, policy: ExitPolicy, loader: Iterable
+) -> pd.DataFrame:
+    """Run a policy compacted with all that exited tokens may leave behind.
+
+    Args:
+        test: trace of the tokens of ``loader``.
+
+    Returns:
+        One row per way: left_behind, in_use (whether the model has it), quality_loss, trace_loss (where
+        all states are those of full depth) and speedup_layers.
+    """
+    usual, policy, rows = model.config, replace(policy, model_hash=""), []
+    promised = test.evaluate(policy)["quality_loss"]
+    try:
+        for way in tqdm(get_args(Way), desc="left behind", mininterval=2):
+            model.config = replace(usual, left_behind=way)
+            real = run_rows(model, [policy], loader).iloc[0]
+            row = {"left_behind": way, "in_use": way == usual.left_behind, "trace_loss": promised}
+            rows.append(row | {k: real[k] for k in ("quality_loss", "speedup_layers")})
+    finally:
+        model.config = usual
+    return pd.DataFrame(rows)
 
 
 def policy_times(

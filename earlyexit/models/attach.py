@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from earlyexit.checked import brief, whole
 from earlyexit.models.decoder_layers import ATTENTION, register
-from earlyexit.models.pretrained import PretrainedConfig, PretrainedModel, end_id
+from earlyexit.models.pretrained import PretrainedConfig, PretrainedModel, Way, end_id
 
 # Model types whose layers are known to be called as they are here; the tests make one of each.
 FAMILIES = (
@@ -27,11 +27,11 @@ def attach(
     exits: int | None = None,
     *,
     n_seq: int | None = None,
-    left_behind: Literal["copied", "zeroed"] = "copied",
+    left_behind: Way = "mapped",
 ) -> PretrainedModel:
     """Give exits to a Hugging Face decoder, whose weights stay as they are.
 
-    The translators of its exits start as the identity, and its gates untrained: see
+    The translators of its exits and its shortcuts start as the identity, and its gates untrained: see
     :func:`earlyexit.training.translators.fit_translators` and
     :func:`earlyexit.training.gates.train_gates`. The decoder remains usable by itself; where it attends
     by another function than torch's own, it does by that from now on.

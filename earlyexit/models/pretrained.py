@@ -5,9 +5,13 @@ between two exits. Stages are of one length, so layers saved are counted right i
 a trace or a gate costs something at the exits alone.
 
 A stage takes states and gives states, so what a token hands to those after it is its state, of which
-each layer makes keys and values by itself, and a flag that says whether the token has left. Of one that
-has, every deeper layer reads keys and values of the state in which it left (Schuster et al. 2022, CALM,
-§3.2); ``left_behind="zeroed"`` puts zeros there instead, a control that is known to be bad.
+each layer makes keys and values by itself, and the number of the stage, ``LEFT`` if the token has left.
+What deeper layers read of one that has, ``left_behind`` says:
+
+* ``"mapped"``: keys and values of a state that affine *shortcuts* carry on, one for each stage that the
+  token does not run (Yom Din et al. 2023, §3);
+* ``"copied"``: of the state in which it left (Schuster et al. 2022, CALM, §3.2);
+* ``"zeroed"``: zeros, a control that is known to be bad.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from earlyexit.nn.heads import ExitHead
 from earlyexit.nn.unembedding import LinearUnembedding, nll_of_logits
 
 ROWS = 64  # of logits that are made at once, at least
+LEFT = -1.0  # in place of the number of a stage
+Way = Literal["mapped", "copied", "zeroed"]
 Cache = list[tuple[Tensor, Tensor]]  # keys and values (B, H, positions, d) of each layer of a stage
 
 
@@ -52,7 +58,7 @@ class PretrainedConfig(Checked):
     d_model: Count
     vocab_size: Count
     n_seq: Count
-    left_behind: Literal["copied", "zeroed"] = "copied"
+    left_behind: Way = "mapped"
 
 
 class BorrowedUnembedding(LinearUnembedding):
@@ -155,6 +161,12 @@ class PretrainedModel(EarlyExitModel):
             head = ExitHead(config.d_model, unembedding, borrowed=True, translate=not last)
             head.layer_norm = norm
             self.heads.append(head.to(like))
+        # One over each stage but the first and the last, the identity until it is fitted.
+        self.shortcuts = nn.ModuleList(
+            nn.Linear(config.d_model, config.d_model).to(like) for _ in range(config.n_layers - 2)
+        )
+        for parameter in self.shortcuts.parameters():
+            nn.init.zeros_(parameter)
         self.gates = StateGates(config.n_layers, config.d_model).to(like.device)
         for parameter in self.gates.parameters():  # so that equal models have equal fingerprints
             nn.init.zeros_(parameter)
@@ -206,26 +218,38 @@ class PretrainedModel(EarlyExitModel):
         return h
 
     def contribution(self, layer: int, u: Tensor) -> Tensor:
-        """Return states and flags ``(…, D + 1)``; the flag 0 says that a token has not left."""
-        return F.pad(u, (0, 1))
+        """Return states and the number of the stage ``(…, D + 1)``."""
+        return F.pad(u, (0, 1), value=layer)
 
     def handed_on(self, now: Tensor, then: Tensor) -> Tensor:
-        return F.pad(now[..., :-1], (0, 1), value=1.0)
+        """Return frozen states, carried from the stage of ``then`` to that of ``now``, and ``LEFT``."""
+        states, last_run = now[..., :-1], then[..., -1:]
+        for stage in range(1, int(now.flatten()[-1])):
+            states = torch.where(last_run < stage, self._carried(stage, states), states)
+        return F.pad(states, (0, 1), value=LEFT)
 
     def propagation(self) -> Callable[[Tensor, Tensor, int], Tensor]:
         """Return a function that hands on frozen states; stages make keys and values of them."""
 
         def handed_on(hidden: Tensor, then: Tensor, first: int) -> Tensor:
-            left = F.pad(hidden, (0, 1), value=1.0)
-            return left[:, None].expand(-1, self.n_layers - first, -1)
+            states = [hidden]
+            for stage in range(first, self.n_layers - 1):
+                states.append(self._carried(stage, states[-1]))
+            return F.pad(torch.stack(states, dim=1), (0, 1), value=LEFT)
 
         return handed_on
 
+    def _carried(self, stage: int, states: Tensor) -> Tensor:
+        """Return what a shortcut makes of states ``(…, D)``, if shortcuts are used."""
+        if self.config.left_behind != "mapped":
+            return states
+        return states + self.shortcuts[stage - 1](states)
+
     def mix(self, layer: int, u: Tensor, given: Tensor, rows: Tensor | None) -> Tensor:
         """Return the states ``(A, D)`` of the running tokens after the stage."""
-        states, left = given.flatten(0, 1)[:, :-1], given[..., -1].flatten() > 0
-        if rows is None and not left.any():
-            left = None
+        states, left = given.flatten(0, 1)[:, :-1], given[..., -1].flatten() == LEFT
+        if rows is None:
+            u, left = states, left if left.any() else None
         kept = self._shared.after if self._shared and rows is None and left is None else {}
         if layer not in kept:
             kept[layer] = self._stage(layer, u, states, left, rows, given.shape[:2], None)[0]
@@ -238,7 +262,7 @@ class PretrainedModel(EarlyExitModel):
         self, layer: int, u: Tensor, given: Tensor, memory: Cache | None
     ) -> tuple[Tensor, Cache]:
         """Do :meth:`mix` for one position; tokens that have left only add keys and values."""
-        states, left = given[:, :-1], given[:, -1] > 0
+        states, left = given[:, :-1], given[:, -1] == LEFT
         rows = (~left).nonzero().squeeze(1)
         whole_batch = len(rows) == len(left)
         new, memory = self._stage(
@@ -259,6 +283,7 @@ class PretrainedModel(EarlyExitModel):
             feed_forward *= share  # the router's few columns with them
         heads = self.decoder.config.num_attention_heads
         width = heads * (getattr(self.decoder.config, "head_dim", None) or c.d_model // heads)
+        shortcut = {"shortcut": 2 * c.d_model**2} if c.left_behind == "mapped" else {}
         counted = Operations.plain(
             n_layers=c.n_layers,
             d_model=c.d_model,
@@ -268,7 +293,7 @@ class PretrainedModel(EarlyExitModel):
                 "attention": 2 * c.stage_layers * width * (c.n_seq + 1),  # half of them are seen
                 "feed-forward": 2 * c.stage_layers * feed_forward,
             },
-            propagated={"keys and values": 2 * c.stage_layers * handed},
+            propagated={"keys and values": 2 * c.stage_layers * handed} | shortcut,
             translator=2 * c.d_model**2,
         )
         return replace(counted, gate=counted.gate + LAYER_NORM * c.d_model)

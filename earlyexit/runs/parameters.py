@@ -193,7 +193,7 @@ class ExistingModels(Common):
     epsilons: Positives = (0.01, 0.02, 0.05, 0.1)
     epsilon: Positive = 0.05
     delta: Probability = 0.05
-    n_candidates: Count = 8
+    n_candidates: Count = 10
     timed_windows: Count = 4
     repeats: Count = 5
     assisted_tokens: Limit = 32

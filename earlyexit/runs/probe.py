@@ -36,6 +36,7 @@ from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.cost.parts import policy_costs
+from earlyexit.evaluation.compare import fitted
 from earlyexit.evaluation.existing import (
     ENOUGH,
     candidates_of,
@@ -43,6 +44,7 @@ from earlyexit.evaluation.existing import (
     existing_policies,
     policy_times,
     verdict,
+    ways_left_behind,
 )
 from earlyexit.evaluation.guarantees import ceiling_table, certify_each
 from earlyexit.evaluation.peers import peer_table
@@ -87,7 +89,7 @@ class ProbeConfig(Checked):
     tokens: Count = ENOUGH
     epsilons: Positives = (0.01, 0.02, 0.05, 0.1)
     delta: Probability = 0.05
-    n_candidates: Count = 8
+    n_candidates: Count = 10
     document_tokens: Count = 256
     timed_windows: Count = 4
     repeats: Count = 5
@@ -161,7 +163,7 @@ class Probe:
                 self.model, split, self.corpus.eos_id, c.tokens, seed=c.seed, **asked
             )
 
-        return self._fitted("translators", "heads.", fit, fit_translators, **asked)
+        return self._fitted("translators", ("heads.", "shortcuts."), fit, fit_translators, **asked)
 
     @cached_property
     def exits(self) -> pd.DataFrame:
@@ -173,16 +175,21 @@ class Probe:
             with _more_at_once(self.model):
                 return train_gates(self.model, split, eos, self.part, seed=self.config.seed)
 
-        return translators.merge(self._fitted("gates", "gates.", fit, *FITS), on="exit")
+        return translators.merge(self._fitted("gates", ("gates.",), fit, *FITS), on="exit")
 
     def _fitted(
-        self, what: str, prefix: str, fit: Callable[[], list[dict]], *used: Callable, **asked: Any
+        self,
+        what: str,
+        prefixes: tuple[str, ...],
+        fit: Callable[[], list[dict]],
+        *used: Callable,
+        **asked: Any,
     ) -> pd.DataFrame:
         """Put kept tensors into the model, which ``fit`` makes if they are not there."""
         tensors = {
             name: tensor.detach()
             for name, tensor in self.model.state_dict().items()
-            if name.startswith(prefix) and "layer_norm" not in name
+            if name.startswith(prefixes) and "layer_norm" not in name
         }
 
         def make(path: Path) -> None:
@@ -219,11 +226,11 @@ class Probe:
     def certificates(self) -> dict[float, Certificate | Refused]:
         """Run candidates for real on the certification part, and return ε → certificate or refusal.
 
-        The candidates are fitted to losses from well below to above every ε; see
-        :mod:`earlyexit.calibration.certify`.
+        The candidates are fitted to losses from far below every ε, since a real run loses more than the
+        trace promises, to above; see :mod:`earlyexit.calibration.certify`.
         """
         c, fit = self.config, self.trace("fit")
-        targets = np.geomspace(0.2 * min(c.epsilons), 1.2 * max(c.epsilons), c.n_candidates)
+        targets = np.geomspace(0.02 * min(c.epsilons), 1.2 * max(c.epsilons), c.n_candidates)
         try:
             policies = propose(fit, targets, "gate", costs=policy_costs(self.model, "gate"))
         except Unreachable as error:
@@ -268,6 +275,19 @@ class Probe:
         table = pd.read_parquet(self._kept("policies", ".parquet", make, *used, **asked))
         times = policy_times(self.model, candidates, self._batch(c.timed_windows), c.repeats)
         return table.merge(times, on=["criterion", "epsilon"], how="left")
+
+    def left_behind(self, epsilon: float) -> pd.DataFrame:
+        """Run the policy fitted to ``epsilon`` with all that exited tokens may leave behind."""
+        (found,) = fitted(self.model, self.trace("fit"), ["gate"], [epsilon])
+        asked = {"policy": found.policy.to_dict(), "document_tokens": self.config.document_tokens}
+
+        def make(path: Path) -> None:
+            test = list(loader(self.split("test"), self.model.n_seq, BATCH, self.corpus.eos_id))
+            table = ways_left_behind(self.model, self.trace("test"), found.policy, test)
+            table.to_parquet(path)
+
+        used = (*FITS, *RUNS, collect_trace, ways_left_behind)
+        return pd.read_parquet(self._kept("left-behind", ".parquet", make, *used, **asked))
 
     @cached_property
     def peers(self) -> pd.DataFrame:

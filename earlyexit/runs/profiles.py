@@ -235,7 +235,7 @@ PROFILES = {
             notebooks={
                 "09_existing_models": {
                     "decoder": "smollm2", "exits": 10, "window": 128, "document_tokens": 128,
-                    "tokens": 16_000, "n_candidates": 5, "timed_windows": 2, "repeats": 3,
+                    "tokens": 16_000, "n_candidates": 7, "timed_windows": 2, "repeats": 3,
                     "assisted_tokens": 24,
                 }
             },

@@ -5,6 +5,9 @@ it borrows (Belrose et al. 2023, tuned lens, eq. 4). It starts in closed form: t
 the last layer's states on its own. It is then refined by the KL from the last layer's prediction to its
 own, over words drawn anew in every step, because all of a large vocabulary would cost as much as the
 model itself.
+
+A shortcut is the same regression of the states after the next exit: it carries on what a token that has
+left hands to deeper layers (Yom Din et al. 2023, *Jump to Conclusions*, 2303.09435, §3).
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ from earlyexit.checked import real, whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.exits.execution import scored_states
-from earlyexit.exits.protocol import ExitModel
+from earlyexit.models.pretrained import PretrainedModel
 from earlyexit.nn.borrowed import borrowed
 from earlyexit.nn.unembedding import LinearUnembedding
 from earlyexit.training.train import check_trainable
 
 HELD_OUT = 10  # one of so many states is kept out of the refinement, to judge it
 KEPT_BYTES = 2**30  # of states for the refinement, at most
+Affine = tuple[Tensor, Tensor]  # weight (D, D) and bias (D,) of what is added to a state
 
 
 class _States(NamedTuple):
@@ -36,7 +40,7 @@ class _States(NamedTuple):
 
 
 def fit_translators(
-    model: ExitModel,
+    model: PretrainedModel,
     split: Split,
     eos_id: int,
     max_tokens: int = 100_000,
@@ -49,12 +53,12 @@ def fit_translators(
     ridge: float = 1e-3,
     seed: int = 0,
 ) -> list[dict]:
-    """Fit the translators of all exits but the last in place; everything else is frozen.
+    """Fit all translators and shortcuts in place, by what follows them; everything else is frozen.
 
     Args:
         split: the training split; validation and test have other uses.
         max_tokens: tokens of the regression, in random windows; refine_tokens: those whose states are
-            kept for the refinement, fewer if they take more than a gibibyte.
+            kept for the refinement of translators, fewer if they take more than a gibibyte.
         steps, batch_size, words, learning_rate: of the refinement by Adam; words are drawn uniformly,
             beside those that come next in the batch. 0 steps: the regression alone.
         ridge: weight of the map's squared entries, relative to the states' mean square.
@@ -85,9 +89,11 @@ def fit_translators(
     model.check_text(split)
     with borrowed(model):
         torch.manual_seed(seed)
-        maps, kept, tokens = _regression(
+        maps, shortcuts, kept, tokens = _regression(
             model, split, eos_id, max_tokens, min(refine_tokens, max_tokens), ridge
         )
+        for shortcut, found in zip(model.shortcuts, shortcuts, strict=True):
+            _write(shortcut, *found)
         held, rest = (
             _States(kept.after[:, rows], kept.targets[rows]) for rows in _parts(len(kept.targets))
         )
@@ -115,16 +121,21 @@ def _parts(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _write(translator: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    translator.weight.copy_(weight.expand_as(translator.weight))
-    translator.bias.copy_(bias.expand_as(translator.bias))
+def _write(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    linear.weight.copy_(weight.expand_as(linear.weight))
+    linear.bias.copy_(bias.expand_as(linear.bias))
 
 
 @torch.no_grad()
 def _regression(
-    model: ExitModel, split: Split, eos_id: int, max_tokens: int, kept_tokens: int, ridge: float
-) -> tuple[list[tuple[Tensor, Tensor]], _States, int]:
-    """Return each exit's weight ``(D, D)`` and bias ``(D,)``, some states, and the tokens seen.
+    model: PretrainedModel,
+    split: Split,
+    eos_id: int,
+    max_tokens: int,
+    kept_tokens: int,
+    ridge: float,
+) -> tuple[list[Affine], list[Affine], _States, int]:
+    """Return the maps of exits and of the stages behind them, some states, and the tokens seen.
 
     A token counts by the inverse mean square of its last state, since the norm that follows removes its
     scale: a few first tokens are a thousand times as large as the others.
@@ -138,7 +149,11 @@ def _regression(
         weight = after[-1].square().mean(dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
         ones = after.new_ones(*after.shape[1:-1], 1)
         given = [torch.cat([h, ones], dim=-1) for h in after[:-1]]
-        found = [_moments(g, after[-1] - g[:, :-1], weight) for g in given]
+        # The next state beside the last one: of the last exit but one they are the same.
+        found = [
+            _moments(g, torch.cat([after[-1] - h, later - h], dim=-1), weight)
+            for g, h, later in zip(given, after[:-1], after[1:], strict=True)
+        ]
         moments = found if moments is None else [
             (a + c, b + d) for (a, b), (c, d) in zip(moments, found, strict=True)
         ]  # fmt: skip
@@ -151,7 +166,7 @@ def _regression(
         if count >= max_tokens:
             break
     bar.close()
-    maps = []
+    maps, shortcuts = [], []
     for k in range(exits):
         square, cross = moments[k]
         small = torch.eye(len(square), dtype=square.dtype, device=device)
@@ -159,11 +174,12 @@ def _regression(
         # The median: a few channels are a thousand times as large as the others.
         scale = ridge * square.diagonal()[:-1].median()
         solved = torch.linalg.solve(square + scale * small, cross).to(after.dtype)
-        maps.append((solved[:-1].T, solved[-1]))
+        for found, part in zip((maps, shortcuts), solved.chunk(2, dim=1), strict=True):
+            found.append((part[:-1].T, part[-1]))
     joined = _States(
         torch.cat([part.after for part in kept], dim=1), torch.cat([part.targets for part in kept])
     )
-    return maps, joined, count
+    return maps, shortcuts[:-1], joined, count
 
 
 def _moments(given: Tensor, wanted: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

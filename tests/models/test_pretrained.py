@@ -55,6 +55,8 @@ def gated(model, **arguments):
     generator = torch.Generator().manual_seed(2)
     for gate in attached.gates.gates:
         torch.nn.init.normal_(gate.weight, std=0.3, generator=generator)
+    for shortcut in attached.shortcuts:
+        torch.nn.init.normal_(shortcut.weight, std=0.1, generator=generator)
     attached.gates.trained.fill_(True)
     return attached
 
@@ -79,7 +81,7 @@ def test_full_depth_is_the_model_s_own(made):
 
 
 @pytest.mark.parametrize("exits", [2, 4])
-@pytest.mark.parametrize("left_behind", ["copied", "zeroed"])
+@pytest.mark.parametrize("left_behind", ["mapped", "copied", "zeroed"])
 def test_compacted_is_dense(made, exits, left_behind):
     model, _, x, _ = made
     attached = gated(model, exits=exits, left_behind=left_behind)
@@ -90,9 +92,11 @@ def test_compacted_is_dense(made, exits, left_behind):
 
 
 @torch.no_grad()
-def test_a_token_that_left_is_read_as_it_left(made):
+@pytest.mark.parametrize("left_behind", ["mapped", "copied"])
+def test_a_token_that_left_is_read_as_it_left(made, left_behind):
     """By hand, from the model itself: after each layer the states of exited tokens are put back."""
-    model, attached, x, _ = made
+    model, _, x, _ = made
+    attached = gated(model, left_behind=left_behind)
     policy = halfway(attached, x)
     logits, info = attached(x, use_early_exit=True, policy=policy)
     exits, h = info["exit_layers"], attached.embed(x)
@@ -100,6 +104,8 @@ def test_a_token_that_left_is_read_as_it_left(made):
     turned = base.rotary_emb(h, positions) if hasattr(base, "rotary_emb") else None
     for layer, block in enumerate(attached.blocks):
         after = block(h, attention_mask=None, position_embeddings=turned)
+        if left_behind == "mapped" and 0 < layer < len(attached.blocks) - 1:
+            h = h + attached.shortcuts[layer - 1](h)
         h = torch.where((exits < layer)[..., None], h, after)
     full = exits == attached.n_layers
     wanted = attached.head(attached.n_layers - 1)(h)

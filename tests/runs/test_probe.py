@@ -67,6 +67,11 @@ def test_the_page_answers(done):
     assert "fewer than the 100,000" in said and "peak memory" in said
     measured = asked.peers.query("basis == 'measured'")
     assert len(measured) >= 4 and measured["agreement"].eq(1).all()  # verified drafts: same words
+    ways = asked.left_behind(0.1).set_index("left_behind")
+    usual = policies.query(f"criterion == '{FITTED}' and epsilon == 0.1").iloc[0]
+    assert ways.loc["mapped", "quality_loss"] == pytest.approx(usual["quality_loss"])
+    assert ways["quality_loss"].nunique() == 3 and ways["in_use"].tolist() == [True, False, False]
+    assert asked.model.config.left_behind == "mapped"
     told = asked.peers.query("basis == 'quoted'")
     assert told["source"].str.len().gt(5).all() and told["tokens_per_second"].isna().all()
 

@@ -47,10 +47,11 @@ def test_regression_is_weighted_least_squares(trained, corpus):
     h = torch.cat(states, dim=1).double().numpy()
     root = np.sqrt(1 / np.square(h[-1]).mean(axis=-1, keepdims=True))
     given = np.concatenate([h[1], np.ones_like(root)], axis=1)
-    wanted, *_ = np.linalg.lstsq(given * root, (h[-1] - h[1]) * root, rcond=None)
-    found = trained.head(0).translator
-    np.testing.assert_allclose(found.weight.detach(), wanted[:-1].T, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(found.bias.detach(), wanted[-1], rtol=1e-3, atol=1e-3)
+    for found, then in ((trained.head(0).translator, h[-1]), (trained.shortcuts[0], h[2])):
+        wanted, *_ = np.linalg.lstsq(given * root, (then - h[1]) * root, rcond=None)
+        np.testing.assert_allclose(found.weight.detach(), wanted[:-1].T, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found.bias.detach(), wanted[-1], rtol=1e-3, atol=1e-3)
+    assert len(trained.shortcuts) == trained.n_layers - 2
 
 
 def test_refined_is_better_than_regression_and_that_than_nothing(trained, corpus):
