@@ -28,7 +28,9 @@ from earlyexit.runs.profiles import PROFILES, Profile
 from earlyexit.runs.provenance import Record
 
 # The profiles whose results the README may quote; the first has the original's text.
-QUOTED = ("wikitext2", "wikitext2-wide", "cpu", "recipes", "ablation", "combinations")
+QUOTED = (
+    *("wikitext2", "wikitext2-wide", "cpu", "recipes", "ablation", "combinations", "smollm2"),
+)
 EPSILON = 0.05  # the tolerated quality loss that the blocks quote
 
 TEXTS = {
@@ -121,6 +123,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "large": large_block,
     "profiles": profiles_block,
     "products": partial(block, "products.md", "combinations"),
+    "generation": partial(block, "generation.md", "cpu"),
+    "existing": partial(block, "existing.md", "smollm2"),
     "status": status_block,
 }
 
