@@ -198,7 +198,7 @@ PROFILES = {
             seeds=(0, 1, 2),
             notebooks={
                 "01_build": {
-                    "memory_tokens": 60_000, "depths": (1, 2, 3, 4, 6), "depth_seeds": 2,
+                    "memory_tokens": 60_000, "depths": (1, 2, 3, 4, 6, 8), "depth_seeds": 3,
                 },
                 "03_threshold_sweep": {
                     "recipes": ("joint", "frozen"), "recipe_tokens": 100_000,
