@@ -7,6 +7,7 @@ any exit head.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -46,39 +47,54 @@ def speeds(
     n_new: int,
     batch_sizes: Sequence[int],
     repeats: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Time all methods on the same prompts ``(B, N)``, which are part of the time.
 
     Args:
         methods: one of them is ``PLAIN``.
+        temperature: 0 takes the most probable words; otherwise they are drawn, in every run the same.
 
     Returns:
-        One row per method and batch size: words_per_second, speedup_time with its 90 % interval, layers
-        (per word; what a draft ran in vain counts), acceptance (share of the drafted words upon which
-        was decided; NaN without drafts), and same_words, the share that is that of full depth.
+        One row per method and batch size: temperature, words_per_second, speedup_time with its 90 %
+        interval, layers (per word; what a draft ran in vain counts), acceptance (share of the drafted
+        words upon which was decided; NaN without drafts), and same_words, the share that is that of full
+        depth (NaN where words are drawn: drafts use random numbers in another order).
     """
     rows, device = [], next(model.parameters()).device
     for size in batch_sizes:
         runs: dict[str, Callable] = {
-            name: lambda o=options, b=size: generate_all(model, prompts, n_new, b, o)
+            name: lambda o=options, b=size: generate_all(
+                model, prompts, n_new, b, o | drawn(temperature, seed)
+            )
             for name, options in methods.items()
         }
         seconds = interleaved_times(runs, device, repeats)
         made = {name: run() for name, run in runs.items()}
         words = {k: torch.cat([g.ids for g in found]) for k, found in made.items()}
         for name, found in made.items():
+            same = (
+                _same(words[name], words[PLAIN], prompts.shape[1]) if temperature == 0 else np.nan
+            )
             rows.append(
                 {
                     "method": name,
                     "batch": size,
+                    "temperature": temperature,
                     "words_per_second": len(prompts) * n_new / np.median(seconds[name]),
                     **time_columns(seconds[PLAIN], seconds[name]),
                     "layers": np.mean([g.layers for g in found]),
                     "acceptance": _acceptance(found),
-                    "same_words": _same(words[name], words[PLAIN], prompts.shape[1]),
+                    "same_words": same,
                 }
             )
     return pd.DataFrame(rows)
+
+
+def drawn(temperature: float, seed: int) -> dict[str, Any]:
+    """Return the options with which words are drawn, from random numbers that begin anew."""
+    return {"temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
 
 
 def stepped(model: EarlyExitModel, prompts: Tensor, n_new: int, repeats: int) -> pd.DataFrame:
@@ -91,10 +107,11 @@ def stepped(model: EarlyExitModel, prompts: Tensor, n_new: int, repeats: int) ->
     seconds = interleaved_times(runs, next(model.parameters()).device, repeats)
     words = len(prompts) * n_new / np.median(seconds[STEPPED])
     speed = time_columns(seconds[PLAIN], seconds[STEPPED])
-    about = {"method": STEPPED, "batch": 1, "words_per_second": words, "layers": model.n_layers}
+    about = {"method": STEPPED, "batch": 1, "temperature": 0.0, "words_per_second": words}
     (plain,), (found,) = (run() for run in runs.values())
     same = _same(found.ids, plain.ids, prompts.shape[1])
-    return pd.DataFrame([about | speed | {"acceptance": np.nan, "same_words": same}])
+    rest = {"layers": model.n_layers, "acceptance": np.nan, "same_words": same}
+    return pd.DataFrame([about | speed | rest])
 
 
 def _acceptance(found: Sequence[Generated]) -> float:
@@ -121,8 +138,7 @@ def quality(
     rows = []
     for temperature in temperatures:
         for name, options in methods.items():
-            drawn = {"temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
-            ids = model.decode(prompts, n_new, **options | drawn).ids
+            ids = model.decode(prompts, n_new, **options | drawn(temperature, seed)).ids
             nll = model.nll(ids[:, :-1], ids[:, 1:])[:, prompts.shape[1] - 1 :]
             about = {"method": name, "temperature": temperature, "words": nll.numel()}
             rows.append(about | {"nll": nll.double().mean().item()})
@@ -192,32 +208,40 @@ def plain_parts(model: EarlyExitModel, prompts: Tensor, n_new: int, repeats: int
 
 
 def acceptance(
-    model: EarlyExitModel, prompts: Tensor, n_new: int, lengths: Sequence[int], cost: pd.DataFrame
+    model: EarlyExitModel,
+    prompts: Tensor,
+    n_new: int,
+    lengths: Sequence[int],
+    cost: pd.DataFrame,
+    temperatures: Sequence[float] = (0.0,),
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Draft with every exit and every length, beside the acceptance with which that would pay.
 
     Args:
         cost: prices of parts, those of :func:`prices`, with drafts at least as long.
+        temperatures: 0 verifies the most probable words; others draw words, by the rejection rule.
 
     Returns:
-        Columns exit_layer, draft (its length), acceptance (share of the drafted words upon which was
-        decided), words_per_pass, needed (NaN: not even drafts that always stand would pay).
+        Columns temperature, exit_layer, draft (its length), acceptance (share of the drafted words upon
+        which was decided), words_per_pass, needed (of words that are not drawn; NaN: not even drafts
+        that always stand would pay).
     """
     rows, n_layers = [], model.n_layers
-    for exit_layer in range(n_layers - 1):
-        policy = ExitPolicy.static(exit_layer, n_layers)
-        for length in lengths:
-            made = generate_all(model, prompts, n_new, 1, {"policy": policy, "max_draft": length})
-            passes = sum(_passes(g).sum() for g in made)
-            rows.append(
-                {
-                    "exit_layer": exit_layer,
-                    "draft": length,
-                    "acceptance": _acceptance(made),
-                    "words_per_pass": len(prompts) * n_new / passes,
-                    "needed": needed_acceptance(cost, n_layers, exit_layer, length),
-                }
-            )
+    for temperature, exit_layer, length in product(temperatures, range(n_layers - 1), lengths):
+        draft = {"policy": ExitPolicy.static(exit_layer, n_layers), "max_draft": length}
+        made = generate_all(model, prompts, n_new, 1, draft | drawn(temperature, seed))
+        passes = sum(_passes(g).sum() for g in made)
+        rows.append(
+            {
+                "temperature": temperature,
+                "exit_layer": exit_layer,
+                "draft": length,
+                "acceptance": _acceptance(made),
+                "words_per_pass": len(prompts) * n_new / passes,
+                "needed": needed_acceptance(cost, n_layers, exit_layer, length),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -254,14 +278,14 @@ def breakdown(
     """Say where the time of a word goes at batch 1: counts of rows and heads, times their prices.
 
     Args:
-        speed: :func:`speeds` of the methods.
+        speed: :func:`speeds` of the methods, for the most probable words.
 
     Returns:
         Columns method, part, microseconds (of a word). "rest" is what was measured beyond the parts:
         checks, what exited words hand on, the prompt, and the rounding of prices.
     """
     of = cost.set_index(["part", "exit_layer", "joined"])["microseconds"]
-    at_one, rows, last = speed[speed["batch"] == 1].set_index("method"), [], model.n_layers - 1
+    at_one, rows, last = _alone(speed).set_index("method"), [], model.n_layers - 1
     for name, options in methods.items():
         made = generate_all(model, prompts, n_new, 1, options)
         words = len(prompts) * n_new
@@ -291,6 +315,11 @@ def breakdown(
     return pd.DataFrame(rows)
 
 
+def _alone(speed: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the most probable words, one sequence at a time."""
+    return speed[(speed["batch"] == 1) & (speed["temperature"] == 0)]
+
+
 def fixed_drafts(n_layers: int, lengths: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Return methods that draft with every exit but the last, as many words each time."""
     return {
@@ -317,7 +346,7 @@ def gated_drafts(
 
 def fastest(speed: pd.DataFrame, methods: Methods) -> dict[str, dict[str, Any]]:
     """Return the method of a table of :func:`speeds` with most words per second at batch 1."""
-    at_one = speed[(speed["batch"] == 1) & speed["method"].isin(list(methods))]
+    at_one = _alone(speed[speed["method"].isin(list(methods))])
     name = at_one.loc[at_one["words_per_second"].idxmax(), "method"]
     return {name: methods[name]}
 
@@ -332,12 +361,14 @@ def verdict(
     """Say what exits save at batch 1, and why drafts pay or not.
 
     Args:
-        speed: :func:`speeds` at batch 1, by method.
+        speed: :func:`speeds` of the methods, for the most probable words, and for drawn ones or not.
         plain: :func:`plain_parts`; accepted: :func:`acceptance`.
         lossy, lossless: methods, of which the fastest lossless one is told.
     """
-    best = speed.loc[list(lossless), "speedup_time"].idxmax()
+    at_one = _alone(speed).set_index("method")
+    best = at_one.loc[list(lossless), "speedup_time"].idxmax()
     part = plain.set_index("part")["microseconds"]
+    accepted = accepted[accepted["temperature"] == 0]
     margin = (accepted["acceptance"] - accepted["needed"]).dropna()
     row = accepted.loc[margin.idxmax()] if len(margin) else None
     why = "not even drafts that always stand would pay, at any length"
@@ -347,12 +378,20 @@ def verdict(
             f" {row['exit_layer'] + 1:.0f} come nearest to paying, or pay best:"
             f" {row['acceptance']:.0%} stand, where {row['needed']:.0%} would break even"
         )
-    return (
-        f"At batch 1, {speed.loc[PLAIN, 'words_per_second']:,.0f} words per second at full depth,"
+    said = (
+        f"At batch 1, {at_one.loc[PLAIN, 'words_per_second']:,.0f} words per second at full depth,"
         f" {part['head'] / (part['head'] + part['layers']):.0%} of the time for the head. {lossy}:"
-        f" **{_ratio(speed.loc[lossy])}** at {speed.loc[lossy, 'layers']:.2f} layers a word. {best}:"
-        f" **{_ratio(speed.loc[best])}**, {speed.loc[best, 'same_words']:.0%} the same words; {why}."
+        f" **{_ratio(at_one.loc[lossy])}** at {at_one.loc[lossy, 'layers']:.2f} layers a word. {best}:"
+        f" **{_ratio(at_one.loc[best])}**, {at_one.loc[best, 'same_words']:.0%} the same words; {why}."
     )
+    for temperature, rows in speed[speed["temperature"] > 0].groupby("temperature"):
+        by = rows[rows["batch"] == 1].set_index("method")
+        fastest = by.loc[list(lossless), "speedup_time"].idxmax()
+        said += (
+            f" Of words drawn at temperature {temperature:g}: {lossy} **{_ratio(by.loc[lossy])}** at"
+            f" {by.loc[lossy, 'layers']:.2f} layers, {fastest} **{_ratio(by.loc[fastest])}**."
+        )
+    return said
 
 
 def _ratio(row: pd.Series) -> str:

@@ -23,11 +23,11 @@ PARTS = {
 @style.panel(COLUMN, 2.4, loc="upper center", ncols=3, fontsize=5.5)
 def decoding_speeds(speeds: pd.DataFrame, *, ax: Axes) -> None:
     """Draw words per second over full depth at the same batch, a group of bars per method."""
-    batches = speeds["batch"].unique()
-    values = speeds.pivot(index="method", columns="batch", values="speedup_time")
+    drawn = np.where(speeds["temperature"] > 0, ", drawn", "")
+    speeds = speeds.assign(bar="batch " + speeds["batch"].astype(str) + drawn)
+    values = speeds.pivot(index="method", columns="bar", values="speedup_time")
     names = [name for name in speeds["method"].unique() if (values.loc[name] != 1).any()]
-    values = values.reindex(index=names, columns=batches)  # full depth is 1
-    values.columns = [f"batch {size}" for size in batches]
+    values = values.reindex(index=names, columns=speeds["bar"].unique())  # full depth is 1
     values.index = [_short(name) for name in values.index]
     style.grouped_bars(ax, values, "{:.2f}", fontsize=5.5)
     ax.axhline(1, **REFERENCE)
@@ -42,12 +42,20 @@ def _short(name: str) -> str:
 
 @style.panel(COLUMN, 2.4, loc="upper center", ncols=4, fontsize=5.5)
 def draft_break_even(acceptance: pd.DataFrame, *, ax: Axes) -> None:
-    """Draw the acceptance that drafts have, and that they would need to pay, over their length."""
-    for k, (exit_layer, rows) in enumerate(acceptance.groupby("exit_layer")):
+    """Draw the acceptance that drafts have, and that they would need to pay, over their length.
+
+    Points are of the most probable words, a dotted line of drawn ones.
+    """
+    drawn = acceptance["temperature"] > 0
+    for k, (exit_layer, rows) in enumerate(acceptance[~drawn].groupby("exit_layer")):
         look = style.look(k)
         ax.plot(rows["draft"], rows["acceptance"], label=f"exit {exit_layer + 1}", **look)
         ax.plot(rows["draft"], rows["needed"], color=look["color"], linestyle="--")
+        others = acceptance[drawn & (acceptance["exit_layer"] == exit_layer)]
+        ax.plot(others["draft"], others["acceptance"], color=look["color"], linestyle=":")
     ax.plot([], [], color="0.3", linestyle="--", label="needed to pay")
+    if drawn.any():
+        ax.plot([], [], color="0.3", linestyle=":", label="words drawn")
     ax.set(xlabel="words of a draft", ylabel="acceptance", ylim=(0, 1.03))
     style.integers(ax.xaxis)
     style.percent(ax.yaxis, 0)

@@ -66,6 +66,21 @@ def test_every_method_is_timed_on_the_same_words(measured):
     assert stepped["same_words"] == 1 and stepped["speedup_time"] < 1
 
 
+def test_words_are_drawn_the_same_in_every_run(measured):
+    model, prompts, methods, speed = measured
+    once, again = (
+        decoding.speeds(model, methods, prompts, 8, [1], 3, temperature=1.0).set_index("method")
+        for _ in range(2)
+    )
+    told = ["temperature", "layers", "acceptance", "same_words"]
+    pd.testing.assert_frame_equal(once[told], again[told])
+    assert (once["temperature"] == 1).all() and once["same_words"].isna().all()
+    drafts = once["acceptance"].dropna()
+    assert len(drafts) > 1 and drafts.between(0, 1).all()
+    greedy = speed[speed["batch"] == 1].set_index("method")["acceptance"]
+    assert (drafts != greedy[drafts.index]).any()
+
+
 def test_the_parts_of_a_word_add_up(measured):
     model, prompts, methods, speed = measured
     cost = decoding.prices(model, prompts, 2, 9)
@@ -75,13 +90,16 @@ def test_the_parts_of_a_word_add_up(measured):
     total = parts.groupby("method")["microseconds"].sum()
     told = speed[speed["batch"] == 1].set_index("method")["words_per_second"]
     np.testing.assert_allclose(total[told.index], 1e6 / told)
-    accepted = decoding.acceptance(model, prompts, 8, [1, 2], cost)
-    assert len(accepted) == 4 and accepted["words_per_pass"].between(1, 3).all()
+    accepted = decoding.acceptance(model, prompts, 8, [1, 2], cost, [0.0, 1.0])
+    assert len(accepted) == 8 and accepted["words_per_pass"].between(1, 3).all()
     best = decoding.fastest(speed, decoding.fixed_drafts(3, [2]))
     plain = decoding.plain_parts(model, prompts, 8, 3)
-    at_one = speed[speed["batch"] == 1].set_index("method")
-    said = decoding.verdict(at_one, plain, accepted, "exits", list(best))
-    assert "nan" not in said and "100% the same words" in said
+    said = decoding.verdict(speed, plain, accepted, "exits", list(best))
+    assert "nan" not in said and "100% the same words" in said and "drawn" not in said
+    drawn = decoding.speeds(model, methods, prompts, 8, [1], 3, temperature=1.0)
+    both = pd.concat([speed, drawn])
+    assert decoding.verdict(both, plain, accepted, "exits", list(best)).startswith(said)
+    assert decoding.fastest(both, decoding.fixed_drafts(3, [2])) == best
 
 
 def test_drawn_words_are_scored_by_the_last_layer(measured):

@@ -122,9 +122,10 @@ RIVALS = between(
 )
 
 # For each figure the arguments, and its number of panels.
-DECODED = grid(method=["full depth", "exits, certified"], batch=[1, 8])
+DECODED = grid(method=["full depth", "exits, certified"], batch=[1, 8], temperature=[0.0, 1.0])
 DECODED = between(DECODED, "speedup_time")
-DRAFTS = between(grid(exit_layer=[0, 1], draft=[1, 4]), "acceptance", "needed") - [0, 0, 1, 1]
+DRAFTS = grid(temperature=[0.0, 1.0], exit_layer=[0, 1], draft=[1, 4])
+DRAFTS = between(DRAFTS, "acceptance", "needed") - [0, 0, 0, 1, 1]
 DRAFTS.loc[0, "needed"] = np.nan
 SPENT = grid(method=["full depth", "lossless"], part=["layers", "rest"])
 SPENT = SPENT.assign(microseconds=[20.0, 2.0, 15.0, -0.5])
