@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -19,6 +20,7 @@ Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
+LARGEST_RATE = 1e6  # of learning: the step of an optimizer still is a finite float32
 T = TypeVar("T")
 
 # Kind of pydantic's error → what the value must be; braces name the bounds in the error's context.
@@ -84,6 +86,52 @@ def real(
         told = " and".join(f" {sign} {x:g}" for sign, x in bounds.items() if math.isfinite(x))
         raise ValueError(f"{name}={number}: must be a finite number{told}")
     return number
+
+
+def bounded(**most: float) -> Callable[[T], T]:
+    """Refuse numbers above their bounds before a function is called, or an instance of a class made.
+
+    It only refuses, so a decorator says it: digests of code leave this one out, and a new bound makes no
+    result stale (see :mod:`earlyexit.runs.digests`).
+
+    Args:
+        most: name of an argument → the largest value that is let through.
+
+    Raises:
+        ValueError: of the decorated: a number is larger.
+    """
+
+    def decorate(kind: T) -> T:
+        call = kind.__init__ if isinstance(kind, type) else kind
+        signature = inspect.signature(call)
+
+        @wraps(call)
+        def checked(*args: Any, **named: Any) -> Any:
+            try:
+                given = signature.bind(*args, **named).arguments
+            except TypeError:  # which the call itself says better
+                given = {}
+            for name in most.keys() & given.keys():
+                if _exceeds(given[name], most[name]):
+                    raise ValueError(f"{name}={brief(given[name])}: must be ≤ {most[name]:g}")
+            return call(*args, **named)
+
+        if not isinstance(kind, type):
+            return checked
+        kind.__init__ = checked
+        return kind
+
+    return decorate
+
+
+def _exceeds(value: object, most: float) -> bool:
+    """Tell whether a number is too large; what is no number is left to the call itself."""
+    try:
+        return not isinstance(value, str) and float(value) > most
+    except OverflowError:
+        return True
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 class Checked:

@@ -32,6 +32,7 @@ from earlyexit.nn.moe import SparseMoELayer
 from earlyexit.runs.paths import PACKAGE
 from earlyexit.training.config import GatesConfig, TrainingConfig
 from earlyexit.training.gates import train_gates
+from earlyexit.training.translators import fit_translators
 
 OWN = (TypeError, ValueError, FloatingPointError)
 DTYPES = (
@@ -283,6 +284,15 @@ def test_calibration_refuses_impossible_numbers(model, corpus, a, b, c):
         with torch.no_grad():
             for parameter in model.gates.parameters():
                 parameter.nan_to_num_()
+
+
+@pytest.mark.parametrize("rate", [1.01e6, 3.4e37, 10**400, np.float32(3e38), torch.tensor(3e38)])
+def test_a_learning_rate_that_no_step_can_take_is_refused(model, corpus, rate):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for call in (train_gates, fit_translators):
+        with pytest.raises(ValueError, match=r"learning_rate=.*: must be ≤ 1e"):
+            call(model, corpus.splits["train"], 1, learning_rate=rate)
+    assert all(before[name].equal(value) for name, value in model.state_dict().items())
 
 
 @fuzz(20)

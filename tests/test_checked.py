@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from earlyexit.checked import Checked, Positive, read_document
+from earlyexit.checked import LARGEST_RATE, Checked, Positive, bounded, read_document
 from earlyexit.corpus.documents import CorpusConfig
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
@@ -44,6 +44,7 @@ class Settings(Checked):
         (ModelConfig, "top_k", 5, "must be ≤ num_experts=4"),
         (ModelConfig, "exit_head", "other", "must be 'translator', 'own' or 'full'"),
         (TrainingConfig, "learning_rate", math.nan, "must be a finite number"),
+        (TrainingConfig, "learning_rate", 3e37, "must be ≤ 1e+06"),
         (TrainingConfig, "exit_ramp", 1.5, "must be ≤ 1"),
         (TrainingConfig, "weight_decay", "0.1", "must be a number"),
         (GatesConfig, "steps", 0, "must be ≥ 1"),
@@ -60,6 +61,35 @@ def test_a_wrong_value_is_named_with_what_it_must_be(kind, field, value, rule):
     told = str(refused.value)
     assert told.startswith(f"{field}={value!r}: {rule}")
     assert "\n" not in told
+
+
+@pytest.mark.parametrize("most", [3, 3.0])
+def test_a_bound_refuses_numbers_and_leaves_the_rest_to_the_call(most):
+    @bounded(x=most)
+    def told(x, y=9):
+        """Of x."""
+        return x, y
+
+    assert told(3) == (3, 9) and told.__name__ == "told" and told.__doc__ == "Of x."
+    assert told("many") == ("many", 9) and told(None, y=10**400)[0] is None
+    assert torch.equal(told(x=torch.tensor([9, 9]))[0], torch.tensor([9, 9]))
+    for x in (4, np.float32(3.5), torch.tensor(1e9), 10**400, math.inf):
+        with pytest.raises(ValueError, match=r"^x=.{1,60}: must be ≤ 3$"):
+            told(x)
+    with pytest.raises(TypeError, match=r"told\(\) missing 1 required positional argument: 'x'"):
+        told(y=1)
+
+
+def test_the_largest_learning_rate_still_makes_a_finite_step():
+    weight = torch.nn.Parameter(torch.ones(3))
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        optimizer = kind([weight], lr=LARGEST_RATE)
+        weight.sum().backward()
+        optimizer.step()
+        assert weight.isfinite().all()
+    with pytest.raises(RuntimeError, match="overflow"):  # why there is a bound
+        optimizer = torch.optim.AdamW([weight], lr=1e38)
+        optimizer.step()
 
 
 def test_all_wrong_values_are_named_and_an_element_by_its_place():

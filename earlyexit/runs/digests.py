@@ -3,8 +3,9 @@
 Code is compared definition by definition. From the names that a notebook or a training uses, the
 *closure* follows every name to the top-level function, class or assignment that defines it, and
 from there on, inside the package. Each definition counts by its syntax tree, without what changes no
-result: comments, layout, docstrings, and the messages of errors and warnings. So editing one figure
-makes stale what draws it, and a better message in the reader of texts retrains nothing.
+result: comments, layout, docstrings, the messages of errors and warnings, and the decorator
+``@bounded``, which only refuses arguments. So editing one figure makes stale what draws it, and a better
+message in the reader of texts retrains nothing.
 
 The closure has two limits: a method is found through the class that an annotation names, so a
 function must annotate the objects whose methods it calls; and a data file of the package counts only
@@ -168,6 +169,8 @@ class _Meaning(ast.NodeTransformer):
     def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
         if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, Definition):
+            node.decorator_list = [d for d in node.decorator_list if not _only_refuses(d)]
         return self.generic_visit(node)
 
     visit_AsyncFunctionDef = visit_ClassDef = visit_Module = visit_FunctionDef
@@ -185,6 +188,11 @@ class _Meaning(ast.NodeTransformer):
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         node.msg = None
         return self.generic_visit(node)
+
+
+def _only_refuses(decorator: ast.expr) -> bool:
+    called = getattr(decorator, "func", None)
+    return isinstance(called, ast.Name) and called.id == "bounded"
 
 
 def _meaning(tree: ast.Module) -> ast.Module:

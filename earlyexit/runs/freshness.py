@@ -26,6 +26,9 @@ TEXT = "text in data_dir"
 # changes no result of the others.
 BY_VALUE = ("earlyexit/runs/profiles.py:", "earlyexit/runs/parameters.py:")
 
+# Digests make no number, they tell what changed: a change of theirs shows in the digests themselves.
+TELLS = "earlyexit/runs/digests.py:"
+
 # Rough numbers of training tokens; those of a folder are unknown until its text is read.
 TRAIN_TOKENS = {"sotu": 1_800_000, "wikitext-2": 2_088_628, "wikitext-103": 103_227_021}
 
@@ -124,7 +127,7 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     inputs = {key: value for key, value in old.inputs.items() if key != TEXT or key in new.inputs}
     values, now = old.parameters, new.parameters
     found = [f"parameter {k}: {values.get(k)} -> {now.get(k)}" for k in changed(values, now)]
-    found += [f"{key} changed" for key in changed(old.code, new.code)]
+    found += [f"{key} changed" for key in changed(old.code, new.code) if not key.startswith(TELLS)]
     return found + [f"input {key} changed" for key in changed(inputs, new.inputs)]
 
 

@@ -5,9 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from earlyexit.checked import Checked, Count, Dropout, Limit, Positive, Share, Weight
+from earlyexit.checked import (
+    LARGEST_RATE,
+    Checked,
+    Count,
+    Dropout,
+    Limit,
+    Positive,
+    Share,
+    Weight,
+    bounded,
+)  # fmt: skip
 
 
+@bounded(learning_rate=LARGEST_RATE)
 @dataclass(frozen=True)
 class TrainingConfig(Checked):
     """A training configuration says how a model is trained.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from earlyexit.checked import real, whole
+from earlyexit.checked import LARGEST_RATE, bounded, real, whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.exits.execution import scored_states
@@ -60,6 +60,7 @@ def gate_data(
     return normal, kl, agree.float()
 
 
+@bounded(learning_rate=LARGEST_RATE)
 def train_gates(
     model: ExitModel,
     split: Split,

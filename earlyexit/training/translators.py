@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from earlyexit.checked import real, whole
+from earlyexit.checked import LARGEST_RATE, bounded, real, whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import loader
 from earlyexit.exits.execution import scored_states
@@ -39,6 +39,7 @@ class _States(NamedTuple):
     targets: Tensor
 
 
+@bounded(learning_rate=LARGEST_RATE)
 def fit_translators(
     model: PretrainedModel,
     split: Split,

@@ -147,6 +147,14 @@ def f(x):
     assert (changed_by(package, "a.py", old, new, "pack.a.f") == set()) == same
 
 
+@pytest.mark.parametrize("kind", ["def f(x):\n    return x\n", "class f:\n    x = 1\n"])
+def test_a_bound_that_only_refuses_makes_nothing_stale(package, kind):
+    (package / "a.py").write_text(f"from pack.c import other\n\n{kind}")
+    for decorator, same in (("bounded(x=other)", True), ("other", False), ("other(x=1)", False)):
+        bound = f"@{decorator}\n{kind}"
+        assert (changed_by(package, "a.py", kind, bound, "pack.a.f") == set()) == same
+
+
 def test_a_base_that_only_adds_to_the_contract_does_not_count(package):
     (package / "a.py").write_text(
         "def extra():\n    return 1\n\n"

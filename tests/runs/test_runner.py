@@ -35,7 +35,7 @@ from earlyexit.runs.freshness import RunError
 from earlyexit.runs.parameters import COMMON, ExistingModels, as_dict
 from earlyexit.runs.paths import HOME_VARIABLE, PACKAGE, project
 from earlyexit.runs.profiles import get_profile
-from earlyexit.runs.provenance import FORMAT, Record
+from earlyexit.runs.provenance import FORMAT, Fingerprint, Record
 from earlyexit.runs.settings import Settings, UsageError, resolve
 
 SMOKE = Settings("smoke")
@@ -333,6 +333,13 @@ def test_local_text_counts_by_its_content(tmp_path):
     assert freshness.differences(first, now(None)) == []
     (text / "a.txt").write_text("two")
     assert freshness.differences(first, now(text)) == ["input text in data_dir changed"]
+
+
+def test_what_tells_changes_is_no_change_itself():
+    before = {"earlyexit/runs/digests.py:of_code": "1", "earlyexit/study.py:Study": "2"}
+    after = {"earlyexit/runs/digests.py:of_code": "3", "earlyexit/study.py:Study": "4"}
+    first, then = (Fingerprint({}, code, {}) for code in (before, after))
+    assert freshness.differences(first, then) == ["earlyexit/study.py:Study changed"]
 
 
 def test_the_estimate_is_the_last_time_or_scaled_by_work():
