@@ -241,6 +241,17 @@ PROFILES = {
             },
         ),
         Profile(
+            "smollm2-sotu",
+            "the default text, for 09 with SmolLM2-135M and exits fitted on 100,000 tokens",
+            notebooks={
+                "09_existing_models": {
+                    "decoder": "smollm2", "exits": 10, "window": 128, "document_tokens": 512,
+                    "tokens": 100_000, "n_candidates": 7, "timed_windows": 2, "repeats": 3,
+                    "assisted_tokens": 24,
+                }
+            },
+        ),
+        Profile(
             "gpu",
             "WikiText-103, twelve layers of width 512, for a GPU",
             corpus=CorpusConfig("wikitext-103", vocab_size=50_000, certify_articles=90),

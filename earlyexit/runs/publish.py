@@ -30,6 +30,7 @@ from earlyexit.runs.provenance import Record
 # The profiles whose results the README may quote; the first has the original's text.
 QUOTED = (
     *("wikitext2", "wikitext2-wide", "cpu", "recipes", "ablation", "combinations", "smollm2"),
+    "smollm2-sotu",
 )
 EPSILON = 0.05  # the tolerated quality loss that the blocks quote
 
