@@ -120,8 +120,10 @@ def python(source: str, **environment: str) -> list:
 @pytest.mark.slow
 def test_a_termination_ends_as_an_interruption():
     source = (
-        "import sys, time, earlyexit.__main__ as command\n"
-        "command._status = lambda options: print('ready', flush=True) or time.sleep(60)\n"
+        "import sys, time\n"
+        "from earlyexit import __main__ as command\n"
+        "from earlyexit.commands import studies\n"
+        "studies._status = lambda options: print('ready', flush=True) or time.sleep(60)\n"
         "sys.exit(command.main(['status']))"
     )
     command, environment = python(source)

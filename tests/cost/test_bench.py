@@ -142,7 +142,7 @@ def test_predict_measures_where_published_prices_do_not_hold(monkeypatch, tmp_pa
     if asked == ["unpriced"]:
         asked, fewer = [], {"blocks": PRICES["blocks"]}
         few = TimeModel(fewer, {}, published_prices("cpu").machine)
-        monkeypatch.setattr("earlyexit.__main__.published_prices", lambda: few)
+        monkeypatch.setattr("earlyexit.commands.clocks.published_prices", lambda: few)
     monkeypatch.setattr("earlyexit.runs.cache.time_model_path", lambda *_: tmp_path / "none")
     monkeypatch.setattr("earlyexit.runs.cache.time_model", measured)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
