@@ -68,7 +68,9 @@ def bound_widths(table: pd.DataFrame, level: float, least: pd.DataFrame, *, ax: 
     ax.axhline(table["mean"].mean(), color="0.35", linewidth=0.8, label="mean loss")
     ax.set(xscale="log", xlabel="units n", ylabel="upper bound on the mean loss (nats)")
     ax.set_ylim(0, None)
-    style.plain_ticks(ax.xaxis, sorted(table["n"].unique()))
+    sizes = sorted(table["n"].unique())
+    apart = [n for n, after in zip(sizes, [*sizes[1:], np.inf], strict=True) if after > 1.5 * n]
+    style.plain_ticks(ax.xaxis, apart)  # so that their numbers do not touch
 
 
 @style.panel(PAGE, 2.4)

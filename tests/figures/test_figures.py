@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from itertools import product
+from itertools import combinations, product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +39,7 @@ def interval(table: pd.DataFrame, y: str) -> pd.DataFrame:
 
 
 HISTORY = between(grid(seed=[0, 1], tokens=[1e6, 2e6]), "train_nll", "perplexity_0", "perplexity_1")
-PARTS = between(grid(part=["norm", "head"]), "share_of_block").assign(group=["block", "head"])
+PARTS = grid(part=["norm", "head"]).assign(group=["block", "head"], share_of_block=[0.02, 20.0])
 BINS = between(grid(seed=[0], exit=[0, 1], calibration=["before", "after"], bin=[0.2, 0.6]))
 BINS = BINS.assign(confidence=BINS["bin"], accuracy=BINS["bin"], share=0.5)
 ERRORS = grid(seed=[0], exit=[0, 1], calibration=["before", "after"], ece=[0.1])
@@ -91,7 +91,7 @@ CERTIFICATES = between(
 AUDIT = interval(
     grid(units=["synthetic", "documents"], procedure=["last"], n=[30, 100], rate=[0.1]), "rate"
 )
-BOUNDS = between(grid(method=["betting", "bentkus"], n=[10, 100]), "mean", "bound")
+BOUNDS = between(grid(method=["betting", "bentkus"], n=[10, 100, 120, 1000]), "mean", "bound")
 LEAST = pd.DataFrame({"n": [10, 100], "level": [0.1, 0.01]})
 SPARSE = between(
     pd.DataFrame({"heads": [4, 8], "batch": 2, "positions": 16, "d_model": 8}),
@@ -109,9 +109,8 @@ DEPTH = between(
     grid(seed=[0, 1], system=["trained alone", "no mixing", "5-gram"], layers=[1, 3]),
     "perplexity_test",
 )
-RISES = between(
-    grid(seed=[0, 1], exit_layer=[0, 1], context=[0, 1, 96]), "rise_nats", "standard_error"
-)
+RISES = grid(seed=[0, 1], exit_layer=[0, 1], context=[0, 1, 96])
+RISES = RISES.assign(rise_nats=1 / (1 + RISES["context"]), standard_error=0.002)
 BINNED = between(grid(seed=[0], exit_layer=[0, 1], position=[0, 1, 2]), "nll", "standard_error")
 CHANGED = between(grid(change=["as it is", "attention"], seed=[0, 1]), "perplexity_fit")
 MEMORY = between(grid(execution=["full", "dense"], batch=[1, 8]), "logits_mib", "rest_mib")
@@ -253,6 +252,20 @@ def test_as_many_axes_as_panels(name):
     arguments, n_panels = CASES[name]
     with pytest.raises(ValueError, match=f"1 axes given: give {n_panels}, row by row"):
         DRAWING[name](*arguments, ax=[plt.subplots()[1]])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_two_labels_of_an_axis_touch(name):
+    figure = np.ravel(DRAWING[name](*CASES[name][0]))[0].figure
+    figure.draw_without_rendering()
+    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        labels = [t.label1 for t in ticks if t.label1.get_visible() and low <= t.get_loc() <= high]
+        boxes = {label.get_text(): label.get_window_extent().padded(1) for label in labels}
+        boxes.pop("", None)
+        touching = [p for p in combinations(boxes, 2) if boxes[p[0]].overlaps(boxes[p[1]])]
+        assert touching == []
 
 
 def test_settings_are_the_first_number_of_a_row():
