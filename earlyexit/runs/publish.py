@@ -118,14 +118,17 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "detail": partial(block, "detail.md", "cpu"),
     "claims": partial(block, "claims.md", "cpu"),
     "depth": partial(block, "depth.md", "wikitext2"),
-    "guarantee": partial(block, "guarantee.md", "cpu"),
+    "guarantee": partial(block, "guarantee.md", "wikitext2"),
     "text": partial(block, "text.md", "cpu"),
     "exits": partial(block, "exits.md", "wikitext2"),
+    "wikitext2": partial(block, "detail.md", "wikitext2"),
     "large": large_block,
     "profiles": profiles_block,
     "products": partial(block, "products.md", "combinations"),
     "generation": partial(block, "generation.md", "cpu"),
+    "generation-wikitext2": partial(block, "generation.md", "wikitext2"),
     "existing": partial(block, "existing.md", "smollm2"),
+    "existing-sotu": partial(block, "existing.md", "smollm2-sotu"),
     "status": status_block,
 }
 
