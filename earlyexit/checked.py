@@ -124,6 +124,32 @@ def bounded(**most: float) -> Callable[[T], T]:
     return decorate
 
 
+def refused(kind: type[Exception], told: str) -> Callable[[T], T]:
+    """Turn a library's own kind of error into a ValueError of one line.
+
+    It only refuses, as :func:`bounded` does, and is no part of a digest either.
+
+    Args:
+        told: the line, in which braces name arguments of the decorated function, or ``{error}``.
+    """
+
+    def decorate(call: T) -> T:
+        signature = inspect.signature(call)
+
+        @wraps(call)
+        def checked(*args: Any, **named: Any) -> Any:
+            try:
+                return call(*args, **named)
+            except kind as error:
+                given = signature.bind(*args, **named).arguments
+                why = str(error).partition("\n")[0]
+                raise ValueError(told.format(**given | {"error": why})) from error
+
+        return checked
+
+    return decorate
+
+
 def _exceeds(value: object, most: float) -> bool:
     """Tell whether a number is too large; what is no number is left to the call itself."""
     try:

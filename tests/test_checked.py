@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from earlyexit.checked import LARGEST_RATE, Checked, Positive, bounded, read_document
+from earlyexit.checked import LARGEST_RATE, Checked, Positive, bounded, read_document, refused
 from earlyexit.corpus.documents import CorpusConfig
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
@@ -78,6 +78,20 @@ def test_a_bound_refuses_numbers_and_leaves_the_rest_to_the_call(most):
             told(x)
     with pytest.raises(TypeError, match=r"told\(\) missing 1 required positional argument: 'x'"):
         told(y=1)
+
+
+def test_an_error_of_a_library_becomes_one_line():
+    @refused(NotImplementedError, "{path} cannot be read: {error}")
+    def read(path, error=None):
+        if error:
+            raise error
+        return path
+
+    assert read("a.txt") == "a.txt"
+    with pytest.raises(ValueError, match=r"^a\.txt cannot be read: no \{such\} thing$"):
+        read(path="a.txt", error=NotImplementedError("no {such} thing\nnor this"))
+    with pytest.raises(OSError, match="gone"):
+        read("a.txt", OSError("gone"))
 
 
 def test_the_largest_learning_rate_still_makes_a_finite_step():

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from earlyexit.atomic import atomic_path
-from earlyexit.checked import brief, parse
+from earlyexit.checked import brief, parse, refused
 from earlyexit.exits.policy import ExitPolicy, known_criterion
 from earlyexit.exits.protocol import ExitModel
 from earlyexit.exits.statistics import layers_executed
@@ -247,6 +247,7 @@ class ExitTrace:
             pq.write_table(table, temporary, compression="zstd")
 
     @classmethod
+    @refused(pa.ArrowException, "{path} is no exit trace that can be read: {error}")
     def load(cls, path: Path) -> ExitTrace:
         """Read what :meth:`save` wrote.
 

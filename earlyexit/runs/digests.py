@@ -3,9 +3,9 @@
 Code is compared definition by definition. From the names that a notebook or a training uses, the
 *closure* follows every name to the top-level function, class or assignment that defines it, and
 from there on, inside the package. Each definition counts by its syntax tree, without what changes no
-result: comments, layout, docstrings, the messages of errors and warnings, and the decorator
-``@bounded``, which only refuses arguments. So editing one figure makes stale what draws it, and a better
-message in the reader of texts retrains nothing.
+result: comments, layout, docstrings, the messages of errors and warnings, and decorators that only
+refuse (``REFUSING``). So editing one figure makes stale what draws it, and a better message in the
+reader of texts retrains nothing.
 
 The closure has two limits: a method is found through the class that an annotation names, so a
 function must annotate the objects whose methods it calls; and a data file of the package counts only
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from earlyexit.runs.paths import PACKAGE
 
+REFUSING = ("bounded", "refused")  # decorators of earlyexit.checked
 PARAMETERS = "parameters"  # tag of the cell with a notebook's defaults
 DIGITS = 16  # hexadecimal digits kept of a definition's digest
 PARSER = Lock()  # python 3.11 fails with SystemError when two threads make syntax trees at once
@@ -192,7 +193,7 @@ class _Meaning(ast.NodeTransformer):
 
 def _only_refuses(decorator: ast.expr) -> bool:
     called = getattr(decorator, "func", None)
-    return isinstance(called, ast.Name) and called.id == "bounded"
+    return isinstance(called, ast.Name) and called.id in REFUSING
 
 
 def _meaning(tree: ast.Module) -> ast.Module:

@@ -1,7 +1,7 @@
 """Ask of an existing model and a text whether early exit would pay: ``python -m earlyexit probe``.
 
-Every costly step is kept in the cache under what decides it, so that a probe that was stopped goes on
-after the last finished step.
+Every costly step is kept in the cache under what decides it, with a digest, so that a probe that was
+stopped goes on after the last finished step, and one that was damaged is made again.
 """
 
 from __future__ import annotations
@@ -326,11 +326,22 @@ class Probe:
             "code": digests.of_code(PretrainedModel, *used, contract=ExitModel),
         }
         path = self.folder / f"{what}-{digests.of_object(about | {'asked': asked})[:16]}{suffix}"
+        told = path.with_name(f"{path.name}.sha256")
+        if path.is_file() and not (told.is_file() and told.read_text() == _told(path)):
+            log.warning("%s is not as it was kept, and is made again", path.name)
+            path.unlink()
         if not path.is_file():
             log.info("%s …", what)
             with atomic_path(path) as temporary:
                 make(temporary)
+            with atomic_path(told) as temporary:
+                temporary.write_text(_told(path))
         return path
+
+
+def _told(path: Path) -> str:
+    """Return the digest of a kept file and its name, so that none takes another's place."""
+    return digests.of_object({path.name: digests.of_file(path)})
 
 
 @contextmanager

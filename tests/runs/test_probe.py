@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +121,35 @@ def test_what_decides_a_step_decides_its_name(done, decoder, corpus):
     assert name(replace(corpus, data_hash="1" * 64), CONFIG) != same
 
 
+@pytest.mark.parametrize("damage", ["flipped", "empty", "untold", "another's"])
+def test_what_is_not_as_it_was_kept_is_made_again(done, decoder, corpus, tmp_path, caplog, damage):
+    asked = Probe(attach(decoder, n_seq=12), corpus, CONFIG, tmp_path)
+    makes = []
+
+    def kept(what):
+        def make(path):
+            makes.append(what)
+            path.write_text(what)
+
+        return asked._kept(what, ".txt", make, fit_translators)
+
+    path, other = kept("first"), kept("other")
+    told = path.with_name(f"{path.name}.sha256")
+    assert kept("first") == path and makes == ["first", "other"]
+    if damage == "untold":
+        told.unlink()
+    elif damage == "another's":
+        shutil.copyfile(other, path)
+        shutil.copyfile(other.with_name(f"{other.name}.sha256"), told)
+    else:
+        path.write_bytes(b"girst" if damage == "flipped" else b"")
+    assert kept("first").read_text() == "first" and makes == ["first", "other", "first"]
+    assert caplog.messages.count(f"{path.name} is not as it was kept, and is made again") == 1
+    assert kept("first") == path and len(makes) == 3
+    names = {p.name for p in done[2].iterdir()}  # of a whole probe, each with its digest
+    assert {f"{name}.sha256" for name in names if not name.endswith(".sha256")} < names
+
+
 def test_a_text_in_the_ids_of_another_tokenizer(tmp_path):
     words = {"<unk>": 0, "<end>": 1, **{str(n): n + 2 for n in range(40)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -147,6 +177,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         decoders.open_decoder("smollm2", tmp_path)
     assert decoders.lacking("", tmp_path) == ""
     (tmp_path / "smollm2").mkdir()  # once it was read, its packages are not needed
+    (tmp_path / "smollm2" / ".sha256").touch()
     assert decoders.lacking("smollm2", tmp_path) == ""
     monkeypatch.setattr(decoders, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install -e '.\[hf\]'"):
