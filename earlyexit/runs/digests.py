@@ -4,8 +4,8 @@ Code is compared definition by definition. From the names that a notebook or a t
 *closure* follows every name to the top-level function, class or assignment that defines it, and
 from there on, inside the package. Each definition counts by its syntax tree, without what changes no
 result: comments, layout, docstrings, the messages of errors and warnings, and decorators that only
-refuse (``REFUSING``). So editing one figure makes stale what draws it, and a better message in the
-reader of texts retrains nothing.
+refuse or verify (``CHECKS``). So editing one figure makes stale what draws it, and a better message in
+the reader of texts retrains nothing.
 
 The closure has two limits: a method is found through the class that an annotation names, so a
 function must annotate the objects whose methods it calls; and a data file of the package counts only
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from earlyexit.runs.paths import PACKAGE
 
-REFUSING = ("bounded", "refused")  # decorators of earlyexit.checked
+CHECKS = ("bounded", "refused", "verified")  # decorators of earlyexit.checked and runs.kept
 PARAMETERS = "parameters"  # tag of the cell with a notebook's defaults
 DIGITS = 16  # hexadecimal digits kept of a definition's digest
 PARSER = Lock()  # python 3.11 fails with SystemError when two threads make syntax trees at once
@@ -171,7 +171,7 @@ class _Meaning(ast.NodeTransformer):
         if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
         if isinstance(node, Definition):
-            node.decorator_list = [d for d in node.decorator_list if not _only_refuses(d)]
+            node.decorator_list = [d for d in node.decorator_list if not _only_checks(d)]
         return self.generic_visit(node)
 
     visit_AsyncFunctionDef = visit_ClassDef = visit_Module = visit_FunctionDef
@@ -191,9 +191,8 @@ class _Meaning(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def _only_refuses(decorator: ast.expr) -> bool:
-    called = getattr(decorator, "func", None)
-    return isinstance(called, ast.Name) and called.id in REFUSING
+def _only_checks(decorator: ast.expr) -> bool:
+    return getattr(getattr(decorator, "func", decorator), "id", None) in CHECKS
 
 
 def _meaning(tree: ast.Module) -> ast.Module:

@@ -55,6 +55,7 @@ from earlyexit.exits.readers import Scores
 from earlyexit.models.pretrained import PretrainedModel
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS
 from earlyexit.runs import digests
+from earlyexit.runs.kept import verified
 from earlyexit.runs.parameters import Positives
 from earlyexit.training import gates
 from earlyexit.training.gates import train_gates
@@ -313,6 +314,7 @@ class Probe:
         rows = torch.linspace(0, len(inputs) - 1, min(windows, len(inputs))).long()
         return inputs[rows], targets[rows]
 
+    @verified
     def _kept(
         self, what: str, suffix: str, make: Callable[[Path], None], *used: Callable, **asked: Any
     ) -> Path:
@@ -326,22 +328,11 @@ class Probe:
             "code": digests.of_code(PretrainedModel, *used, contract=ExitModel),
         }
         path = self.folder / f"{what}-{digests.of_object(about | {'asked': asked})[:16]}{suffix}"
-        told = path.with_name(f"{path.name}.sha256")
-        if path.is_file() and not (told.is_file() and told.read_text() == _told(path)):
-            log.warning("%s is not as it was kept, and is made again", path.name)
-            path.unlink()
         if not path.is_file():
             log.info("%s …", what)
             with atomic_path(path) as temporary:
                 make(temporary)
-            with atomic_path(told) as temporary:
-                temporary.write_text(_told(path))
         return path
-
-
-def _told(path: Path) -> str:
-    """Return the digest of a kept file and its name, so that none takes another's place."""
-    return digests.of_object({path.name: digests.of_file(path)})
 
 
 @contextmanager
