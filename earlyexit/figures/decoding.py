@@ -29,11 +29,11 @@ def decoding_speeds(speeds: pd.DataFrame, *, ax: Axes) -> None:
     names = [name for name in speeds["method"].unique() if (values.loc[name] != 1).any()]
     values = values.reindex(index=names, columns=speeds["bar"].unique())  # full depth is 1
     values.index = [_short(name) for name in values.index]
-    style.grouped_bars(ax, values, "{:.2f}", fontsize=5.5)
+    style.grouped_bars(ax, values, "{:.2f}", fontsize=5.5, rotation=90, padding=2)
     ax.axhline(1, **REFERENCE)
     ax.set(ylabel="words per second\nover full depth")
     ax.tick_params(axis="x", labelsize=6)
-    ax.margins(y=0.12)
+    ax.margins(y=0.3)
 
 
 def _short(name: str) -> str:
