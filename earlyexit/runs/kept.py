@@ -28,7 +28,8 @@ def verified(keep: Keep) -> Keep:
         told = path.with_name(f"{path.name}.sha256")
         if told.is_file() and told.read_text() != _digest(path):
             log.warning("%s is not as it was kept, and is made again", path.name)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove = shutil.rmtree if path.is_dir() else Path.unlink
+            remove(path)
             told.unlink()
             path = keep(*args, **named)
         if not told.is_file():
