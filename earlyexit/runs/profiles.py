@@ -218,12 +218,13 @@ PROFILES = {
             seeds=(0, 1),
             notebooks={
                 "01_build": {
-                    "memory_tokens": 60_000, "depths": (1, 3, 6), "depth_seeds": 2,
+                    "memory_tokens": 60_000, "depths": (1, 2, 3, 6), "depth_seeds": 2,
+                    "controls": (), "changes": ("as it is",),
                 },
                 "03_threshold_sweep": {
-                    "recipes": ("joint",), "recipe_tokens": 200_000, "logits_tokens": 40_000,
+                    "recipes": ("joint",), "recipe_tokens": 50_000, "logits_tokens": 40_000,
                 },
-                "04_speedup_breakdown": {"output_head_tokens": 150_000},
+                "04_speedup_breakdown": {"output_head_tokens": 50_000},
                 "07_combinations": {"combination_tokens": 0, "combination_eval": 0},
                 "08_study": {"logits_tokens": 40_000},
             },
