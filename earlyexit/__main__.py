@@ -1,6 +1,7 @@
 """The command line is ``python -m earlyexit COMMAND``; the ``--help`` of each ends with an example.
 
-Its exit code is 0 if all is done, 1 if something failed, 2 for wrong usage, 130 if interrupted.
+Its exit code is 0 if all is done, 1 if something failed, 2 for wrong usage, 130 if interrupted. With
+``EARLYEXIT_DEBUG=1`` an error comes with its trace.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -19,6 +21,7 @@ from earlyexit.runs.freshness import RunError
 from earlyexit.runs.settings import Settings, UsageError
 
 log = logging.getLogger("earlyexit")
+DEBUG = "EARLYEXIT_DEBUG"  # a variable that is set: an error is followed by what led to it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG if os.environ.get(DEBUG) else logging.INFO)
     try:
         return options.command(options)
     except KeyboardInterrupt:
@@ -38,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _complain(str(error), 2)
     except (RunError, OSError, ValueError) as error:  # a notebook, a full disk, missing results
+        log.debug("what led to it", exc_info=error)
         too_long = getattr(error, "errno", None) == errno.ENAMETOOLONG  # asked for by an option
         return _complain(str(error), 2 if too_long else 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import math
 import warnings
 from collections.abc import Callable
@@ -76,7 +77,10 @@ def outcome(call: Callable, *args, **kwargs):
         trace = error.__traceback__
         while trace.tb_next:
             trace = trace.tb_next
-        assert Path(trace.tb_frame.f_code.co_filename).is_relative_to(PACKAGE), repr(error)
+        file = trace.tb_frame.f_code.co_filename
+        assert Path(file).is_relative_to(PACKAGE), repr(error)
+        line = linecache.getline(file, trace.tb_lineno).strip()
+        assert line.startswith("raise "), f"{error!r} was met, not raised: {line}"
         assert len(str(error)) > 12 and "\n" not in str(error)
         return None
 

@@ -257,3 +257,19 @@ def test_what_cannot_be_continued_is_refused(
     assert main(["generate", *options]) == 2
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1
+
+
+def test_an_error_comes_with_its_trace_if_that_is_asked_for(tmp_path):
+    """The one line that is said without it leaves a programming error without a place."""
+    said = {}
+    for debug in ("", "1"):
+        (tmp_path / f"home{debug}").mkdir()
+        about = {
+            HOME_VARIABLE: str(write_project(tmp_path / f"home{debug}")),
+            "EARLYEXIT_DEBUG": debug,
+        }
+        command = [sys.executable, "-m", "earlyexit", "report", "--profile", "smoke"]
+        done = subprocess.run(command, env=os.environ | about, capture_output=True, text=True)
+        assert done.returncode == 1
+        said[debug] = done.stderr
+    assert "Traceback" in said["1"] and "RunError" in said["1"] and "Traceback" not in said[""]

@@ -65,7 +65,10 @@ def add_commands(add: Add) -> None:
 
     told = "one HTML page of the executed notebooks, which opens without a network"
     page = add(_report, told, "report --profile cpu")
-    page.add_argument("--profile", default="cpu", help="whose notebooks were run (default: cpu)")
+    page.add_argument(
+        "--profile", default="cpu", metavar="LABEL",
+        help="folder of the results, such as cpu or cpu~epochs=2.0 (default: cpu)",
+    )  # fmt: skip
 
     health = add(
         _doctor, "what would stop or disturb a run, and what to do", "doctor --profile cpu"
@@ -133,6 +136,8 @@ def _compare(options: argparse.Namespace) -> int:
     unexplained = differences[~differences["explained"]]
     for change in reruns.conditions(options.label, other):
         print(f"not the same conditions: {change}")
+    if missing := reruns.missing(options.label, other):
+        print(f"not in the rerun, so not compared: {', '.join(missing)}")
     if len(differences):
         print(differences.to_string(index=False, float_format=lambda x: f"{x:.2g}", na_rep=""))
     timed = int((differences["kind"] == "time").sum())
@@ -156,7 +161,8 @@ def _readme(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from earlyexit.runs import report
 
-    print(report.report(known_profile(options.profile)))
+    name, *changed = options.profile.split("~")
+    print(report.report("~".join([known_profile(name), *changed])))
     return 0
 
 

@@ -246,6 +246,21 @@ def policy_costs(model: ExitModel | Operations, criterion: str) -> ExitCosts:
     return ExitCosts(exit_costs(stated, criterion) - np.cumsum(checks), checks)
 
 
+def stopping_costs(model: ExitModel | Operations, criterion: str) -> list[ExitCosts]:
+    """Return for each exit what leaving there or before costs in a run in which no token goes deeper.
+
+    Nothing is propagated beyond the deepest exit, whose check every token pays that comes so far.
+    """
+    stated, whole = model.operations(), policy_costs(model, criterion)
+    passing = [n * flops(stated.passed(k)) for k, n in enumerate(stated.positions)]
+    found = []
+    for deepest in range(stated.n_layers - 1):
+        leaving = whole.leaving[: deepest + 1] - sum(passing[deepest + 1 :])
+        leaving[-1] += whole.checks[deepest]
+        found.append(ExitCosts(leaving, np.append(whole.checks[:deepest], 0.0)))
+    return [*found, whole]
+
+
 # ---------------------------------------------------------------------- what takes time
 
 

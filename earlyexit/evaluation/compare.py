@@ -19,10 +19,11 @@ import pandas as pd
 from torch import Tensor
 
 from earlyexit.calibration.bounds import seed_interval
+from earlyexit.calibration.stopping import fit_stopping_policy
 from earlyexit.calibration.thresholds import Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.splits import Split
-from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops
+from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops, stopping_costs
 from earlyexit.cost.timing import interleaved_times, time_columns
 from earlyexit.evaluation.evaluator import EarlyExitEvaluator
 from earlyexit.exits.api import EarlyExitModel
@@ -92,7 +93,8 @@ def fitted(
 
     Args:
         trace: trace of the fit part.
-        fit: :func:`fitted_policy`, the default, or :func:`policy_within`, which leaves out none.
+        fit: :func:`fitted_policy`, the default, :func:`stopping_policy`, or :func:`policy_within`,
+            which leaves out none.
     """
     found = []
     for criterion, epsilon in product(criteria, epsilons):
@@ -116,12 +118,26 @@ def fitted_policy(
     return fit_policy(trace, criterion, epsilon, costs=policy_costs(model, criterion))
 
 
+def stopping_policy(
+    model: EarlyExitModel, trace: ExitTrace, criterion: str, epsilon: float
+) -> ExitPolicy:
+    """Fit as :func:`fitted_policy`, and decide after which layer a run stops.
+
+    Args:
+        trace: trace of the fit part.
+
+    Raises:
+        Unreachable: only full depth stays within ε.
+    """
+    return fit_stopping_policy(trace, criterion, epsilon, stopping_costs(model, criterion))
+
+
 def policy_within(
     model: EarlyExitModel, trace: ExitTrace, criterion: str, epsilon: float
 ) -> ExitPolicy:
-    """Return :func:`fitted_policy`, or one by which no token leaves where none saves within ε."""
+    """Return :func:`stopping_policy`, or one by which no token leaves where none saves within ε."""
     try:
-        return fitted_policy(model, trace, criterion, epsilon)
+        return stopping_policy(model, trace, criterion, epsilon)
     except Unreachable:
         return ExitPolicy.constant(CRITERIA[criterion].never, model.n_layers, criterion)
 

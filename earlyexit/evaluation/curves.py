@@ -10,6 +10,7 @@ import pandas as pd
 
 from earlyexit.calibration.thresholds import Thresholds, Unreachable, fit_policy
 from earlyexit.calibration.trace import ExitTrace, best_within
+from earlyexit.evaluation.rivals import coin_shares
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import layers_executed
@@ -125,15 +126,18 @@ def policy_table(
 
     Returns:
         Columns criterion, thresholds (their kind), epsilon, those of ``ExitTrace.evaluate``,
-        fit_speedup_layers, static_speedup and static_loss, oracle_speedup, and gap_closed: the share of
-        the gap from static to oracle that is closed, NaN if there is no gap.
+        fit_speedup_layers, static_speedup and static_loss, coin_speedup and coin_loss (of a coin between
+        two static exits), oracle_speedup, and gap_closed: the share of the gap from the coin to the
+        oracle that is closed, NaN if there is no gap.
     """
     static, static_test, oracle = fit.static(), test.static(), test.oracle("kl")
     rows = []
     for (criterion, epsilon, kind), policy in policies.items():
         within = static[static["quality_loss"] <= epsilon]
         cut = static_test.loc[within["speedup_layers"].idxmax()]
-        floor, top = cut["speedup_layers"], best_within(oracle, epsilon)
+        coin = coin_shares(static, fit.full_nll + np.log1p(epsilon))
+        floor = fit.n_layers / (coin @ static["layers"])
+        top = best_within(oracle, epsilon)
         found = test.evaluate(policy)
         gap = (found["speedup_layers"] - floor) / (top - floor) if top > floor else np.nan
         rows.append(
@@ -141,8 +145,10 @@ def policy_table(
             | found
             | {
                 "fit_speedup_layers": fit.evaluate(policy)["speedup_layers"],
-                "static_speedup": floor,
+                "static_speedup": cut["speedup_layers"],
                 "static_loss": cut["quality_loss"],
+                "coin_speedup": floor,
+                "coin_loss": np.expm1(coin @ np.log1p(static_test["quality_loss"])),
                 "oracle_speedup": top,
                 "gap_closed": gap,
             }

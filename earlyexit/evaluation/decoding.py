@@ -17,6 +17,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from earlyexit.cost.timing import interleaved_times, time_columns
+from earlyexit.evaluation.compare import of_depth
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.fused import FusedDecoder, Texts
 from earlyexit.exits.generation import Generated, decode
@@ -25,7 +26,7 @@ from earlyexit.nn import decode_loops as loops
 from earlyexit.nn.decode_loops import Choice, Rule
 
 PLAIN, STEPPED = "full depth", "full depth, not compiled"
-Methods = Mapping[str, dict[str, Any]]  # name → options of ``decode``
+Methods = Mapping[str, dict[str, Any]]  # name → options of ``decode``; ``model`` is another one
 PRICED = 64  # passes of a part that is timed
 
 
@@ -36,8 +37,33 @@ def generate_all(
 
     Weights are packed once, and a policy's origin is not checked for every prompt.
     """
-    how = {"weights": model.packed_weights()} | options
-    return [decode(model, part, n_new, **how) for part in prompts.split(batch_size)]
+    used = options.get("model", model)
+    how = {"weights": used.packed_weights()} | {k: v for k, v in options.items() if k != "model"}
+    return [decode(used, part, n_new, **how) for part in prompts.split(batch_size)]
+
+
+@torch.no_grad()
+def shortened(model: EarlyExitModel, depth: int) -> EarlyExitModel:
+    """Return a model of the first ``depth`` layers and their own head, if they have one, and no exits.
+
+    It takes as long for a word as a model of that depth that was trained alone.
+    """
+    short, weights = of_depth(model, depth), model.state_dict()
+    names = {
+        t.data_ptr(): name for name, t in reversed(short.state_dict().items())
+    }  # a tied one once
+    kept = {name: weights[name] for name in names.values() if name in weights}
+    short.load_state_dict(kept, strict=False)
+    return short
+
+
+def smaller_models(model: EarlyExitModel, depths: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Return methods that decode with models of fewer layers, whose words are not told."""
+    return {
+        f"trained alone, {k} layer{'s' if k > 1 else ''}": {"model": shortened(model, k)}
+        for k in depths
+        if k < model.n_layers
+    }
 
 
 def speeds(
@@ -53,14 +79,15 @@ def speeds(
     """Time all methods on the same prompts ``(B, N)``, which are part of the time.
 
     Args:
-        methods: one of them is ``PLAIN``.
+        methods: one of them is ``PLAIN``; those of :func:`smaller_models` name no words of their own.
         temperature: 0 takes the most probable words; otherwise they are drawn, in every run the same.
 
     Returns:
         One row per method and batch size: temperature, words_per_second, speedup_time with its 90 %
         interval, layers (per word; what a draft ran in vain counts), acceptance (share of the drafted
         words upon which was decided; NaN without drafts), and same_words, the share that is that of full
-        depth (NaN where words are drawn: drafts use random numbers in another order).
+        depth (NaN where words are drawn: drafts use random numbers in another order; and of smaller
+        models).
     """
     rows, device = [], next(model.parameters()).device
     for size in batch_sizes:
@@ -74,9 +101,9 @@ def speeds(
         made = {name: run() for name, run in runs.items()}
         words = {k: torch.cat([g.ids for g in found]) for k, found in made.items()}
         for name, found in made.items():
-            same = (
-                _same(words[name], words[PLAIN], prompts.shape[1]) if temperature == 0 else np.nan
-            )
+            same = np.nan
+            if temperature == 0 and "model" not in methods[name]:
+                same = _same(words[name], words[PLAIN], prompts.shape[1])
             rows.append(
                 {
                     "method": name,
@@ -134,14 +161,20 @@ def quality(
     temperatures: Sequence[float],
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score generated words by the last layer: columns method, temperature, nll (nats), words."""
+    """Score generated words by the last layer, which draws among other words each time.
+
+    Returns:
+        Columns method, temperature, words, nll (nats), standard_error (over the prompts).
+    """
     rows = []
     for temperature in temperatures:
         for name, options in methods.items():
             ids = model.decode(prompts, n_new, **options | drawn(temperature, seed)).ids
             nll = model.nll(ids[:, :-1], ids[:, 1:])[:, prompts.shape[1] - 1 :]
             about = {"method": name, "temperature": temperature, "words": nll.numel()}
-            rows.append(about | {"nll": nll.double().mean().item()})
+            means = nll.double().mean(dim=1).numpy()
+            error = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else np.nan
+            rows.append(about | {"nll": means.mean(), "standard_error": error})
     return pd.DataFrame(rows)
 
 

@@ -19,7 +19,7 @@ from earlyexit.calibration.trace import ExitTrace
 from earlyexit.calibration.unit_losses import Unit, WindowLosses, traced_losses, window_losses
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.corpus.splits import Split
-from earlyexit.evaluation.compare import fitted_policy
+from earlyexit.evaluation.compare import stopping_policy
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 
@@ -133,7 +133,7 @@ def certificate_table(
     rows, place = [], {}  # place: each policy's among those that are run
     for epsilon in dict.fromkeys(epsilon for epsilon, _ in certificates):
         found = {
-            "fitted, no certificate": _or_reason(fitted_policy, model, trace, criterion, epsilon)
+            "fitted, no certificate": _or_reason(stopping_policy, model, trace, criterion, epsilon)
         }
         for unit in UNITS:
             found[f"certified by {unit}"] = certificates[epsilon, unit]

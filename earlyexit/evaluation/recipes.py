@@ -14,7 +14,7 @@ from earlyexit.calibration.trace import ExitTrace
 from earlyexit.corpus.corpus import Corpus
 from earlyexit.cost.memory import MIB, peak_tensor_bytes
 from earlyexit.evaluation.ablation import Change
-from earlyexit.evaluation.compare import fitted_policy, run_row
+from earlyexit.evaluation.compare import run_row, stopping_policy
 from earlyexit.evaluation.exit_heads import (
     ExitBlockModel,
     HiddenTranslatorModel,
@@ -90,7 +90,7 @@ def against_alone(
         exited tokens cause in a real run, and real_loss_twin, the loss of that run.
     """
     try:
-        policy = fitted_policy(model, fit, "gate", epsilon)
+        policy = stopping_policy(model, fit, "gate", epsilon)
     except Unreachable:
         policy = ExitPolicy.static(model.n_layers, model.n_layers)
     traced, twin = fit.evaluate(policy), perplexities(alone)[model.n_layers]

@@ -7,22 +7,24 @@ scores a document, so that cost and expected loss lie on the line between theirs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from earlyexit.calibration.bounds import paired_interval
-from earlyexit.calibration.thresholds import Unreachable, fit_policy_to_cost
+from earlyexit.calibration.stopping import fit_stopping_policy_to_cost
+from earlyexit.calibration.thresholds import Unreachable
 from earlyexit.calibration.trace import ExitTrace, by_document
-from earlyexit.cost.parts import policy_costs, policy_flops
-from earlyexit.evaluation.compare import Candidate
+from earlyexit.cost.parts import policy_flops, stopping_costs
+from earlyexit.evaluation.compare import SPEEDUPS, Candidate, over_seeds
 from earlyexit.evaluation.depth import ALONE
 from earlyexit.exits.api import EarlyExitModel
 from earlyexit.exits.policy import ExitPolicy
 from earlyexit.exits.statistics import layers_executed
 
 Alone = Mapping[int, pd.DataFrame]
+COIN = "static, by coin"
 
 
 def trained_alone(losses: pd.DataFrame, seed: int, split: str = "test") -> dict[int, pd.DataFrame]:
@@ -121,10 +123,10 @@ def equal_cost(
         no exit is as cheap), adaptive_perplexity, alone_perplexity, difference (document mean) with
         its 95 % interval low to high, and p_value.
     """
-    rows, last = [], model.n_layers - 1
+    rows, last, prices = [], model.n_layers - 1, stopping_costs(model, "gate")
     for depth, single in alone.items():
         try:
-            policy = fit_policy_to_cost(fit, "gate", costs[depth], policy_costs(model, "gate"))
+            policy = fit_stopping_policy_to_cost(fit, "gate", costs[depth], prices)
         except Unreachable:  # the smaller model is cheaper than the cheapest exit, the first
             policy = ExitPolicy.static(0, model.n_layers)
         exits = test.exit_layers(policy)
@@ -173,8 +175,52 @@ def random_exits(trace: ExitTrace, candidates: Iterable[Candidate], criterion: s
     return pd.DataFrame(rows)
 
 
+def coin_shares(static: pd.DataFrame, limit: float) -> np.ndarray:
+    """Return the shares of documents that a coin sends to each exit so that their loss is ``limit``.
+
+    It chooses between two neighbouring exits, at each of which all tokens leave ``(L,)``.
+
+    Args:
+        static: :meth:`ExitTrace.static` of the fit part.
+        limit: NLL in nats, at least that of the best exit.
+    """
+    layers, nll = static["layers"].to_numpy(), np.log(static["perplexity"].to_numpy())
+    return shares_at(layers, cost_of_quality(layers, nll, limit))
+
+
+def coins(front: pd.DataFrame, fit: ExitTrace, epsilons: Sequence[float]) -> pd.DataFrame:
+    """Read off what a coin between two static exits loses and saves, at the ε of fitted policies.
+
+    Args:
+        front: rows of one seed of :func:`earlyexit.evaluation.compare.compare`, static exits included.
+        fit: trace of the fit part, on which the coin is chosen.
+
+    Returns:
+        One row per ε: criterion ("static, by coin"), epsilon, perplexity, quality_loss, twin_loss,
+        tokens, the speedups, and exited_early.
+    """
+    exits = front[front["criterion"] == "static"].sort_values("exit_layer")
+    full = exits["perplexity"].iloc[0] / (1 + exits["quality_loss"].iloc[0])
+    twin = exits["perplexity"].iloc[0] / (1 + exits["twin_loss"].iloc[0])
+    static, rows = fit.static(), []
+    for epsilon in epsilons:
+        shares = coin_shares(static, fit.full_nll + np.log1p(epsilon))
+        perplexity = np.exp(shares @ np.log(np.append(exits["perplexity"], full)))
+        speedups = {x: 1 / (shares @ (1 / np.append(exits[x], 1.0))) for x in SPEEDUPS}
+        about = {"criterion": COIN, "epsilon": epsilon, "perplexity": perplexity}
+        losses = {"quality_loss": perplexity / full - 1, "twin_loss": perplexity / twin - 1}
+        rest = {"tokens": exits["tokens"].iloc[0], "exited_early": 1 - shares[-1]}
+        rows.append(about | losses | speedups | rest)
+    return pd.DataFrame(rows)
+
+
 def rival_table(
-    front: pd.DataFrame, axes: Mapping[str, str], criterion: str = "gate"
+    front: pd.DataFrame,
+    axes: Mapping[str, str],
+    alone: Alone,
+    test: ExitTrace,
+    candidates: Iterable[Candidate],
+    criterion: str = "gate",
 ) -> pd.DataFrame:
     """Compare fitted policies, run for real, with smaller models at equal cost and equal quality.
 
@@ -182,17 +228,29 @@ def rival_table(
         front: rows of one seed of :func:`earlyexit.evaluation.compare.compare`, models trained alone
             included.
         axes: name of a cost → the column of the speedup that counts it.
+        alone: depth → losses by document of these models, over the tokens of ``test``.
+        test: trace from which the policies' losses by document are read.
+        candidates: the policies of ``front``.
 
     Returns:
         One row per ε and cost: epsilon, cost, perplexity, speedup, rival_perplexity (at equal cost),
-        difference (perplexity over it, minus 1), rival_speedup (at equal quality; NaN: none is as good).
+        difference (perplexity over it, minus 1) with its 95 % interval over documents, low to high,
+        and rival_speedup (at equal quality; NaN: none is as good).
     """
-    alone, rows = front[front["criterion"] == ALONE], []
+    models, rows = front[front["criterion"] == ALONE], []
+    policies = {c.value: c.policy for c in candidates if c.criterion == criterion}
     for axis, column in axes.items():
-        ladder = alone.sort_values(column, ascending=False)
+        ladder = models.sort_values(column, ascending=False)
         costs, losses = 1 / ladder[column].to_numpy(), np.log(ladder["perplexity"].to_numpy())
+        of_models = np.stack([alone[int(depth)]["nll"].to_numpy() for depth in ladder["depth"]])
+        tokens = alone[int(ladder["depth"].iloc[0])]["tokens"].to_numpy()
         for row in front[front["criterion"] == criterion].to_dict("records"):
-            rival = float(np.exp(shares_at(costs, 1 / row[column]) @ losses))
+            shares = shares_at(costs, 1 / row[column])
+            rival = float(np.exp(shares @ losses))
+            exits = np.minimum(test.exit_layers(policies[row["epsilon"]]), test.n_layers - 1)
+            nll = by_document(test.nll[np.arange(test.n_tokens), exits], test.document)
+            half = _half_width(nll - shares @ of_models, tokens)
+            apart = np.log(row["perplexity"] / rival)
             rows.append(
                 {
                     "epsilon": row["epsilon"],
@@ -200,8 +258,36 @@ def rival_table(
                     "perplexity": row["perplexity"],
                     "speedup": row[column],
                     "rival_perplexity": rival,
-                    "difference": row["perplexity"] / rival - 1,
+                    "difference": np.expm1(apart),
+                    "low": np.expm1(apart - half),
+                    "high": np.expm1(apart + half),
                     "rival_speedup": 1 / cost_of_quality(costs, losses, np.log(row["perplexity"])),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def told(rows: pd.DataFrame) -> str:
+    """Say how policies of one ε compare with models trained alone at one cost, over seeds.
+
+    Args:
+        rows: of :func:`rival_table`, with a column seed.
+    """
+    apart = over_seeds(rows, ["cost"], ["difference"]).iloc[0]
+    seeds = f", {apart['low']:+.1%} to {apart['high']:+.1%} over seeds" if len(rows) > 1 else ""
+    equal = rows["rival_speedup"].mean()
+    return (
+        f"at equal {apart['cost']} {apart['mean']:+.1%} in perplexity ({rows['low'].min():+.1%} to"
+        f" {rows['high'].max():+.1%} over documents{seeds}), at equal quality"
+        f" {rows['speedup'].mean():.2f}× beside"
+        f" {'none that is as good' if np.isnan(equal) else f'{equal:.2f}×'}"
+    )
+
+
+def _half_width(gaps: np.ndarray, tokens: np.ndarray) -> float:
+    """Return half the 95 % interval over documents of a mean in which each counts by its tokens.
+
+    Documents are drawn with their lengths, so the mean is a ratio, linearised at its value.
+    """
+    mean = np.average(gaps, weights=tokens)
+    return paired_interval(mean + (gaps - mean) * tokens / tokens.mean())[1]

@@ -53,7 +53,8 @@ def draft_break_even(acceptance: pd.DataFrame, *, ax: Axes) -> None:
         ax.plot(rows["draft"], rows["needed"], color=look["color"], linestyle="--")
         others = acceptance[drawn & (acceptance["exit_layer"] == exit_layer)]
         ax.plot(others["draft"], others["acceptance"], color=look["color"], linestyle=":")
-    ax.plot([], [], color="0.3", linestyle="--", label="needed to pay")
+    if acceptance["needed"].notna().any():
+        ax.plot([], [], color="0.3", linestyle="--", label="needed to pay")
     if drawn.any():
         ax.plot([], [], color="0.3", linestyle=":", label="words drawn")
     ax.set(xlabel="words of a draft", ylabel="acceptance", ylim=(0, 1.03))

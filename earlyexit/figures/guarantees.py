@@ -45,6 +45,8 @@ def violation_rate(table: pd.DataFrame, delta: float, *, ax: Axes) -> None:
         style.interval_line(ax, rows, "n", "rate", label=name, **style.look(k))
     ax.axhline(delta, **REFERENCE)
     ax.text(table["n"].min(), delta, " δ", va="bottom", fontsize=8, color="0.35")
+    ax.set_yscale("symlog", linthresh=2 * delta)  # a control breaks its word in nearly all samples
+    ax.set_yticks([0, delta, 2 * delta, 4 * delta, 10 * delta, 1])
     ax.set(xscale="log", xlabel="units n", ylabel="violation rate", title=table["units"].iloc[0])
     style.plain_ticks(ax.xaxis, sorted(table["n"].unique()))
     style.percent(ax.yaxis)

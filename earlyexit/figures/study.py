@@ -22,6 +22,7 @@ SPEEDUPS = {
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8)
 COMPARED = {  # criterion beside the fitted ones → how it is drawn
     "static": {"color": "black", "marker": "s", "linestyle": "none"},
+    "static, by coin": {"color": "0.4", "marker": "s", "markersize": 3, "linestyle": "-"},
     "trained alone": {"color": "black", "marker": "^", "linestyle": "--"},
     "random exits": {"color": "0.55", "marker": "x", "linestyle": "none"},
     "original's threshold": {"color": "C3", "marker": "X", "linestyle": "none"},

@@ -84,9 +84,9 @@ def _pareto_curve(ax: Axes, rows: pd.DataFrame, x: str, largest_loss: float, **o
 
 
 def exit_distributions(table: pd.DataFrame, criterion: str, *, ax: Panels = None) -> np.ndarray:
-    """Draw the share of tokens per exit layer, a panel per threshold, with the average marked.
+    """Draw the share of tokens per exit layer, a panel per threshold.
 
-    Columns: threshold, exit_layer, share (n_layers: no early exit), average.
+    Columns: threshold, exit_layer, share (n_layers: no early exit), layer_equivalents.
     """
     thresholds = sorted(table["threshold"].unique())
     panels = [partial(exit_distribution, table, criterion, threshold) for threshold in thresholds]
@@ -97,10 +97,9 @@ def exit_distributions(table: pd.DataFrame, criterion: str, *, ax: Panels = None
 def exit_distribution(table: pd.DataFrame, criterion: str, threshold: float, *, ax: Axes) -> None:
     """Draw the panel of :func:`exit_distributions` of one threshold."""
     rows = table[table["threshold"] == threshold].groupby("exit_layer").mean(numeric_only=True)
-    none, average = int(table["exit_layer"].max()), rows["average"].iloc[0]
+    none, layers = int(table["exit_layer"].max()), rows["layer_equivalents"].sum()
     ax.bar(rows.index, rows["share"], color=["C0"] * none + ["0.6"])
-    ax.axvline(average, color="C1", linewidth=1)
-    ax.set_title(f"threshold {threshold:g}\naverage {average:.2f}")
+    ax.set_title(f"threshold {threshold:g}\n{layers:.2f} layers")
     ax.set_xticks(range(none + 1), [*map(str, range(none)), "none"])
     ax.set(xlabel=f"exit layer\n({style.label_of(criterion)})", ylabel="share of tokens")
     style.percent(ax.yaxis)
@@ -126,9 +125,10 @@ def over_threshold(sweeps: pd.DataFrame, criterion: str, y: str, *, ax: Axes) ->
     if y == "quality_loss":
         ax.axhline(0, **REFERENCE)
         style.percent(ax.yaxis)
+    whole = bool((rows["threshold"] % 1 == 0).all())
+    ax.xaxis.set_major_locator(MaxNLocator(3, integer=whole))
     ax.set_xlabel("threshold\n" + textwrap.fill(style.label_of(criterion), 15), fontsize=7)
     ax.set_ylabel(OVER_THRESHOLD[y])
-    ax.xaxis.set_major_locator(MaxNLocator(3))
 
 
 def exit_quality(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:

@@ -150,7 +150,7 @@ class Guarantees(Common):
     epsilons: Positives = (0.003, 0.01, 0.025, 0.05, 0.072, 0.1)
     epsilon: Positive = 0.05
     delta: Probability = 0.05
-    n_candidates: Count = 20
+    n_candidates: Count = 30
     trials: Count = 1000
 
 

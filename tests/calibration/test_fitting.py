@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from earlyexit.calibration.stopping import fit_stopping_policy, fit_stopping_policy_to_cost
 from earlyexit.calibration.thresholds import (
     ExitCosts,
     Unreachable,
@@ -16,7 +17,7 @@ from earlyexit.calibration.thresholds import (
     mean_cost,
 )
 from earlyexit.calibration.trace import ExitTrace
-from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops
+from earlyexit.cost.parts import exit_costs, policy_costs, policy_flops, stopping_costs
 from earlyexit.exits.criteria import CRITERIA
 from earlyexit.exits.policy import ExitPolicy
 
@@ -321,3 +322,87 @@ def test_costs_of_a_policy_are_those_of_its_run(make_model, criterion):
 def test_prices_belong_to_exits():
     with pytest.raises(ValueError, match="3 exits have 2 prices"):
         ExitCosts(np.ones(3), np.ones(2))
+
+
+# ---------------------------------------------------------------------------- how deep a run goes
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("deepest", [0, 1, 2])
+def test_stopping_costs_are_those_of_a_run_that_goes_no_deeper(make_model, criterion, deepest):
+    model, rule = make_model(), CRITERIA[criterion]
+    shares = np.array([[1, 0, 0], [0.7, 0.3, 0], [0.5, 0.2, 0.3]][deepest])
+    checks = [rule.bounds[0]] * min(deepest + 1, 2)  # who is left at the deepest is checked there
+    policy = ExitPolicy(criterion, (*checks, *[rule.never] * (3 - len(checks))))
+    left = np.append(shares, 0.0) if deepest < 2 else np.append(shares[:2], [0.0, shares[2]])
+    spent = policy_flops(model, left, policy)["total"]
+    prices = stopping_costs(model, criterion)[deepest]
+    assert prices.paid(policy) @ shares[: deepest + 1] == pytest.approx(spent)
+
+
+def stopping_prices(layers: int, rng: np.random.Generator) -> list[ExitCosts]:
+    """Prices of a made-up model in which a token that has left still costs a little in each layer."""
+    cost, check, passed = rng.uniform(0.5, 1.5, layers), rng.choice([0, 0.02, 0.3]), 0.2
+    found = []
+    for deepest in range(layers):
+        run = np.cumsum(cost[: deepest + 1]) + passed * np.arange(deepest, -1, -1)
+        run[-1] += check * (deepest < layers - 1)
+        found.append(ExitCosts(run, np.append([check] * deepest, 0.0)))
+    return found
+
+
+def cut(trace: ExitTrace, deepest: int) -> ExitTrace:
+    scores = {"gate": trace.scores["gate"][:, : deepest + 1]}
+    return replace(trace, nll=trace.nll[:, : deepest + 1], scores=scores)
+
+
+def test_the_deepest_exit_is_found_by_brute_force_too():
+    stops = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        trace, costs = gated_trace(seed, 3, rng.uniform(0, 1), 40), stopping_prices(3, rng)
+        each = []  # loss against full depth and cost, of every policy for each deepest exit
+        for deepest, prices in enumerate(costs):
+            loss, cost = brute_force(part := cut(trace, deepest), prices).T
+            loss = (1 + loss) * np.exp(part.full_nll - trace.full_nll) - 1
+            each.append(np.stack([loss, cost], axis=1))
+        whole = np.concatenate(each)
+        for budget in np.quantile(whole[:, 1], (0.2, 0.5, 0.8)) + 1e-9:
+            policy = fit_stopping_policy_to_cost(trace, "gate", budget, costs)
+            best = whole[whole[:, 1] <= budget, 0].min()
+            assert trace.evaluate(policy)["quality_loss"] == pytest.approx(best, abs=1e-6)
+        for epsilon in (0.02, 0.1):
+            policy = fit_stopping_policy(trace, "gate", epsilon, costs)
+            exits = np.minimum(trace.exit_layers(policy), 2)
+            may = [k for k, rows in enumerate(each) if rows[0, 0] <= epsilon or k == 2]
+            best = min(each[k][each[k][:, 0] <= epsilon, 1].min() for k in may)
+            spent = costs[exits.max()].paid(policy)[exits].mean()
+            assert trace.evaluate(policy)["quality_loss"] <= epsilon
+            assert spent == pytest.approx(best)
+            stops += exits.max() < 2
+    assert stops, "no run stopped early, so nothing was tried"
+
+
+def test_a_straggler_does_not_keep_a_run_going(make_model):
+    """One token in a thousand wants the last layer: for it alone, all others would be handed on."""
+    trace = gated_trace(5, 3, 0.2, 2000)
+    model = make_model()
+    fitted = fit_policy(trace, "gate", 0.1, costs=policy_costs(model, "gate"))
+    stopping = fit_stopping_policy(trace, "gate", 0.1, stopping_costs(model, "gate"))
+    spent = [
+        policy_flops(model, trace.exit_distribution(trace.exit_layers(policy)), policy)["total"]
+        for policy in (fitted, stopping)
+    ]
+    assert spent[1] <= spent[0] * (1 + 1e-9)
+    assert ExitPolicy.from_dict(stopping.to_dict()) == stopping  # JSON knows its thresholds
+
+
+def test_stopping_fits_refuse_what_other_fits_refuse(make_model):
+    costs = stopping_costs(make_model(), "gate")
+    with pytest.raises(ValueError, match="test"):
+        fit_stopping_policy(replace(gated_trace(1, 3, 0.2, 50), split="test"), "gate", 0.1, costs)
+    trace = gated_trace(1, 3, 0.2, 50)
+    with pytest.raises(Unreachable, match="costs ≤ 1"):
+        fit_stopping_policy_to_cost(trace, "gate", 1.0, costs)
+    with pytest.raises(ValueError, match="epsilon"):
+        fit_stopping_policy(trace, "gate", -0.1, costs)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from earlyexit.evaluation.claims import (
+    FROZEN,
     claimed_test_rows,
     claims_and_certificates,
     measured_claims,
@@ -75,12 +76,14 @@ def test_every_promise_is_settled_by_one_number():
     parts = ["head norm", "unembedding", "softmax"]
     products = {
         "several scales": 5.0, "sparse BK-Core": 2.0, "exits": 3.0, "scales + exits (measured)": 9.0,
-        "scales × exits (multiplied)": 9.0, "sparse + exits (measured)": 4.0,
+        "sparse + exits (measured)": 4.0,
     }  # fmt: skip
     products = pd.DataFrame({"claim": products.keys(), "total time": products.values()})
     tables = {
         "costs": pd.DataFrame({"part": parts, "share_of_block": [0.002, 0.002, 0.001]}),
-        "recipes": pd.DataFrame({"recipe": ["frozen"], "gate_speedup_layers": [2.5]}),
+        "recipes": pd.DataFrame(
+            {"recipe": ["frozen"], "gate_speedup_layers": [2.5], "real_loss_twin": [0.049]}
+        ),
         "part_times": pd.DataFrame({"part": ["maximum probability"], "share_of_block": [0.009]}),
         "end_to_end": pd.DataFrame({"speedup_time": [1.8], "speedup_layers": [2.0]}),
         "memory_peaks": pd.DataFrame(
@@ -94,17 +97,27 @@ def test_every_promise_is_settled_by_one_number():
         "sparse_limits": pd.DataFrame({"at_most": [2.0]}),
     }
     front = pd.DataFrame(
-        {"criterion": "gate", "quality_loss": [0.05, 0.2], "speedup_time": [2.1, 4]}
+        {
+            "criterion": ["gate", "gate", "static"],
+            "quality_loss": [0.05, 0.2, 0.1],
+            "speedup_time": [2.1, 4, 2],
+            "exit_layer": [np.nan, np.nan, 1],
+        }
     )
     table = verdicts(tables, front)
     assert len(table) == 11 and set(table["verdict"]) == {"held"}
     tables["part_times"]["share_of_block"] = 0.4
     tables["costs"]["share_of_block"] = 0.3
-    late = front.assign(quality_loss=[0.06, 0.2])  # what is fast enough loses too much
+    late = front.assign(quality_loss=[0.06, 0.2, 0.1])  # what is fast enough loses too much
     table = verdicts(tables, late).set_index("claim")["verdict"]
     assert table["exit check / layer"] == table["confidence / layer"] == "cannot hold"
     assert table["time, within 5%"] == "not held"
     assert (table == "held").sum() == 8
+    tables["recipes"]["real_loss_twin"] = 0.051  # as fast as promised, but at a larger loss
+    assert verdicts(tables, late).set_index("claim")["verdict"][FROZEN] == "not held"
+    tables["claimed_products"]["positions"] = 2.0  # three layers and a half of the positions: 6 < 8
+    broken = verdicts(tables, late.assign(speedup_time=1.0)).set_index("claim")
+    assert broken.loc["scales + exits", "best_possible"] == 6
     tables["recipes"] = tables["recipes"].iloc[:0]
     table = verdicts(tables, front.iloc[:0]).set_index("claim")["verdict"]
     assert (table == "not measured").sum() == 2

@@ -94,7 +94,7 @@ def test_policies_are_fitted_to_flops_and_left_out_where_unreachable(subject):
     (kept,) = tables.fitted(model, trace, ["entropy"], [1e-9], tables.policy_within)
     assert (trace.exit_layers(kept.policy) == model.n_layers).all()  # nobody leaves early
     found = tables.fitted(model, trace, ["gate"], [EPSILON], tables.policy_within)
-    assert found == tables.fitted(model, trace, ["gate"], [EPSILON])
+    assert found == tables.fitted(model, trace, ["gate"], [EPSILON], tables.stopping_policy)
     found = tables.fitted(model, trace, ["agreement", "gate"], [EPSILON, 2 * EPSILON])
     assert [(c.criterion, c.setting, c.value) for c in found] == [
         (name, "epsilon", epsilon)

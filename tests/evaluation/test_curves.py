@@ -10,6 +10,7 @@ import pytest
 from earlyexit.calibration.trace import best_within
 from earlyexit.evaluation import curves
 from earlyexit.evaluation.compare import stack
+from earlyexit.evaluation.rivals import coin_shares
 from earlyexit.exits.policy import ExitPolicy
 
 EPSILON = 0.3
@@ -91,7 +92,9 @@ def test_fitted_policies_stand_between_static_exit_and_oracle(subject):
         layer = int(within.loc[within["speedup_layers"].idxmax(), "exit_layer"])
         assert row["static_speedup"] == pytest.approx(3 / (layer + 1))
         assert row["oracle_speedup"] == pytest.approx(best_within(oracle, row["epsilon"]))
-        gap = (row["speedup_layers"] - row["static_speedup"]) / (
-            row["oracle_speedup"] - row["static_speedup"]
+        coin = coin_shares(static, subject.fit.full_nll + np.log1p(row["epsilon"]))
+        assert row["coin_speedup"] == pytest.approx(3 / (coin @ [1, 2, 3]))
+        gap = (row["speedup_layers"] - row["coin_speedup"]) / (
+            row["oracle_speedup"] - row["coin_speedup"]
         )
         assert row["gap_closed"] == pytest.approx(gap, nan_ok=True)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from earlyexit.evaluation import decoding
 from earlyexit.exits.policy import ExitPolicy
@@ -110,3 +111,17 @@ def test_drawn_words_are_scored_by_the_last_layer(measured):
     assert (lossless[0.0] == lossless.loc[decoding.PLAIN, 0.0]).all()
     assert wide.loc["exits", 0.0] > wide.loc[decoding.PLAIN, 0.0]
     assert (wide[1.0] > wide[0.0]).all() and (table["words"] == 24).all()
+
+
+@pytest.mark.parametrize("exit_head", ["own", "translator"])
+def test_a_shortened_model_is_the_first_layers_and_their_head(make_model, make_tokens, exit_head):
+    model, prompts = make_model(exit_head=exit_head), make_tokens(2, 3)
+    smaller = decoding.smaller_models(model, [1, 2, 3])
+    assert list(smaller) == ["trained alone, 1 layer", "trained alone, 2 layers"]
+    short = smaller["trained alone, 2 layers"]["model"]
+    states, own = model.hidden_states(prompts), short.hidden_states(prompts)
+    assert torch.equal(states[2], own[2]) and short.n_layers == 2
+    methods = {decoding.PLAIN: {}} | smaller
+    speed = decoding.speeds(model, methods, prompts, 4, [1], 3).set_index("method")
+    assert speed.loc["trained alone, 2 layers", "layers"] == 2
+    assert speed["same_words"].notna().tolist() == [True, False, False]

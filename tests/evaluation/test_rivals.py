@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from earlyexit.calibration.trace import by_document
 from earlyexit.cost.parts import exit_costs
 from earlyexit.evaluation.compare import Candidate, fitted_policy
 from earlyexit.evaluation.depth import ALONE, losses_by_document
 from earlyexit.evaluation.rivals import (
+    coin_shares,
+    coins,
     cost_of_quality,
     equal_cost,
     exit_gaps,
@@ -20,6 +24,7 @@ from earlyexit.evaluation.rivals import (
     random_exits,
     rival_table,
     shares_at,
+    told,
     trained_alone,
 )
 from earlyexit.exits.policy import ExitPolicy
@@ -101,7 +106,7 @@ def test_random_exits_lose_what_random_tokens_lose(subject):
     assert np.log(row["perplexity"]) == pytest.approx(nll.mean(), abs=4 * nll.std() / 200**0.5)
 
 
-def test_rivals_of_a_policy_cost_as_much_or_are_as_good():
+def test_rivals_of_a_policy_cost_as_much_or_are_as_good(subject, alone):
     front = pd.DataFrame(
         {
             "criterion": ["gate", ALONE, ALONE],
@@ -111,8 +116,49 @@ def test_rivals_of_a_policy_cost_as_much_or_are_as_good():
             "speedup_time": [4 / 3, 2.0, 1.0],
         }
     )
-    row = rival_table(front, {"time": "speedup_time"}).iloc[0]
+    first = Candidate("gate", "epsilon", 0.05, ExitPolicy.static(0, 3))
+    about = {"time": "speedup_time"}, alone[1], subject.test, [first]
+    row = rival_table(front, *about).iloc[0]
     assert row["rival_perplexity"] == pytest.approx((121 * 81) ** 0.5)  # costs 0.5 and 1: 0.75
     assert row["difference"] == pytest.approx(100 / 99 - 1)
     share = np.log(121 / 100) / np.log(121 / 81)
     assert row["rival_speedup"] == pytest.approx(1 / (0.5 + 0.5 * share))
+    own = by_document(subject.test.nll[:, 0], subject.test.document)
+    gaps = own - (alone[1][1]["nll"].to_numpy() + alone[1][2]["nll"].to_numpy()) / 2
+    half = (np.log1p(row["high"]) - np.log1p(row["low"])) / 2
+    tokens = alone[1][1]["tokens"].to_numpy()
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(4000):  # truth: documents drawn again
+        drawn = rng.integers(0, len(gaps), len(gaps))
+        draws.append(np.average(gaps[drawn], weights=tokens[drawn]))
+    t = stats.t.ppf(0.975, len(gaps) - 1)
+    assert half == pytest.approx(t * np.std(draws), rel=0.35)  # few documents, and n against n − 1
+
+
+def test_a_coin_between_two_exits_loses_what_is_allowed(subject):
+    static = subject.test.static()
+    front = static.assign(
+        twin_loss=static["quality_loss"] + 0.1, tokens=9, speedup_flops=static["speedup_layers"],
+        **dict.fromkeys(["speedup_time", "speedup_time_low", "speedup_time_high"], 1.5),
+    ).iloc[:-1]  # fmt: skip
+    fit = replace(subject.test, split="fit")  # the coin is read where it was chosen
+    best = static["quality_loss"].clip(upper=0).min()
+    losses = [0.3 * static["quality_loss"].max(), 0.9 * static["quality_loss"].max()]
+    for row in coins(front, fit, losses).itertuples():
+        assert best <= row.quality_loss == pytest.approx(row.epsilon)
+        shares = coin_shares(static, fit.full_nll + np.log1p(row.epsilon))
+        assert shares.sum() == pytest.approx(1) and (shares > 0).sum() <= 2
+        assert row.speedup_layers == pytest.approx(3 / (shares @ [1, 2, 3]))
+        assert row.exited_early == pytest.approx(1 - shares[-1])
+        whole = 1 / ((1 - shares[-1]) / 1.5 + shares[-1])  # full depth takes as long as itself
+        assert row.speedup_time == pytest.approx(whole)
+
+
+def test_what_is_told_of_rivals_has_both_intervals():
+    row = {"cost": "time", "difference": 0.01, "low": -0.02, "high": 0.04, "speedup": 1.5}
+    one = pd.DataFrame([row | {"rival_speedup": np.nan, "seed": 0}])
+    said = told(one)
+    assert "at equal time +1.0% in perplexity (-2.0% to +4.0% over documents)" in said
+    assert said.endswith("1.50× beside none that is as good")
+    three = pd.concat([one.assign(seed=k, rival_speedup=1.25) for k in range(3)])
+    assert "+1.0% to +1.0% over seeds), at equal quality 1.50× beside 1.25×" in told(three)

@@ -56,7 +56,7 @@ CLAIMS = pd.DataFrame({"speedup": [2.0], "quality_loss": [0.05]})
 EXITS = between(
     grid(seed=[0, 1], exit=[0, 1, 2]).assign(recipe="joint"), "perplexity", "agreement", "kl"
 )
-SHARES = grid(threshold=[0.1, 0.5], exit_layer=[0, 1, 2]).assign(share=0.3, average=1.2)
+SHARES = grid(threshold=[0.1, 0.5], exit_layer=[0, 1, 2]).assign(share=0.3, layer_equivalents=0.6)
 SHARES["layer_equivalents"] = SHARES["share"] * (SHARES["exit_layer"] + 1)
 RUNS = grid(run=["full", "dense", "original"], part=["blocks", "head"]).assign(
     milliseconds=1.0, total_ms=2.5

@@ -80,3 +80,10 @@ def test_without_an_executed_copy_it_says_what_to_run(tmp_path, monkeypatch, cap
     assert main(["report", "--profile", "smoke"]) == 1
     said = capsys.readouterr().err
     assert "build/smoke" in said and "`python -m earlyexit run --profile smoke --force`" in said
+
+
+def test_a_changed_profile_has_a_report_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(HOME_VARIABLE, str(write_project(tmp_path)))
+    assert main(["report", "--profile", "smoke~epochs=2.0"]) == 1
+    assert "no executed notebook in build/smoke~epochs=2.0" in capsys.readouterr().err
+    assert main(["report", "--profile", "nope~epochs=2.0"]) == 2

@@ -65,3 +65,17 @@ def test_equal_tables_and_other_shapes(place, tmp_path, monkeypatch, capsys):
         reruns.compare("smoke", other, root)
     TABLE.iloc[:3].to_csv(other / "front.csv", index=False)
     assert reruns.compare("smoke", other, root).empty  # the same as what is in results now
+
+
+def test_tables_that_a_rerun_lacks_are_named(place, tmp_path, monkeypatch, capsys):
+    root, file = place
+    (other := tmp_path / "clone").mkdir()
+    TABLE.to_csv(other / "front.csv", index=False)
+    assert reruns.missing("smoke", other, root) == []
+    TABLE.to_csv(file.with_name("claims.csv"), index=False)
+    assert reruns.missing("smoke", other, root) == ["claims.csv"]
+    monkeypatch.setenv("EARLYEXIT_HOME", str(root))
+    assert main(["compare", "smoke", "--with", str(other)]) == 0
+    assert "not in the rerun, so not compared: claims.csv" in capsys.readouterr().out
+    file.unlink()  # committed, and gone now
+    assert reruns.missing("smoke", root=root) == ["front.csv"]
