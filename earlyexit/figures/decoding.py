@@ -19,10 +19,16 @@ PARTS = {
     "rest": "0.75",
 }
 
+SHORT = {"lossless, ": "", "trained alone": "alone", ", ": "\n", "% ": "%\n", "gate ": "gate\n"}
+
 
 @style.panel(COLUMN, 2.4, loc="upper center", ncols=3, fontsize=5.5)
 def decoding_speeds(speeds: pd.DataFrame, *, ax: Axes) -> None:
-    """Draw words per second over full depth at the same batch, a group of bars per method."""
+    """Draw words per second over full depth at the same batch, a group of bars per method.
+
+    Of batches, the smallest and the largest are shown.
+    """
+    speeds = speeds[speeds["batch"].isin([speeds["batch"].min(), speeds["batch"].max()])]
     drawn = np.where(speeds["temperature"] > 0, ", drawn", "")
     speeds = speeds.assign(bar="batch " + speeds["batch"].astype(str) + drawn)
     values = speeds.pivot(index="method", columns="bar", values="speedup_time")
@@ -32,12 +38,15 @@ def decoding_speeds(speeds: pd.DataFrame, *, ax: Axes) -> None:
     style.grouped_bars(ax, values, "{:.2f}", fontsize=5.5, rotation=90, padding=2)
     ax.axhline(1, **REFERENCE)
     ax.set(ylabel="words per second\nover full depth")
-    ax.tick_params(axis="x", labelsize=6)
+    ax.tick_params(axis="x", labelsize=5)
     ax.margins(y=0.3)
 
 
 def _short(name: str) -> str:
-    return name.replace(", ", "\n")
+    """Return a method's name in short lines: only lossless methods draft."""
+    for long, brief in SHORT.items():
+        name = name.replace(long, brief)
+    return name
 
 
 @style.panel(COLUMN, 2.4, loc="upper center", ncols=4, fontsize=5.5)

@@ -30,7 +30,7 @@ BY_VALUE = ("earlyexit/runs/profiles.py:", "earlyexit/runs/parameters.py:")
 TELLS = "earlyexit/runs/digests.py:"
 
 # Rough numbers of training tokens; those of a folder are unknown until its text is read.
-TRAIN_TOKENS = {"sotu": 1_800_000, "wikitext-2": 2_088_628, "wikitext-103": 103_227_021}
+TRAIN_TOKENS = {"sotu": 1_225_099, "wikitext-2": 2_088_628, "wikitext-103": 103_227_021}
 
 
 class RunError(RuntimeError):
@@ -143,8 +143,8 @@ def training_work(profile: Profile, seeds: int) -> float | None:
     """Return the FLOPs of training, 6 × tokens × epochs × seeds × active parameters, or None.
 
     Per token, a layer of width D with top-k experts of hidden width 2 D multiplies by 4 k D²
-    weights; the vocabulary head counts twice, once for the random exit trained in each step. None
-    stands for an unknown number of tokens.
+    weights; a whole vocabulary head counts once for each exit that a step trains. None stands for an
+    unknown number of tokens.
     """
     tokens = TRAIN_TOKENS.get(profile.corpus.name)
     if limit := profile.max_train_tokens:
@@ -153,7 +153,8 @@ def training_work(profile: Profile, seeds: int) -> float | None:
         return None
     model = profile.model
     layers = model.n_layers * 4 * model.top_k * model.d_model**2
-    heads = 2 * model.vocab_size * model.d_model
+    trained = {"all": model.n_layers, "one": 2, "tokens": 1}[profile.training.exit_sampling]
+    heads = trained * model.vocab_size * model.d_model
     return 6.0 * tokens * profile.training.epochs * seeds * (layers + heads)
 
 
