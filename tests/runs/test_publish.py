@@ -95,40 +95,45 @@ def test_a_difference_is_a_verdict_only_with_its_whole_interval(low, high, verdi
 
 
 @pytest.mark.parametrize(
-    ("template", "before", "after"), [("answer", "", " fewer"), ("detail", "saves ", " in layers")]
+    ("template", "pattern"),
+    [("answer", r"\*\*([^*|]*?)×\*\* fewer"), ("detail", r"\| learned gate[^|]*\| ([^|]*?)× \|")],
 )
-def test_the_answer_of_several_seeds_holds_their_range(monkeypatch, template, before, after):
+def test_the_answer_of_several_seeds_holds_their_range(monkeypatch, template, pattern):
     def two_seeds(profile, name, root):
         one = read_table(profile, name, root).query("seed == 0")
         front = {"speedup_layers", "speedup_flops"} & set(one)
         return pd.concat([one, one.assign(seed=9, **{column: 3 * one[column] for column in front})])
 
     monkeypatch.setattr(publish, "read_table", two_seeds)
-    answer = publish.block(f"{template}.md", "cpu", project().root)
-    (layers,) = re.findall(rf"{before}\*\*([^*]*?)×(?:\*\*)?{after}", answer)
+    (layers,) = re.findall(pattern, publish.block(f"{template}.md", "cpu", project().root))
     mean, least, largest = map(float, re.findall(r"\d+\.\d+", layers))
     assert layers == f"{mean:.2f} [{least:.2f}, {largest:.2f}]"
     assert (mean, largest) == pytest.approx((2 * least, 3 * least), abs=0.02)
-    assert re.search(r"\[\d+\.\d+, \d+\.\d+\]× in FLOPs", answer)
 
 
-@pytest.mark.parametrize(
-    ("apart", "told"),
-    [
-        ((0.01, 0.03), "+2.0% [+1.0%, +3.0%]**: here the smaller model wins"),
-        ((-0.01, -0.03), "-2.0% [-3.0%, -1.0%]**: here exits win"),
-        ((-0.01, 0.02), "which of them wins depends on the seed"),
-    ],
-)
-def test_who_wins_is_computed(monkeypatch, apart, told):
+def test_a_table_of_ways_to_stop_has_a_row_for_each():
+    lines = publish.block("detail.md", "cpu", project().root).splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    names = [row.split(" | ")[0] for row in rows[1:]]
+    layers = PROFILES["cpu"].model.n_layers
+    assert len(names) == len(set(names)) == 5 + (layers - 1) + 3  # and models of 1, 2 and 4 layers
+    assert all(row.count("|") == 7 for row in rows), "a row of a table is one line"
+    assert "trained alone, 4 layers | 1.00× | 1.00× |" in "".join(rows)
+
+
+@pytest.mark.parametrize(("sign", "told"), [(1, "worse"), (-1, "better"), (0, "not told apart")])
+def test_who_wins_is_computed(monkeypatch, sign, told):
     def given(profile, name, root):
         table = read_table(profile, name, root).query("seed == 0")
         if name != "rivals":
             return table
-        return pd.concat([table.assign(seed=k, difference=d) for k, d in enumerate(apart)])
+        apart = [sign * 0.02 + d for d in (-0.001, 0.0, 0.001)]
+        ends = [{"difference": d, "low": d - 0.005, "high": d + 0.005} for d in apart]
+        return pd.concat([table.assign(seed=k, **each) for k, each in enumerate(ends)])
 
     monkeypatch.setattr(publish, "read_table", given)
-    assert told in publish.block("answer.md", "cpu", project().root)
+    answer = publish.block("answer.md", "cpu", project().root)
+    assert re.search(rf"at equal time\*\* \({told}; 95 % over documents", answer)
 
 
 def test_seeds_that_disagree_leave_a_verdict_open():
