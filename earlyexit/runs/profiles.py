@@ -213,7 +213,7 @@ PROFILES = {
             "the same with six layers of width 128, two seeds",
             corpus=CorpusConfig("wikitext-2", certify_articles=90),
             model=replace(MODEL, d_model=128, n_layers=6, bk_heads=32),
-            training=replace(TRAINING, epochs=6.0, learning_rate=5e-3),
+            training=replace(TRAINING, epochs=4.0, learning_rate=5e-3),
             gates=GatesConfig(hidden=16),
             certify_tokens=0,
             seeds=(0, 1),
