@@ -7,8 +7,6 @@ the same, bit for bit, on the same machine at one thread.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import json
 import warnings
 from dataclasses import replace
@@ -18,18 +16,21 @@ import numpy as np
 import torch
 
 import earlyexit as ee
+from earlyexit.calibration.temperature import fit_temperatures
+from earlyexit.calibration.thresholds import fit_policy_to_cost
+from earlyexit.corpus.load import encode_texts
+from earlyexit.exits.original import original_early_exit
+from earlyexit.models import (
+    ACTLanguageModel,
+    ACTMultiScaleLanguageModel,
+    MultiScaleLanguageModel,
+    SparseBKLanguageModel,
+    convert_act_multi_scale,
+    convert_act_to_early_exit,
+)
+from earlyexit.models.checkpoints import load_model
 
 warnings.filterwarnings("ignore")
-
-
-def _get(name: str, *modules: str):
-    """``name`` from the first of the modules that has it: the layout may differ, the numbers not."""
-    for module in modules:
-        try:
-            return getattr(importlib.import_module(f"earlyexit.{module}"), name)
-        except (ImportError, AttributeError):
-            continue
-    raise ImportError(f"no {name} in {modules}")
 
 
 def digest(*things) -> str:
@@ -50,24 +51,6 @@ def say(name: str, *values) -> None:
     print(name, *values, sep="\t", flush=True)
 
 
-fit_temperatures = _get("fit_temperatures", "calibration.temperature", "calibration")
-fit_to_cost = _get("fit_policy_to_cost", "calibration.thresholds", "fitting")
-encode_texts = _get("encode_texts", "corpus.load", "corpus")
-original_early_exit = _get("original_early_exit", "exits.original", "evaluator")
-dropped = _get("load_model", "models.checkpoints", "checkpoints")
-V = ("models", "variants")
-ACT, MultiScale, Sparse, ACTMultiScale = (
-    _get(n, *V)
-    for n in ("ACTLanguageModel", "MultiScaleLanguageModel", "SparseBKLanguageModel",
-              "ACTMultiScaleLanguageModel")
-)  # fmt: skip
-convert_act, convert_act_multi = (
-    _get(n, *V) for n in ("convert_act_to_early_exit", "convert_act_multi_scale")
-)
-act_loss, act_multi_loss, multi_loss, sparse_loss = (  # once a loss of their own
-    _get(n, "variants") if "loss" in inspect.signature(ee.train).parameters else None
-    for n in ("act_loss", "act_multi_scale_loss", "multi_scale_loss", "sparse_loss")
-)
 SIZES = {"d_model": 32, "n_layers": 3, "n_seq": 32, "bk_heads": 4}
 
 
@@ -110,10 +93,9 @@ def main() -> None:
     x, y = next(iter(ee.loader(corpus.splits["test"].limit(6000), 32, 16, corpus.eos_id)))
     all_criteria = list(ee.CRITERIA)
 
-    def trained(model, loss=None, **changes):
+    def trained(model, **changes):
         config = ee.TrainingConfig(epochs=1, batch_size=8, learning_rate=1e-2, **changes)
-        extra = {"loss": loss} if loss else {}
-        history = ee.train(model, short, config, "cpu", max_tokens=6000, **extra)
+        history = ee.train(model, short, config, "cpu", max_tokens=6000)
         return model, digest(history)
 
     def gated(model, source):
@@ -150,7 +132,10 @@ def main() -> None:
             temperatures = fit_temperatures(own, corpus.splits["fit"], corpus.eos_id, 3000)
             say(f"{head}/temperatures", digest(temperatures))
             trace = ee.collect_trace(own, corpus.splits["fit"].limit(3000), corpus.eos_id)
-            say(f"{head}/to cost", digest(fit_to_cost(trace, "gate", 2.0, [1, 2, 3]).to_dict()))
+            say(
+                f"{head}/to cost",
+                digest(fit_policy_to_cost(trace, "gate", 2.0, [1, 2, 3]).to_dict()),
+            )
             say(
                 f"{head}/decaying",
                 digest(ee.fit_policy(trace, "max_probability", 0.2, "decaying").to_dict()),
@@ -170,21 +155,21 @@ def main() -> None:
             say(f"{head}/generated", digest(*own.generate(x[:2, :5], 6, static)))
 
     kinds = {
-        "sparse": (Sparse, sparse_loss, {"keep": 0.5}),
-        "act": (ACT, act_loss, {"ponder_weight": 0.02}),
-        "act sparse": (ACT, act_loss, {"ponder_weight": 0.02, "keep": 0.5}),
-        "scales": (MultiScale, multi_loss, {"n_layers": 5}),
-        "scales sparse": (MultiScale, multi_loss, {"n_layers": 5, "keep": 0.5}),
-        "act scales": (ACTMultiScale, act_multi_loss, {"n_layers": 5, "ponder_weight": 0.02}),
+        "sparse": (SparseBKLanguageModel, {"keep": 0.5}),
+        "act": (ACTLanguageModel, {"ponder_weight": 0.02}),
+        "act sparse": (ACTLanguageModel, {"ponder_weight": 0.02, "keep": 0.5}),
+        "scales": (MultiScaleLanguageModel, {"n_layers": 5}),
+        "scales sparse": (MultiScaleLanguageModel, {"n_layers": 5, "keep": 0.5}),
+        "act scales": (ACTMultiScaleLanguageModel, {"n_layers": 5, "ponder_weight": 0.02}),
     }
-    for name, (kind, loss, change) in kinds.items():
+    for name, (kind, change) in kinds.items():
         torch.manual_seed(0)
         weight = 0.0 if name.startswith("act") else 0.3
         model = kind(corpus.vocab_size, **(SIZES | change))
-        model, history = trained(model, loss, exit_sampling="one", exit_loss_weight=weight)
+        model, history = trained(model, exit_sampling="one", exit_loss_weight=weight)
         say(f"{name}/trained", model.fingerprint(), history)
         if name.startswith("act"):
-            convert = convert_act_multi if "scales" in name else convert_act
+            convert = convert_act_multi_scale if "scales" in name else convert_act_to_early_exit
             own, criteria = convert(model), ["agreement", "saturation", "max_probability"]
             say(f"{name}/act", digest(model.nll(x, y)), digest(own.nll(x, y, own.act_policy())[0]))
         else:
@@ -199,7 +184,7 @@ def main() -> None:
         )
 
     for path in sorted(Path(__file__).parents[1].glob("results/*/model_seed*.safetensors")):
-        say(f"{path.parent.name}/{path.stem}", dropped(path).fingerprint())
+        say(f"{path.parent.name}/{path.stem}", load_model(path).fingerprint())
 
 
 if __name__ == "__main__":
