@@ -44,16 +44,14 @@ def generate_all(
 
 @torch.no_grad()
 def shortened(model: EarlyExitModel, depth: int) -> EarlyExitModel:
-    """Return a model of the first ``depth`` layers and their own head, if they have one, and no exits.
+    """Return a model of the first ``depth`` layers that ends with their exit's head.
 
-    It takes as long for a word as a model of that depth that was trained alone.
+    It takes as long for a word as a model of that depth that was trained alone, but for the head's d×d
+    map, which such a model does not need.
     """
     short, weights = of_depth(model, depth), model.state_dict()
-    names = {
-        t.data_ptr(): name for name, t in reversed(short.state_dict().items())
-    }  # a tied one once
-    kept = {name: weights[name] for name in names.values() if name in weights}
-    short.load_state_dict(kept, strict=False)
+    short.blocks[-1].exit_classifier = model.blocks[depth - 1].exit_classifier
+    short.load_state_dict({name: weights[name] for name in short.state_dict()})
     return short
 
 

@@ -114,13 +114,14 @@ def test_drawn_words_are_scored_by_the_last_layer(measured):
 
 
 @pytest.mark.parametrize("exit_head", ["own", "translator"])
-def test_a_shortened_model_is_the_first_layers_and_their_head(make_model, make_tokens, exit_head):
+def test_a_shortened_model_says_what_its_exit_says(make_model, make_tokens, exit_head):
     model, prompts = make_model(exit_head=exit_head), make_tokens(2, 3)
     smaller = decoding.smaller_models(model, [1, 2, 3])
     assert list(smaller) == ["trained alone, 1 layer", "trained alone, 2 layers"]
     short = smaller["trained alone, 2 layers"]["model"]
-    states, own = model.hidden_states(prompts), short.hidden_states(prompts)
-    assert torch.equal(states[2], own[2]) and short.n_layers == 2
+    static = ExitPolicy.static(1, 3)
+    assert torch.equal(short.decode(prompts, 4).ids, model.decode(prompts, 4, policy=static).ids)
+    assert short.n_layers == 2 and short.gates is None
     methods = {decoding.PLAIN: {}} | smaller
     speed = decoding.speeds(model, methods, prompts, 4, [1], 3).set_index("method")
     assert speed.loc["trained alone, 2 layers", "layers"] == 2
