@@ -47,14 +47,14 @@ def compare_ways(
     """Run each policy with every way that the model's mixing has, compacted, beside full depth.
 
     Args:
-        policies: ε → policy that was fitted to it.
+        policies: share of the tokens that are meant to stay at each exit → policy.
         trace: trace of the fit part.
         batches: pairs of token ids and targets ``(B, N)`` of the text of the trace.
         batch: token ids and targets on which all runs are timed, interleaved.
         repeats: number of timed runs of each.
 
     Returns:
-        One row for full depth (ε is NaN), then one per ε and way: epsilon, way, in_use (whether the
+        One row for full depth (stay is NaN), then one per policy and way: stay, way, in_use (whether the
         model has it), perplexity, quality_loss (against full depth), left_behind (against the trace,
         where all tokens have full-depth states), layers (mean executed), flops_per_token, speedup_flops,
         milliseconds, speedup_time with its 90 % interval low to high, and against_in_use, with _low and
@@ -66,8 +66,8 @@ def compare_ways(
     refuse_test(trace.split)
     (x, y), batches, in_use = batch, list(batches), model.config.left_behind
     runs = {(math.nan, FULL_DEPTH): (model, None)} | {
-        (epsilon, way): (with_left_behind(model, way), replace(policy, model_hash=""))
-        for epsilon, policy in policies.items()
+        (stay, way): (with_left_behind(model, way), replace(policy, model_hash=""))
+        for stay, policy in policies.items()
         for way in WAYS
         if way != "potentials" or model.config.mixing == "resolvent"
     }
@@ -82,7 +82,7 @@ def compare_ways(
         promised = trace.evaluate(policy)["perplexity"] if policy else full
         rows.append(
             {
-                "epsilon": key[0],
+                "stay": key[0],
                 "way": key[1],
                 "in_use": key[1] == in_use,
                 "perplexity": real["perplexity"],
@@ -100,13 +100,13 @@ def compare_ways(
 
 
 def ways_in_words(table: pd.DataFrame) -> str:
-    """Write a Markdown list of what each way loses and saves at each ε, and which beat the one in use.
+    """Write a Markdown list: what each way loses and saves by a policy, and which beat the one in use.
 
     Args:
         table: the table that :func:`compare_ways` returns.
     """
     lines = []
-    for epsilon, rows in table.groupby("epsilon"):
+    for stay, rows in table.groupby("stay"):
         told = [
             f"{row.way}{' (in use)' if row.in_use else ''} loses {row.quality_loss:+.1%}"
             f" ({row.left_behind:+.1%} against the trace) at {row.layers:.2f} layers and saves"
@@ -118,7 +118,7 @@ def ways_in_words(table: pd.DataFrame) -> str:
         better = rows.loc[rows["perplexity"] < used["perplexity"], "way"]
         faster = rows.loc[rows["against_in_use_low"] > 1, "way"]
         lines.append(
-            f"- Fitted to ε = {epsilon:.0%}: {'; '.join(told)}. Better than **{used['way']}** by loss:"
+            f"- Meant to stay: {stay:.0%}: {'; '.join(told)}. Better than **{used['way']}** by loss:"
             f" {', '.join(better) or 'none'}; by time, beyond its interval:"
             f" {', '.join(faster) or 'none'}."
         )

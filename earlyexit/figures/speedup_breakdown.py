@@ -185,7 +185,7 @@ def left_behind(table: pd.DataFrame, *, ax: Axes) -> None:
     The table is that of :func:`earlyexit.evaluation.left_behind.compare_ways`; a curve's points are its
     policies.
     """
-    for k, (way, rows) in enumerate(table.dropna(subset="epsilon").groupby("way", sort=False)):
+    for k, (way, rows) in enumerate(table.dropna(subset="stay").groupby("way", sort=False)):
         rows = rows.sort_values("speedup_time")
         xerr = style.whiskers(rows["speedup_time"], rows["low"], rows["high"])
         label = f"{way} (in use)" if rows["in_use"].any() else way

@@ -122,7 +122,6 @@ class SpeedupBreakdown(Common):
     batch_size: Count = 32
     part_windows: Count = 8
     epsilon: Positive = 0.05
-    early_epsilon: Positive = 0.07
     repeats: Count = 5
     quantiles: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _some] = (0.0, 0.3, 0.6)
     thresholds: Shares = (0.1, 0.2, 0.4, 0.7, 0.9)

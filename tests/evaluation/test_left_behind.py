@@ -37,10 +37,7 @@ def found(make_model, make_policy, corpus):
     model = make_model(left_behind="kept")
     batches = list(loader(corpus.splits["fit"], 12, 5, corpus.eos_id))
     trace = collect_trace(model, corpus.splits["fit"], corpus.eos_id)
-    policies = {
-        epsilon: make_policy(model, batches[0][0], "gate", share)
-        for epsilon, share in ((0.05, 0.3), (0.2, 0.6))
-    }
+    policies = {share: make_policy(model, batches[0][0], "gate", share) for share in (0.3, 0.6)}
     table = compare_ways(model, policies, trace, iter(batches), batches[0], repeats=2)
     return model, policies, trace, batches, table
 
@@ -50,11 +47,11 @@ def test_each_row_is_the_run_of_a_model_with_that_way(found):
     assert table["way"].tolist() == ["full depth", *WAYS, *WAYS]
     assert table["in_use"].sum() == 2 and (table.loc[table["in_use"], "way"] == "kept").all()
     full, runs = table.iloc[0], table.iloc[1:]
-    assert np.isnan(full["epsilon"]) and full["left_behind"] == full["quality_loss"] == 0
+    assert np.isnan(full["stay"]) and full["left_behind"] == full["quality_loss"] == 0
     assert full["layers"] == 3 and full["speedup_flops"] == full["speedup_time"] == 1
     assert runs["perplexity"].nunique() == 6  # what is left behind matters here
     for row in runs.itertuples():
-        other, policy = with_left_behind(model, row.way), policies[row.epsilon]
+        other, policy = with_left_behind(model, row.way), policies[row.stay]
         real = EarlyExitEvaluator(other, "cpu").evaluate_policy(batches, policy)
         assert row.perplexity == pytest.approx(real["perplexity"])
         assert row.layers == pytest.approx(3 / real["speedup_estimate"])
@@ -80,6 +77,6 @@ def test_the_sentence_names_what_beats_the_way_in_use(found):
     loss, faster = [1, 2, 3, 4, 3, 3, 4], [1, 0.9, 0.9, 1.1, 0.9, 0.9, 0.9]
     table = found[-1].assign(perplexity=loss, against_in_use_low=faster)
     first, second = ways_in_words(table).splitlines()
-    assert first.startswith("- Fitted to ε = 5%") and "kept (in use) loses" in first
+    assert first.startswith("- Meant to stay: 30%") and "kept (in use) loses" in first
     assert "than **kept** by loss: recomputed; by time, beyond its interval: potentials." in first
     assert "than **kept** by loss: none; by time, beyond its interval: none." in second

@@ -73,7 +73,7 @@ PROPAGATION = pd.concat(
     ]
 )
 WAYS = interval(
-    between(grid(way=["full depth", "kept"], epsilon=[np.nan, 0.05]), *SPEEDUPS, "quality_loss"),
+    between(grid(way=["full depth", "kept"], stay=[np.nan, 0.3]), *SPEEDUPS, "quality_loss"),
     "speedup_time",
 ).assign(in_use=[False, False, True, True])
 HEADS = between(
