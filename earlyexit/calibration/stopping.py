@@ -31,7 +31,8 @@ def fit_stopping_policy(
 ) -> ExitPolicy:
     """Return the cheapest policy whose quality loss on the trace is at most ``epsilon``.
 
-    An exit is tried as the deepest if all tokens might leave there within ε.
+    It is cheaper than full depth. An exit is tried as the deepest if all tokens might leave there
+    within ε.
 
     Args:
         trace: a trace of the fit part, never of the test split.
@@ -53,8 +54,11 @@ def fit_stopping_policy(
             return fit_policy(cut, criterion, float(room) - ROUNDING, costs=prices)
         return ExitPolicy.constant(known_criterion(criterion).never, cut.n_layers, criterion)
 
-    found = _each_deepest(trace, criterion, costs, fit)
-    kept = {p: spent for p, (_, spent) in found.items() if _loss(trace, p) <= epsilon}
+    found, whole = _each_deepest(trace, criterion, costs, fit), costs[-1].leaving[-1]
+    kept = {
+        p: spent for p, (_, spent) in found.items() if spent < whole
+    }  # full depth checks nothing
+    kept = {p: spent for p, spent in kept.items() if _loss(trace, p) <= epsilon}
     if not kept:
         return fit_policy(trace, criterion, epsilon, costs=costs[-1])  # says why there is none
     return min(kept, key=kept.__getitem__)

@@ -19,7 +19,10 @@ PARTS = {
     "rest": "0.75",
 }
 
-SHORT = {"lossless, ": "", "trained alone": "alone", ", ": "\n", "% ": "%\n", "gate ": "gate\n"}
+SHORT = {
+    "lossless, ": "", "trained alone": "alone", ", ": "\n", "% ": "%\n", "gate ": "gate\n",
+    " layer": "\nlayer",
+}  # fmt: skip
 
 
 @style.panel(COLUMN, 2.4, loc="upper center", ncols=3, fontsize=5.5)

@@ -406,3 +406,13 @@ def test_stopping_fits_refuse_what_other_fits_refuse(make_model):
         fit_stopping_policy_to_cost(trace, "gate", 1.0, costs)
     with pytest.raises(ValueError, match="epsilon"):
         fit_stopping_policy(trace, "gate", -0.1, costs)
+
+
+def test_a_policy_that_costs_more_than_full_depth_is_none():
+    """Where checks are dear, even a run that stops early may be: full depth checks nothing."""
+    trace, layers = gated_trace(1, 3, 0.2, 300), np.arange(1.0, 4)
+    dear = [ExitCosts(layers[: k + 1] + 9.0 * (k < 2), np.append([9.0] * k, 0)) for k in range(3)]
+    with pytest.raises(Unreachable, match="costs less than full depth"):
+        fit_stopping_policy(trace, "gate", 0.3, dear)
+    free = [ExitCosts.of(layers[: k + 1]) for k in range(3)]
+    assert (trace.exit_layers(fit_stopping_policy(trace, "gate", 0.3, free)) < 2).any()
