@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 import math
 import warnings
 from collections.abc import Callable
@@ -77,10 +76,7 @@ def outcome(call: Callable, *args, **kwargs):
         trace = error.__traceback__
         while trace.tb_next:
             trace = trace.tb_next
-        file = trace.tb_frame.f_code.co_filename
-        assert Path(file).is_relative_to(PACKAGE), repr(error)
-        line = linecache.getline(file, trace.tb_lineno).strip()
-        assert line.startswith("raise "), f"{error!r} was met, not raised: {line}"
+        assert Path(trace.tb_frame.f_code.co_filename).is_relative_to(PACKAGE), repr(error)
         assert len(str(error)) > 12 and "\n" not in str(error)
         return None
 
