@@ -55,9 +55,8 @@ def fit_stopping_policy(
         return ExitPolicy.constant(known_criterion(criterion).never, cut.n_layers, criterion)
 
     found, whole = _each_deepest(trace, criterion, costs, fit), costs[-1].leaving[-1]
-    kept = {
-        p: spent for p, (_, spent) in found.items() if spent < whole
-    }  # full depth checks nothing
+    # Full depth checks nothing: it may be the cheapest.
+    kept = {p: spent for p, (_, spent) in found.items() if spent < whole}
     kept = {p: spent for p, spent in kept.items() if _loss(trace, p) <= epsilon}
     if not kept:
         return fit_policy(trace, criterion, epsilon, costs=costs[-1])  # says why there is none
