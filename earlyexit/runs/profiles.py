@@ -217,6 +217,7 @@ PROFILES = {
             gates=GatesConfig(hidden=16),
             certify_tokens=0,
             seeds=(0, 1),
+            side_seeds=1,
             notebooks={
                 "01_build": {
                     "memory_tokens": 60_000, "depths": (1, 2, 3, 6), "depth_seeds": 2,
@@ -226,7 +227,7 @@ PROFILES = {
                     "recipes": ("joint",), "recipe_tokens": 50_000, "logits_tokens": 40_000,
                 },
                 "04_speedup_breakdown": {"output_head_tokens": 50_000},
-                "07_combinations": {"combination_tokens": 0, "combination_eval": 0},
+                "07_combinations": {"combination_tokens": 20_000},
                 "08_study": {"logits_tokens": 40_000},
             },
         ),

@@ -32,6 +32,7 @@ QUOTED = (
     *("wikitext2", "wikitext2-wide", "cpu", "recipes", "ablation", "combinations", "smollm2"),
     "smollm2-sotu",
 )
+STUDIES = ("cpu", "wikitext2", "wikitext2-wide")  # of these all of 01 to 08 and 10 is published
 EPSILON = 0.05  # the tolerated quality loss that the blocks quote
 
 TEXTS = {
@@ -105,6 +106,17 @@ def block(template: str, profile: str, root: Path) -> str:
     )
 
 
+def studies_block(root: Path) -> str:
+    """Set the profiles of the whole study side by side, those that have results."""
+    known = {record.label for record in all_published(project(root))}
+    studies = [
+        {"name": name, "profile": PROFILES[name], "table": partial(read_table, name, root=root)}
+        for name in STUDIES
+        if name in known
+    ]
+    return _fill("studies.md", studies=studies, epsilon=EPSILON)
+
+
 def large_block(root: Path) -> str:
     """Say what the model of the profile ``gpu`` costs on paper; it depends on no result."""
     profile = PROFILES["gpu"]
@@ -121,7 +133,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "guarantee": partial(block, "guarantee.md", "wikitext2"),
     "text": partial(block, "text.md", "cpu"),
     "exits": partial(block, "exits.md", "wikitext2"),
-    "wikitext2": partial(block, "detail.md", "wikitext2"),
+    "studies": studies_block,
     "large": large_block,
     "profiles": profiles_block,
     "products": partial(block, "products.md", "combinations"),

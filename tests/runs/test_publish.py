@@ -121,6 +121,18 @@ def test_a_table_of_ways_to_stop_has_a_row_for_each():
     assert "trained alone, 4 layers | 1.00× | 1.00× |" in "".join(lines[:end])
 
 
+def test_studies_stand_side_by_side():
+    """Every row has a number for every study that is published, the same as its own blocks say."""
+    header, _, *rows = publish.studies_block(project().root).splitlines()
+    studies = re.findall(r"`([\w-]+)`", header)
+    published = [name for name in publish.STUDIES if (project().results / name).is_dir()]
+    assert studies == published
+    assert all(row.count("|") == 2 + len(studies) and "| |" not in row for row in rows)
+    detail = publish.block("detail.md", "cpu", project().root)
+    (gate,) = re.findall(r"learned gate[^|]*\| ([^|]*×) \|", detail)
+    assert f"| **gate: layers** | **{gate}** |" in "\n".join(rows)
+
+
 @pytest.mark.parametrize(("sign", "told"), [(1, "worse"), (-1, "better"), (0, "not told apart")])
 def test_who_wins_is_computed(monkeypatch, sign, told):
     def given(profile, name, root):
