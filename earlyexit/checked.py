@@ -124,6 +124,39 @@ def bounded(**most: float) -> Callable[[T], T]:
     return decorate
 
 
+def listed(*names: str) -> Callable[[T], T]:
+    """Refuse arguments that are no lists, before a function is called; None is let through.
+
+    It only refuses, as :func:`bounded` does, and is no part of a digest either.
+
+    Raises:
+        TypeError: of the decorated: what it is given by one of these names cannot be gone through.
+    """
+
+    def decorate(call: T) -> T:
+        signature = inspect.signature(call)
+
+        @wraps(call)
+        def checked(*args: Any, **named: Any) -> Any:
+            given = signature.bind_partial(*args, **named).arguments
+            for name in names:
+                if (value := given.get(name)) is not None and not _can_be_gone_through(value):
+                    raise TypeError(f"{name}={brief(value)}: must be a list")
+            return call(*args, **named)
+
+        return checked
+
+    return decorate
+
+
+def _can_be_gone_through(value: object) -> bool:
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
+
+
 def refused(kind: type[Exception], told: str) -> Callable[[T], T]:
     """Turn a library's own kind of error into a ValueError of one line.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import math
 import warnings
 from collections.abc import Callable
@@ -67,7 +68,7 @@ word_ids = st.lists(st.integers(0, VOCABULARY - 1), min_size=3, max_size=3)
 
 
 def outcome(call: Callable, *args, **kwargs):
-    """What a call returns; None where it raised an error of the package's own."""
+    """What a call returns; None where the package raised an error of its own, on purpose."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -76,7 +77,9 @@ def outcome(call: Callable, *args, **kwargs):
         trace = error.__traceback__
         while trace.tb_next:
             trace = trace.tb_next
-        assert Path(trace.tb_frame.f_code.co_filename).is_relative_to(PACKAGE), repr(error)
+        file = trace.tb_frame.f_code.co_filename
+        assert Path(file).is_relative_to(PACKAGE), repr(error)
+        assert linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise "), repr(error)
         assert len(str(error)) > 12 and "\n" not in str(error)
         return None
 

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from earlyexit.calibration.trace import ExitTrace
-from earlyexit.checked import real, whole
+from earlyexit.checked import listed, real, whole
 from earlyexit.corpus.splits import Split
 from earlyexit.corpus.windows import IGNORE, windows
 from earlyexit.exits.criteria import CRITERIA
@@ -19,6 +19,7 @@ from earlyexit.nn.borrowed import borrowed
 from earlyexit.nn.cross_entropy import CHUNK_ELEMENTS, precise
 
 
+@listed("temperatures")
 @torch.no_grad()
 def collect_trace(
     model: ExitModel,
@@ -35,7 +36,7 @@ def collect_trace(
 
     Raises:
         FloatingPointError: an NLL is not finite.
-        TypeError: a temperature is no number.
+        TypeError: temperatures are no list, or one is no number.
         ValueError: the number of temperatures differs from that of exits, one is not > 0, or the
             split is empty or of another text than the model was trained on.
     """

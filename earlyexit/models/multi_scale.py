@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from earlyexit.checked import refused
 from earlyexit.exits.operations import Operations
 from earlyexit.exits.protocol import Execution
 from earlyexit.models.multi_scale_walk import (
@@ -51,6 +52,7 @@ class MultiScaleConfig(SparseConfig):
     _: KW_ONLY
     keep: float = 1.0
 
+    @refused(TypeError, "n_layers={self.n_layers!r}: must be a whole number")
     def __post_init__(self):
         if self.n_layers < 3 or self.n_layers % 2 == 0:
             raise ValueError(
