@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 from earlyexit.runs.paths import PACKAGE
 
-CHECKS = ("bounded", "listed", "refused", "verified")  # decorators of earlyexit.checked and runs.kept
+# Decorators of earlyexit.checked and runs.kept.
+CHECKS = ("bounded", "listed", "refused", "verified")
 PARAMETERS = "parameters"  # tag of the cell with a notebook's defaults
 DIGITS = 16  # hexadecimal digits kept of a definition's digest
 PARSER = Lock()  # python 3.11 fails with SystemError when two threads make syntax trees at once
