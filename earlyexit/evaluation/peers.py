@@ -1,4 +1,4 @@
-"""Other libraries' early exits decode with the same model; what cannot be run here is quoted.
+"""Early exits decode with the same model, those fitted here and other libraries'; the rest is quoted.
 
 Decoding by drafts from the first layers that the whole model verifies says the same words as plain
 greedy decoding, so that only time is at stake. ``earlyexit/data/peers.csv`` holds figures that authors
@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from tqdm.auto import tqdm
 
 from earlyexit.cost.timing import time_columns
 from earlyexit.models.pretrained import PretrainedModel
+from earlyexit.models.speculation import Drafts, decode_with_drafts
 
 QUOTED = Path(__file__).parents[1] / "data" / "peers.csv"
 PLAIN = "plain greedy decoding"
 DRAFTERS = 3  # numbers of first layers that are tried
+LONGEST, AGREEMENTS = 6, (0.5, 0.8)  # words of a draft here, as long as a gate expects agreement
 Way = Callable[[Tensor, int], Tensor]  # prompt (1, N), number of new tokens → these (n,)
 
 
@@ -40,8 +43,7 @@ def peer_table(model: PretrainedModel, prompts: Tensor, n_new: int, repeats: int
         90 % interval over prompts and repeats, agreement (share of new tokens that are those of plain
         decoding), and source, which says of quoted figures where they stand, and on what they were got.
     """
-    with _own_attention(model):
-        measured = decoding_times(ways_to_decode(model), prompts, n_new, repeats)
+    measured = decoding_times(ways_to_decode(model), prompts, n_new, repeats)
     return pd.concat([measured.assign(basis="measured"), quoted()], ignore_index=True)
 
 
@@ -51,18 +53,31 @@ def quoted() -> pd.DataFrame:
 
 
 def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
-    """Return plain greedy decoding, and drafts from the first layers by each library that is there."""
+    """Return plain greedy decoding, drafts by exits with gates, and by each library that is there."""
     decoder, stages = model.decoder, np.linspace(1, model.n_layers - 1, DRAFTERS).round()
-    depths = [model.config.stage_layers * int(stage) for stage in dict.fromkeys(stages)]
+    stages = [int(stage) for stage in dict.fromkeys(stages)]
+    depths = [model.config.stage_layers * stage for stage in stages]
+    ends = model.decoder.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
 
     def greedy(prompt: Tensor, n_new: int, **drafts: int) -> Tensor:
         mask = torch.ones_like(prompt)
-        ids = decoder.generate(
-            prompt, attention_mask=mask, max_new_tokens=n_new, do_sample=False, **drafts
-        )
+        with _own_attention(model):
+            ids = decoder.generate(
+                prompt, attention_mask=mask, max_new_tokens=n_new, do_sample=False, **drafts
+            )
         return ids[0, prompt.shape[1] :]
 
-    ways: dict[str, Way] = {PLAIN: greedy}
+    def drafted(prompt: Tensor, n_new: int, drafts: Drafts) -> Tensor:
+        return decode_with_drafts(model, prompt, n_new, drafts, stop=ends).ids[0, prompt.shape[1] :]
+
+    ways: dict[str, Way] = {PLAIN: greedy, "here, no drafts": partial(drafted, drafts=Drafts())}
+    for stage, depth in zip(stages, depths, strict=True):
+        for least in AGREEMENTS if model.gates.trained else ():
+            drafts = Drafts(stage - 1, LONGEST, least)
+            ways[f"here, drafts from layer {depth}, gate {least:g}"] = partial(
+                drafted, drafts=drafts
+            )
     for depth in depths:
         ways[f"transformers, drafts from layer {depth}"] = lambda prompt, n_new, depth=depth: (
             greedy(prompt, n_new, assistant_early_exit=depth)
@@ -74,9 +89,12 @@ def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
         for depth in depths:
             config = EarlyExitConfig(exit_layer=depth, head="shared")
             other = economize.apply(decoder, config)
-            ways[f"economize, drafts from layer {depth}"] = lambda prompt, n_new, other=other: (
-                other.decode(prompt, n_new, stop=decoder.generation_config.eos_token_id).tokens
-            )
+
+            def economized(prompt: Tensor, n_new: int, other=other) -> Tensor:
+                with _own_attention(model):
+                    return other.decode(prompt, n_new, stop=ends[0] if ends else None).tokens
+
+            ways[f"economize, drafts from layer {depth}"] = economized
     return ways
 
 
