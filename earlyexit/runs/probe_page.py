@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import pandas as pd
-import psutil
 
 from earlyexit.calibration.certify import Refused
+from earlyexit.cost.memory import MIB, largest_peak_bytes
 from earlyexit.evaluation.existing import CLOSE, TIMES
 from earlyexit.runs.probe import Probe
 
@@ -48,7 +47,7 @@ def page(probe: Probe, epsilon: float) -> str:
         "",
         probe.sentence(epsilon),
         f"{(time.perf_counter() - started) / 60:.1f} minutes now, kept steps not counted; peak memory"
-        f" {peak_memory() / 2**20:,.0f} MiB.",
+        f" {largest_peak_bytes() / MIB:,.0f} MiB.",
     ]
     return "\n".join(parts)
 
@@ -69,13 +68,3 @@ def _with_interval(table: pd.DataFrame) -> list[str]:
 def _sources(peers: pd.DataFrame) -> list[str]:
     known = peers.dropna(subset="source")
     return [f"  {row.system}: {row.source}" for row in known.itertuples()]
-
-
-def peak_memory() -> int:
-    """Return the peak resident bytes of this process, or the present ones where only those are known."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().rss
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
