@@ -33,16 +33,16 @@ def reliability(table: pd.DataFrame, errors: pd.DataFrame, *, ax: Panels = None)
 def reliability_diagram(table: pd.DataFrame, errors: pd.DataFrame, layer: int, *, ax: Axes) -> None:
     """Draw accuracy over confidence at one exit, first seed, with the mean ECE over the seeds."""
     ax.plot([0, 1], [0, 1], **REFERENCE)
-    notes = []
+    found = []
     shown = table[(table["exit"] == layer) & (table["seed"] == table["seed"].min())]
     for k, when in enumerate(("before", "after")):
         rows = shown[(shown["calibration"] == when) & (shown["share"] >= ENOUGH)]
         ax.plot(rows["confidence"], rows["accuracy"], label=when, **style.look(k))
         same = (errors["exit"] == layer) & (errors["calibration"] == when)
-        notes.append(f"ECE {when} {100 * errors[same]['ece'].mean():.1f} %")
-    ax.text(0.97, 0.04, "\n".join(notes), transform=ax.transAxes, ha="right", fontsize=6.5)
+        found.append(f"{100 * errors[same]['ece'].mean():.1f}")
     last = " (last)" if layer == table["exit"].max() else ""
-    ax.set(title=f"exit {layer}{last}", xlim=(0, 1), ylim=(0, 1))
+    ax.set_title(f"exit {layer}{last}\nECE {' → '.join(found)} %", fontsize=7)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.set(xlabel="maximum probability", ylabel="accuracy")
 
 

@@ -100,7 +100,8 @@ def exit_distribution(table: pd.DataFrame, criterion: str, threshold: float, *, 
     none, layers = int(table["exit_layer"].max()), rows["layer_equivalents"].sum()
     ax.bar(rows.index, rows["share"], color=["C0"] * none + ["0.6"])
     ax.set_title(f"threshold {threshold:g}\n{layers:.2f} layers")
-    ax.set_xticks(range(none + 1), [*map(str, range(none)), "none"])
+    ticks = range(none, -1, -(1 + none // 5))  # room for the word, and as much for each number
+    ax.set_xticks(ticks, ["none", *map(str, ticks[1:])])
     ax.set(xlabel=f"exit layer\n({style.label_of(criterion)})", ylabel="share of tokens")
     style.percent(ax.yaxis)
     ax.grid(axis="x", visible=False)
