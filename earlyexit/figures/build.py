@@ -161,8 +161,7 @@ def _per_exit(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
         ax.fill_between(means.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-@style.panel(COLUMN, 2.4, loc=None)
-def ablation(table: pd.DataFrame, *, ax: Axes) -> None:
+def ablation(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Draw the validation perplexity of every change to the mixing layer, with numbers.
 
     A point is a seed, and a dash their mean; the dashed line is the first change, which is none.
@@ -172,6 +171,7 @@ def ablation(table: pd.DataFrame, *, ax: Axes) -> None:
     """
     changes = table.groupby("change", sort=False)["perplexity_fit"]
     means, most = changes.mean(), changes.max()
+    ax, _ = style.new_axes(ax, COLUMN, 0.8 + 0.16 * len(means))
     at = dict(zip(means.index, range(len(means)), strict=True))
     ax.axvline(means.iloc[0], **REFERENCE)
     ax.plot(table["perplexity_fit"], table["change"].map(at), "o", color="C0", alpha=0.6)
@@ -183,3 +183,4 @@ def ablation(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.set(xlabel="perplexity, validation (fit part)", ylim=(len(at) - 0.5, -0.5))
     ax.margins(x=0.15)
     ax.grid(axis="y", visible=False)
+    return ax
