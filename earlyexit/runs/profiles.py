@@ -147,7 +147,7 @@ PROFILES = {
             side_seeds=1,
             notebooks={
                 "01_build": {
-                    "depths": (1, 2, 4), "depth_seeds": 3, "controls": ("diagonal only",),
+                    "depths": (1, 2, 3, 4), "depth_seeds": 3, "controls": ("diagonal only",),
                 }
             },
         ),

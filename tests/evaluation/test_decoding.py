@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from earlyexit.evaluation import decoding
+from earlyexit.evaluation import decoding, decoding_costs
 from earlyexit.exits.policy import ExitPolicy
 
 
@@ -25,7 +25,7 @@ def costs(layer: float, head: float, joined: float, longest: int, n_layers: int)
 
 @pytest.mark.parametrize(("exit_layer", "draft"), [(0, 1), (0, 4), (2, 3)])
 def test_a_draft_breaks_even_where_its_words_take_the_time_of_plain_ones(exit_layer, draft):
-    a = decoding.needed_acceptance(costs(4.0, 6.0, 0.25, 4, 4), 4, exit_layer, draft)
+    a = decoding_costs.needed_acceptance(costs(4.0, 6.0, 0.25, 4, 4), 4, exit_layer, draft)
     words = (1 - a ** (draft + 1)) / (1 - a)
     early = (draft + 1) * (exit_layer + 1) * 4.0 + draft * 6.0
     verified = (draft + 1) * ((3 - exit_layer) * 1.0 + 1.5)
@@ -34,8 +34,10 @@ def test_a_draft_breaks_even_where_its_words_take_the_time_of_plain_ones(exit_la
 
 def test_without_cheaper_passes_no_acceptance_pays():
     for draft in (1, 4):
-        assert math.isnan(decoding.needed_acceptance(costs(4.0, 6.0, 1.0, 4, 4), 4, 0, draft))
-    assert decoding.needed_acceptance(costs(4.0, 0.0, 1.0, 4, 4), 4, 0, 2) == pytest.approx(1.0)
+        assert math.isnan(decoding_costs.needed_acceptance(costs(4.0, 6.0, 1.0, 4, 4), 4, 0, draft))
+    assert decoding_costs.needed_acceptance(costs(4.0, 0.0, 1.0, 4, 4), 4, 0, 2) == pytest.approx(
+        1.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +86,17 @@ def test_words_are_drawn_the_same_in_every_run(measured):
 
 def test_the_parts_of_a_word_add_up(measured):
     model, prompts, methods, speed = measured
-    cost = decoding.prices(model, prompts, 2, 9)
+    cost = decoding_costs.prices(model, prompts, 2, 9)
     assert (cost.loc[cost["part"] == "layer", "microseconds"] > 0).all()
     assert set(cost.loc[cost["part"] == "head", "exit_layer"]) == {0, 1, 2}
-    parts = decoding.breakdown(model, methods, prompts, 8, cost, speed)
+    parts = decoding_costs.breakdown(model, methods, prompts, 8, cost, speed)
     total = parts.groupby("method")["microseconds"].sum()
     told = speed[speed["batch"] == 1].set_index("method")["words_per_second"]
     np.testing.assert_allclose(total[told.index], 1e6 / told)
-    accepted = decoding.acceptance(model, prompts, 8, [1, 2], cost, [0.0, 1.0])
+    accepted = decoding_costs.acceptance(model, prompts, 8, [1, 2], cost, [0.0, 1.0])
     assert len(accepted) == 8 and accepted["words_per_pass"].between(1, 3).all()
     best = decoding.fastest(speed, decoding.fixed_drafts(3, [2]))
-    plain = decoding.plain_parts(model, prompts, 8, 3)
+    plain = decoding_costs.plain_parts(model, prompts, 8, 3)
     said = decoding.verdict(speed, plain, accepted, "exits", list(best))
     assert "nan" not in said and "100% the same words" in said and "drawn" not in said
     drawn = decoding.speeds(model, methods, prompts, 8, [1], 3, temperature=1.0)
