@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from earlyexit.figures import style
 from earlyexit.figures.style import COLUMN, PAGE, REFERENCE, Panels
@@ -147,12 +147,34 @@ def exit_quality(table: pd.DataFrame, *, ax: Panels = None) -> np.ndarray:
 
 
 def recipes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw perplexity per exit of models trained by each recipe, mean and range over the seeds.
+    """Draw every exit's perplexity over that of a model of its depth, a row per recipe.
 
-    Columns: recipe, exit, perplexity.
+    At the right stands what the gates of each save in layers.
+
+    Columns: recipe, exit, difference (NaN: no recipe), gate_speedup_layers; means over seeds are drawn.
     """
-    label = "perplexity, fit part"
-    return style.lines(table, "exit", "perplexity", "recipe", EXIT, label, log=False, ax=ax)
+    means = table.dropna(subset="difference").groupby(["recipe", "exit"], sort=False)
+    means = means[["difference", "gate_speedup_layers"]].mean().reset_index()
+    names = list(means["recipe"].unique())
+    ax, own = style.new_axes(ax, PAGE, 1.5 + 0.16 * len(names))
+    for k, (exit_layer, rows) in enumerate(means.groupby("exit")):
+        look = style.look(k) | {"linestyle": "none", "label": f"exit {exit_layer}"}
+        ax.plot(rows["difference"], rows["recipe"].map(names.index), **look)
+    ax.axvline(0, **REFERENCE)
+    small = {"va": "center", "fontsize": 7}
+    for row, speedup in enumerate(means.drop_duplicates("recipe")["gate_speedup_layers"]):
+        ax.text(1.02, row, f"{speedup:.2f}×", transform=ax.get_yaxis_transform(), **small)
+    ax.set_title("gate, layers", loc="right", fontsize=7)
+    ax.set_xscale("symlog", linthresh=0.05)
+    ax.set_xticks([-0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5])
+    ax.xaxis.set_minor_locator(NullLocator())
+    style.percent(ax.xaxis)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="exit / model of its depth trained alone − 1\n(perplexity, fit part)")
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    style.legend(ax, own, "upper center", means["exit"].nunique())
+    return ax
 
 
 @style.panel(COLUMN, 2.2)
