@@ -87,8 +87,9 @@ def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
         from economize.techniques.early_exit import EarlyExitConfig
 
         for depth in depths:
-            config = EarlyExitConfig(exit_layer=depth, head="shared")
-            other = economize.apply(decoder, config)
+            with _own_attention(model):
+                config = EarlyExitConfig(exit_layer=depth, head="shared")
+                other = economize.apply(decoder, config)
 
             def economized(prompt: Tensor, n_new: int, other=other) -> Tensor:
                 with _own_attention(model):

@@ -267,6 +267,26 @@ def rival_table(
     return pd.DataFrame(rows)
 
 
+def over_alone(front: pd.DataFrame, criterion: str, column: str) -> pd.DataFrame:
+    """Compare rows of a front with models trained alone, or mixtures of two of them, of equal cost.
+
+    Args:
+        front: rows of several seeds of :func:`earlyexit.evaluation.compare.compare`.
+        criterion: whose rows, one per ε; column: the speedup that counts the cost.
+
+    Returns:
+        One row per seed and ε: seed, epsilon, difference (perplexity over that of the models, minus 1).
+    """
+    rows = []
+    for seed, of_seed in front.groupby("seed"):
+        ladder = of_seed[of_seed["criterion"] == ALONE].sort_values(column, ascending=False)
+        costs, losses = 1 / ladder[column].to_numpy(), np.log(ladder["perplexity"].to_numpy())
+        for row in of_seed[of_seed["criterion"] == criterion].to_dict("records"):
+            apart = np.log(row["perplexity"]) - shares_at(costs, 1 / row[column]) @ losses
+            rows.append({"seed": seed, "epsilon": row["epsilon"], "difference": np.expm1(apart)})
+    return pd.DataFrame(rows)
+
+
 def told(rows: pd.DataFrame) -> str:
     """Say how policies of one ε compare with models trained alone at one cost, over seeds.
 

@@ -20,6 +20,7 @@ from earlyexit.calibration.audit import PROCEDURES
 from earlyexit.calibration.bounds import seed_interval
 from earlyexit.cost.training import H100, training_cost
 from earlyexit.evaluation.compare import span
+from earlyexit.evaluation.rivals import over_alone
 from earlyexit.runs.artifacts import MissingResult, owner_of, read_table
 from earlyexit.runs.cache import Trained
 from earlyexit.runs.freshness import TRAIN_TOKENS, all_published
@@ -32,7 +33,12 @@ QUOTED = (
     *("wikitext2", "wikitext2-wide", "cpu", "recipes", "ablation", "combinations", "smollm2"),
     "smollm2-sotu",
 )
-STUDIES = ("cpu", "wikitext2", "wikitext2-wide")  # set side by side
+STUDIES = {  # set side by side: their name in a sentence
+    "cpu": "on this text",
+    "wikitext2": "on WikiText-2",
+    "wikitext2-wide": "there with six layers twice as wide",
+}
+EXISTING = {"smollm2": "WikiText-2", "smollm2-sotu": "the default text"}  # likewise
 EPSILON = 0.05  # the tolerated quality loss that the blocks quote
 
 TEXTS = {
@@ -101,6 +107,7 @@ def block(template: str, profile: str, root: Path) -> str:
         profile=PROFILES[profile],
         epsilon=EPSILON,
         procedures=list(PROCEDURES),
+        studies=_studies(root),
         table=partial(read_table, profile, root=root),
         owner=lambda file: owner_of(f"results/{profile}/{file}", project(root).published(profile)),
     )
@@ -108,13 +115,30 @@ def block(template: str, profile: str, root: Path) -> str:
 
 def studies_block(root: Path) -> str:
     """Set the profiles of the whole study side by side, those whose last notebooks have results."""
+    return _fill("studies.md", studies=_studies(root), epsilon=EPSILON)
+
+
+def _studies(root: Path) -> list[dict]:
     done = {(record.label, record.notebook) for record in all_published(project(root))}
-    studies = [
-        {"name": name, "profile": PROFILES[name], "table": partial(read_table, name, root=root)}
-        for name in STUDIES
+    return [
+        {
+            "name": name,
+            "text": text,
+            "profile": PROFILES[name],
+            "table": partial(read_table, name, root=root),
+        }
+        for name, text in STUDIES.items()
         if {(name, "08_study"), (name, "10_generation")} <= done
     ]
-    return _fill("studies.md", studies=studies, epsilon=EPSILON)
+
+
+def existing_block(root: Path) -> str:
+    """Set the texts on which exits were fitted to an existing model side by side."""
+    existing = [
+        {"text": text, "table": partial(read_table, name, root=root)}
+        for name, text in EXISTING.items()
+    ]
+    return _fill("existing.md", existing=existing, epsilon=EPSILON)
 
 
 def large_block(root: Path) -> str:
@@ -128,7 +152,7 @@ def large_block(root: Path) -> str:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "answer": partial(block, "answer.md", "cpu"),
     "detail": partial(block, "detail.md", "cpu"),
-    "claims": partial(block, "claims.md", "cpu"),
+    "claims": partial(block, "claims.md", "wikitext2"),
     "depth": partial(block, "depth.md", "wikitext2"),
     "guarantee": partial(block, "guarantee.md", "wikitext2"),
     "text": partial(block, "text.md", "cpu"),
@@ -139,8 +163,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "products": partial(block, "products.md", "combinations"),
     "generation": partial(block, "generation.md", "cpu"),
     "generation-wide": partial(block, "generation.md", "wikitext2-wide"),
-    "existing": partial(block, "existing.md", "smollm2"),
-    "existing-sotu": partial(block, "existing.md", "smollm2-sotu"),
+    "existing": existing_block,
     "status": status_block,
 }
 
@@ -194,8 +217,9 @@ def _fill(template: str, **values: object) -> str:
         undefined=StrictUndefined,
     )
     environment.filters |= {
-        "form": format, "span": span, "time": _time, "verdict": _verdict,
-        "commit_of": _commit, "oneline": lambda text: " ".join(text.split()) + "\n",
+        "form": format, "span": span, "time": _time, "against": _against, "better": _better,
+        "cut": _cut, "over_alone": over_alone, "commit_of": _commit,
+        "oneline": lambda text: " ".join(text.split()) + "\n",
     }  # fmt: skip
     return environment.get_template(template).render(values).strip()
 
@@ -206,20 +230,32 @@ def _time(rows: pd.DataFrame, column: str) -> str:
     return f"{rows[column].mean():.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _verdict(rows: pd.DataFrame) -> str:
-    """Format what the intervals of the perplexity differences show: over documents, and over seeds.
-
-    A verdict holds if both do, for every seed.
-    """
+def _widest(rows: pd.DataFrame) -> tuple[float, float]:
+    """Return the ends of the 95 % intervals of perplexity differences: of every seed, and over seeds."""
     low, high = rows["low"].min(), rows["high"].max()
-    ends = f"95 % over documents: {low:+.1%} to {high:+.1%}"
     if len(rows) > 1:
-        _, *seeds = seed_interval(rows["difference"])
-        ends += f", over {len(rows)} seeds: {seeds[0]:+.1%} to {seeds[1]:+.1%}"
-        low, high = min(low, seeds[0]), max(high, seeds[1])
-    if low > 0:
-        return f"worse; {ends}"
-    return f"better; {ends}" if high < 0 else f"not told apart; {ends}"
+        _, *ends = seed_interval(rows["difference"])
+        low, high = min(low, ends[0]), max(high, ends[1])
+    return low, high
+
+
+def _better(rows: pd.DataFrame) -> bool:
+    return bool(_widest(rows)[1] < 0)
+
+
+def _against(rows: pd.DataFrame) -> str:
+    """Format the mean difference, its widest interval, and the verdict: an interval without 0."""
+    low, high = _widest(rows)
+    word = "worse" if low > 0 else "better" if high < 0 else "not told apart"
+    return f"{rows['difference'].mean():+.1%} ({low:+.1%} to {high:+.1%}), {word}"
+
+
+def _cut(front: pd.DataFrame, criterion: str, epsilon: float) -> str:
+    """Say in how many seeds a fitted policy is a cut: all tokens leave where a static exit has them."""
+    policies = front[(front["criterion"] == criterion) & (front["epsilon"] == epsilon)]
+    static = front[front["criterion"] == "static"]
+    cuts = policies.merge(static, on=["seed", "perplexity", "speedup_layers"])["seed"].nunique()
+    return f" (a plain cut in {cuts} of {len(policies)} seeds)" if cuts else ""
 
 
 def _commit(record: Record) -> str:

@@ -20,6 +20,7 @@ from earlyexit.evaluation.rivals import (
     cost_of_quality,
     equal_cost,
     exit_gaps,
+    over_alone,
     perplexities,
     random_exits,
     rival_table,
@@ -121,6 +122,9 @@ def test_rivals_of_a_policy_cost_as_much_or_are_as_good(subject, alone):
     row = rival_table(front, *about).iloc[0]
     assert row["rival_perplexity"] == pytest.approx((121 * 81) ** 0.5)  # costs 0.5 and 1: 0.75
     assert row["difference"] == pytest.approx(100 / 99 - 1)
+    front["seed"] = 7
+    (same,) = over_alone(front, "gate", "speedup_time").to_dict("records")
+    assert same == pytest.approx({"seed": 7, "epsilon": 0.05, "difference": row["difference"]})
     share = np.log(121 / 100) / np.log(121 / 81)
     assert row["rival_speedup"] == pytest.approx(1 / (0.5 + 0.5 * share))
     own = by_document(subject.test.nll[:, 0], subject.test.document)

@@ -88,10 +88,12 @@ def test_a_card_says_what_the_weights_are(make_model):
 )
 def test_a_difference_is_a_verdict_only_with_its_whole_interval(low, high, verdict):
     rows = pd.DataFrame({"difference": [(low + high) / 2], "low": [low], "high": [high]})
-    told = f"{verdict}; 95 % over documents: {low:+.1%} to {high:+.1%}"
-    assert publish._verdict(rows) == told
+    assert publish._against(rows) == (
+        f"{(low + high) / 2:+.1%} ({low:+.1%} to {high:+.1%}), {verdict}"
+    )
+    assert publish._better(rows) == (verdict == "better")
     many = pd.concat([rows.assign(difference=rows["difference"] + d) for d in (-1e-3, 0, 1e-3)])
-    assert publish._verdict(many).startswith(f"{told}, over 3 seeds: ")
+    assert publish._against(many).endswith(verdict)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_a_table_of_ways_to_stop_has_a_row_for_each():
     assert all(line.startswith("|") and line.count("|") == 7 for line in lines[:end])
     names = [row.split(" | ")[0] for row in lines[2:end]]
     layers = PROFILES["cpu"].model.n_layers
-    assert len(names) == len(set(names)) == 5 + (layers - 1) + 3  # and models of 1, 2 and 4 layers
+    assert len(names) == len(set(names)) == 6 + (layers - 1) + layers  # and a model of every depth
     assert "trained alone, 4 layers | 1.00× | 1.00× |" in "".join(lines[:end])
 
 
@@ -146,15 +148,30 @@ def test_who_wins_is_computed(monkeypatch, sign, told):
 
     monkeypatch.setattr(publish, "read_table", given)
     answer = publish.block("answer.md", "cpu", project().root)
-    assert re.search(rf"at equal time\*\* \({told}; 95 % over documents", answer)
+    assert re.search(rf"at equal time, [^*;]*\), {told}\*\*", answer)
 
 
 def test_seeds_that_disagree_leave_a_verdict_open():
     """Each seed's documents say better; the seeds, as three units, do not."""
     apart = pd.DataFrame({"difference": [-0.01, -0.02, -0.06]})
     rows = apart.assign(low=apart["difference"] - 0.005, high=apart["difference"] + 0.005)
-    assert publish._verdict(rows).startswith("not told apart; 95 % over documents: -6.5% to -0.5%")
-    assert publish._verdict(rows.assign(seed=0).iloc[:1]).startswith("better")
+    assert publish._against(rows) == "-3.0% (-9.6% to +3.6%), not told apart"
+    assert publish._against(rows.iloc[:1]) == "-1.0% (-1.5% to -0.5%), better"
+
+
+def test_a_policy_is_called_a_cut_where_it_is_one():
+    """In one seed of two all tokens leave after the first layer, as by its static exit."""
+    about = {"epsilon": 0.05, "speedup_layers": 2.0}
+    front = pd.DataFrame(
+        [
+            {"seed": 0, "criterion": "static", "perplexity": 9.0, "speedup_layers": 2.0},
+            {"seed": 1, "criterion": "static", "perplexity": 8.0, "speedup_layers": 2.0},
+            {"seed": 0, "criterion": "gate", "perplexity": 9.0} | about,
+            {"seed": 1, "criterion": "gate", "perplexity": 7.0} | about,
+        ]
+    )
+    assert publish._cut(front, "gate", 0.05) == " (a plain cut in 1 of 2 seeds)"
+    assert publish._cut(front[front["seed"] == 1], "gate", 0.05) == ""
 
 
 @pytest.mark.slow
