@@ -74,7 +74,7 @@ def add_commands(add: Add) -> None:
     asked.add_argument("--epsilon", type=float, default=0.05, help="tolerated loss of the verdict")
     asked.add_argument(
         "--assisted-tokens", type=int, default=0, metavar="N",
-        help="also time other libraries' early exits on N new tokens",
+        help="also time drafts by exits, here and by other libraries, on N new tokens",
     )  # fmt: skip
     asked.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
 

@@ -8,6 +8,7 @@ give of their own systems, with their source and why they are quoted.
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from earlyexit.cost.timing import time_columns
+from earlyexit.devices import synchronize
 from earlyexit.models.pretrained import PretrainedModel
 from earlyexit.models.speculation import Drafts, decode_with_drafts
 
 QUOTED = Path(__file__).parents[1] / "data" / "peers.csv"
 PLAIN = "plain greedy decoding"
 DRAFTERS = 3  # numbers of first layers that are tried
+WHOLE = ("gpt2", "gpt_neox")  # they run all of their layers, whatever a library asks them to
 LONGEST, AGREEMENTS = 6, (0.5, 0.8)  # words of a draft here, as long as a gate expects agreement
 Way = Callable[[Tensor, int], Tensor]  # prompt (1, N), number of new tokens → these (n,)
 
@@ -40,8 +43,9 @@ def peer_table(model: PretrainedModel, prompts: Tensor, n_new: int, repeats: int
 
     Returns:
         One row per system: system, basis (measured or quoted), tokens_per_second, speedup_time with its
-        90 % interval over prompts and repeats, agreement (share of new tokens that are those of plain
-        decoding), and source, which says of quoted figures where they stand, and on what they were got.
+        90 % interval over prompts and repeats, both of a word; agreement (share of new tokens that are
+        those of plain decoding); and source, which says of quoted figures where they stand, and on what
+        they were got.
     """
     measured = decoding_times(ways_to_decode(model), prompts, n_new, repeats)
     return pd.concat([measured.assign(basis="measured"), quoted()], ignore_index=True)
@@ -53,7 +57,7 @@ def quoted() -> pd.DataFrame:
 
 
 def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
-    """Return plain greedy decoding, drafts by exits with gates, and by each library that is there."""
+    """Return plain greedy decoding, drafts by exits with gates, and by each library that knows it."""
     decoder, stages = model.decoder, np.linspace(1, model.n_layers - 1, DRAFTERS).round()
     stages = [int(stage) for stage in dict.fromkeys(stages)]
     depths = [model.config.stage_layers * stage for stage in stages]
@@ -78,6 +82,8 @@ def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
             ways[f"here, drafts from layer {depth}, gate {least:g}"] = partial(
                 drafted, drafts=drafts
             )
+    if decoder.config.model_type in WHOLE:
+        return ways
     for depth in depths:
         ways[f"transformers, drafts from layer {depth}"] = lambda prompt, n_new, depth=depth: (
             greedy(prompt, n_new, assistant_early_exit=depth)
@@ -93,7 +99,7 @@ def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
 
             def economized(prompt: Tensor, n_new: int, other=other) -> Tensor:
                 with _own_attention(model):
-                    return other.decode(prompt, n_new, stop=ends[0] if ends else None).tokens
+                    return other.decode(prompt, n_new, stop=ends or None).tokens
 
             ways[f"economize, drafts from layer {depth}"] = economized
     return ways
@@ -103,44 +109,54 @@ def ways_to_decode(model: PretrainedModel) -> dict[str, Way]:
 def decoding_times(
     ways: Mapping[str, Way], prompts: Tensor, n_new: int, repeats: int
 ) -> pd.DataFrame:
-    """Time ways of decoding, one after another for each prompt, against the first of them.
+    """Time ways of decoding, in a new random order for each prompt, against the first of them.
 
     Returns:
         The measured columns of :func:`peer_table`.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    said: dict[str, list[Tensor]] = {name: [] for name in ways}
-    steps = [(r, p, name) for r in range(repeats + 1) for p in prompts.split(1) for name in ways]
+    order = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}  # of a word
+    said: dict[str, list[list[int]]] = {name: [] for name in ways}
+    steps = [
+        (r, p, name)
+        for r in range(repeats + 1)
+        for p in prompts.split(1)
+        for name in order.sample(list(ways), len(ways))
+    ]
     with _quiet_transformers():
         for repeat, prompt, name in tqdm(steps, desc="decoding", mininterval=2):
+            synchronize(prompt.device)
             start = time.perf_counter()
-            new = ways[name](prompt, n_new)
+            new = ways[name](prompt, n_new).tolist()
+            taken = time.perf_counter() - start
             if repeat:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken / max(1, len(new)))
                 said[name].append(new)
     (plain, *_), rows = ways, []
     for name in ways:
-        same = [
-            found[: len(usual)] == usual[: len(found)]
-            for found, usual in zip(said[name], said[plain], strict=True)
-        ]
+        pairs = list(zip(said[name], said[plain], strict=True))
+        same = sum(a == b for found, usual in pairs for a, b in zip(found, usual, strict=False))
         rows.append(
-            {"system": name, "tokens_per_second": sum(map(len, said[name])) / sum(seconds[name])}
+            {"system": name, "tokens_per_second": 1 / np.mean(seconds[name])}
             | time_columns(np.array(seconds[plain]), np.array(seconds[name]))
-            | {"agreement": torch.cat(same).double().mean().item()}
+            | {"agreement": same / sum(max(map(len, pair)) for pair in pairs)}
         )
     return pd.DataFrame(rows)
 
 
 @contextmanager
 def _own_attention(model: PretrainedModel) -> Iterator[None]:
-    """Let the decoder attend by torch's own function, the one that other libraries know."""
-    config, usual = model.decoder.config, model.decoder.config._attn_implementation
+    """Let the decoder attend by torch's own function, the one that other libraries know.
+
+    What they change of its configuration is put back, also after an error.
+    """
+    config = model.decoder.config
+    usual = config._attn_implementation, config.num_hidden_layers
     config._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        config._attn_implementation = usual
+        config._attn_implementation, config.num_hidden_layers = usual
 
 
 @contextmanager

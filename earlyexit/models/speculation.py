@@ -1,7 +1,8 @@
 """A Hugging Face decoder drafts words with its first layers, and verifies a draft in one pass.
 
 The words are those of the decoder as it is (self-speculation; Zhang et al. 2024, *Draft & Verify*;
-LayerSkip, Elhoushi et al. 2024): the first stages and an exit's head propose words one by one, as long
+LayerSkip, Elhoushi et al. 2024), up to rounding, by which nearly equal logits change places: hardly ever
+in float32, often in half precision. The first stages and an exit's head propose words one by one, as long
 as the exit's gate expects the last layer to agree, and the remaining stages run all of them at once.
 Going back is cutting keys and values off. Full depth, without a draft, is decoded in the same way, so
 that both can be timed against each other.
@@ -91,17 +92,19 @@ def decode_with_drafts(
         for text in texts:
             while len(text.ids) < known + n_new and not text.ended:
                 text.advance(known + n_new - len(text.ids))
-    return _generated(texts, known, model.n_layers)
+    return _generated(texts, known, model.n_layers, prompt.device)
 
 
 def _checked(model: PretrainedModel, drafts: Drafts) -> Drafts:
+    if model.n_layers < 2:
+        raise ValueError("exits=1: no exit before the last can draft; attach with two or more")
     exit_layer = whole("exit_layer", drafts.exit_layer, 0, model.n_layers - 2)
     agreement = real("agreement", drafts.agreement, least=0)
     if agreement > 1:
         raise ValueError(f"agreement={agreement}: must be a probability, at most 1")
     if agreement and not model.gates.trained:
         raise ValueError(f"agreement={agreement} asks gates, which are not fitted: train_gates")
-    return Drafts(exit_layer, whole("longest", drafts.longest), agreement)
+    return Drafts(exit_layer, whole("longest", drafts.longest, 0, model.n_seq), agreement)
 
 
 @dataclass(frozen=True)
@@ -112,40 +115,47 @@ class _Words:
     top_p: float
     generator: torch.Generator | None
 
-    def probabilities(self, logits: Tensor) -> np.ndarray:
-        """Return what words are drawn with ``(V,)``; of the most probable word alone at temperature 0.
+    def choose(self, logits: Tensor) -> tuple[int, np.ndarray | None]:
+        """Return a word of logits ``(V,)``, and with what probabilities it was drawn ``(V,)``.
+
+        At temperature 0 it is the most probable one, and there are no probabilities.
 
         Raises:
             ValueError: a logit is not finite.
         """
-        (best,) = finite_words(*logits.max(dim=-1, keepdim=True)).tolist()
-        p = np.zeros(len(logits))
-        if self.temperature:
-            distribution(logits.double().cpu().numpy(), self.temperature, self.top_p, p)
-        else:
-            p[best] = 1.0
+        if not self.temperature:
+            return int(finite_words(*logits.max(dim=-1, keepdim=True))), None
+        p = self.probabilities(logits)
+        return int(draw(p, self.uniform())), p
+
+    def probabilities(self, logits: Tensor) -> np.ndarray:
+        """Return what words are drawn with ``(V,)``."""
+        finite_words(*logits.max(dim=-1, keepdim=True))
+        p = np.empty(len(logits))
+        distribution(logits.double().cpu().numpy(), self.temperature, self.top_p, p)
         return p
 
     def uniform(self) -> float:
         """Return a number in [0, 1)."""
         return torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
-    def one(self, p: np.ndarray) -> int:
-        """Draw a word; of one that is certain no random number is used."""
-        return int(draw(p, self.uniform())) if self.temperature else int(p.argmax())
-
-    def stands(self, word: int, p: np.ndarray, q: np.ndarray) -> bool:
-        """Tell whether a word drafted with probabilities q stands where the last layer has p."""
-        if not self.temperature:
-            return p[word] == 1.0
-        return self.uniform() * q[word] < p[word]
+    def verified(self, word: int, q: np.ndarray | None, logits: Tensor) -> tuple[int, bool]:
+        """Return the word that stands in the place of one drafted with ``q``, and whether it is that."""
+        if q is None:
+            chosen, _ = self.choose(logits)
+            return chosen, chosen == word
+        p = self.probabilities(logits)
+        if self.uniform() * q[word] < p[word]:
+            return word, True
+        return int(draw(np.maximum(p - q, 0), self.uniform())), False
 
 
 class _Text:
-    """One sequence: its words, and keys and values of all of them but the last.
+    """One sequence: its words, and keys and values of the first ``cached`` of them.
 
     Attributes:
-        seen: counts as those of :class:`~earlyexit.exits.generation.Generated`.
+        seen: counts as those of :class:`~earlyexit.exits.generation.Generated`; of a prompt only the
+            last word counts, as of one that was said.
         proposed: positions whose next word was drafted and stood.
     """
 
@@ -154,10 +164,8 @@ class _Text:
     ):
         self.model, self.drafts, self.words, self.stops = model, drafts, words, stops
         self.ids, self.ended, self.proposed = prompt.tolist(), False, set()
-        self.caches: list[Cache] = [[] for _ in range(model.n_layers)]
+        self.cached, self.caches = 0, [[] for _ in range(model.n_layers)]
         self.seen = np.zeros((4, model.n_layers, drafts.longest + 1), dtype=np.int64)
-        if len(self.ids) > 1:
-            self._run(model.embed(prompt[None, :-1])[0], range(model.n_layers))
 
     def _run(self, h: Tensor, stages: range) -> Tensor:
         """Run stages for the positions that follow: states ``(n, D)`` → ``(n, D)``."""
@@ -169,23 +177,28 @@ class _Text:
     def advance(self, room: int) -> None:
         """Draft words, verify them, and add those that stand and one more, at most ``room``."""
         model, exit_layer = self.model, self.drafts.exit_layer
-        first, start = range(exit_layer + 1), len(self.ids) - 1
-        drafted, q, states = [self.ids[-1]], [], []
-        for place in range(min(self.drafts.longest, room - 1) + 1):
-            row = torch.tensor([drafted[-1:]], device=model.decoder.device)
-            states.append(self._run(model.embed(row, start + place)[0], first))
+        first, longest = range(exit_layer + 1), min(self.drafts.longest, room - 1)
+        new, at, drafted, q, states = self.ids[self.cached :], self.cached, [], [], []
+        while True:
+            row = torch.tensor([new], device=model.decoder.device)
+            states.append(self._run(model.embed(row, at)[0], first))
             self.seen[3, first, 0] += 1
-            if place == min(self.drafts.longest, room - 1) or self._doubts(states[-1]):
+            if len(drafted) == longest or self._doubts(states[-1][-1:]):
                 break
-            q.append(self.words.probabilities(model.head(exit_layer)(states[-1])[0]))
-            drafted.append(self.words.one(q[-1]))
-            self.seen[0, exit_layer, place] += 1
+            word, probabilities = self.words.choose(model.head(exit_layer)(states[-1][-1:])[0])
+            self.seen[0, exit_layer, len(drafted)] += 1
+            drafted.append(word)
+            q.append(probabilities)
+            if word in self.stops:
+                break  # no word comes after it
+            new, at = [word], at + len(new)
         rest = range(exit_layer + 1, model.n_layers)
         self.seen[3, rest, len(states) - 1] += len(states)
-        logits = model.head(model.n_layers - 1)(self._run(torch.cat(states), rest))
-        self._take(start, drafted[1:], q, logits)
+        verified = self._run(torch.cat(states), rest)[-len(states) :]
+        self._take(drafted, q, model.head(model.n_layers - 1)(verified))
+        self.cached = len(self.ids) - 1
         self.caches = [
-            [tuple(t[:, :, : len(self.ids) - 1] for t in layer) for layer in stage]
+            [tuple(t[:, :, : self.cached] for t in layer) for layer in stage]
             for stage in self.caches
         ]
 
@@ -193,24 +206,22 @@ class _Text:
         """Tell whether the exit's gate does not expect the last layer to agree."""
         if not self.drafts.agreement:
             return False
-        at = exit_state(self.model, self.drafts.exit_layer, state, self.before)
+        at = exit_state(self.model, self.drafts.exit_layer, state, self.before[-1:])
         return CRITERIA["agreement"].score(at).item() < self.drafts.agreement
 
-    def _take(self, start: int, drafted: list[int], q: list[np.ndarray], logits: Tensor) -> None:
+    def _take(self, drafted: list[int], q: list[np.ndarray | None], logits: Tensor) -> None:
         """Add the words that stand, and the word that the last layer chooses after them."""
         exit_layer = self.drafts.exit_layer
         for place, word in enumerate(drafted):
-            p = self.words.probabilities(logits[place])
+            chosen, stands = self.words.verified(word, q[place], logits[place])
             self.seen[1, exit_layer, place] += 1
-            if not self.words.stands(word, p, q[place]):
-                self._add(self.words.one(np.maximum(p - q[place], 0)))
+            if stands:
+                self.seen[2, exit_layer, place] += 1
+                self.proposed.add(len(self.ids) - 1)
+            self._add(chosen)
+            if self.ended or not stands:
                 return
-            self.seen[2, exit_layer, place] += 1
-            self.proposed.add(start + place)
-            self._add(word)
-            if self.ended:
-                return
-        self._add(self.words.one(self.words.probabilities(logits[len(drafted)])))
+        self._add(self.words.choose(logits[len(drafted)])[0])
 
     def _add(self, word: int) -> None:
         self.ids.append(word)
@@ -239,7 +250,7 @@ def run_on(model: PretrainedModel, stage: int, h: Tensor, cache: Cache) -> tuple
     return h, made
 
 
-def _generated(texts: list[_Text], known: int, n_layers: int) -> Generated:
+def _generated(texts: list[_Text], known: int, n_layers: int, device: torch.device) -> Generated:
     longest = max(len(text.ids) for text in texts)
     ids = torch.full((len(texts), longest), IGNORE)
     exits = torch.full((len(texts), longest - 1), IGNORE)
@@ -249,4 +260,5 @@ def _generated(texts: list[_Text], known: int, n_layers: int) -> Generated:
         exits[b, sorted(text.proposed)] = text.drafts.exit_layer
     new = torch.tensor([len(text.ids) - known for text in texts])
     seen = torch.from_numpy(sum(text.seen for text in texts))
-    return Generated(ids, exits, new, seen[3].sum().item() / max(1, int(new.sum())), seen)
+    layers = seen[3].sum().item() / max(1, int(new.sum()))
+    return Generated(ids.to(device), exits.to(device), new.to(device), layers, seen)

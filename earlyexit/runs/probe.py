@@ -83,7 +83,8 @@ class ProbeConfig(Checked):
         n_candidates: policies from which certificates choose; each is run over all that certifies.
         document_tokens: to which the documents of all but the training split are cut.
         timed_windows, repeats: of the timed batch.
-        assisted_tokens: new tokens of each decoding by other libraries' early exits; 0: it is left out.
+        assisted_tokens: new tokens of each decoding by drafts, at most those that the window leaves
+            beside a prompt; 0: it is left out.
         seed: of the order of windows, words and gates.
     """
 
@@ -292,11 +293,14 @@ class Probe:
 
     @cached_property
     def peers(self) -> pd.DataFrame:
-        """Return how fast other libraries decode by early exits; empty if it was not asked for."""
+        """Return how fast early exits decode, here and elsewhere; empty if it was not asked for."""
         if not self.config.assisted_tokens:
             return pd.DataFrame()
         prompts = self._batch(2)[0][:, : min(32, self.model.n_seq // 2)]
-        return peer_table(self.model, prompts, self.config.assisted_tokens, 2)
+        room = self.model.n_seq + 1 - prompts.shape[1]
+        return peer_table(
+            self.model, prompts, min(room, self.config.assisted_tokens), self.config.repeats
+        )
 
     def exit_table(self) -> pd.DataFrame:
         """Return the quality of every exit on the test split."""

@@ -40,7 +40,7 @@ def page(probe: Probe, epsilon: float) -> str:
         ),
     ]
     if len(probe.peers):
-        parts += ["", "Other libraries' early exits, greedy decoding:"]
+        parts += ["", "Greedy decoding, with drafts by exits, here and by other libraries:"]
         peers = probe.peers[PEERS].assign(speedup_time=_with_interval(probe.peers))
         parts += [_plain(peers), *_sources(probe.peers)]
     parts += [
