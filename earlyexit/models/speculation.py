@@ -2,10 +2,10 @@
 
 The words are those of the decoder as it is (self-speculation; Zhang et al. 2024, *Draft & Verify*;
 LayerSkip, Elhoushi et al. 2024), up to rounding, by which nearly equal logits change places: hardly ever
-in float32, often in half precision. The first stages and an exit's head propose words one by one, as long
-as the exit's gate expects the last layer to agree, and the remaining stages run all of them at once.
-Going back is cutting keys and values off. Full depth, without a draft, is decoded in the same way, so
-that both can be timed against each other.
+in float32, often in half precision. The first stages and an exit's head propose words one by one, as
+long as the exit's gate expects the last layer to agree, and the remaining stages run all of them at
+once. Going back is cutting keys and values off. Full depth, without a draft, is decoded in the same way,
+so that both can be timed against each other.
 """
 
 from __future__ import annotations
