@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from earlyexit.evaluation.claims import (
+    COMBINED,
     FROZEN,
     claimed_test_rows,
     claims_and_certificates,
@@ -99,6 +100,7 @@ def test_every_promise_is_settled_by_one_number():
     front = pd.DataFrame(
         {
             "criterion": ["gate", "gate", "static"],
+            "epsilon": [0.05, 0.2, np.nan],
             "quality_loss": [0.05, 0.2, 0.1],
             "speedup_time": [2.1, 4, 2],
             "exit_layer": [np.nan, np.nan, 1],
@@ -108,11 +110,13 @@ def test_every_promise_is_settled_by_one_number():
     assert len(table) == 11 and set(table["verdict"]) == {"held"}
     tables["part_times"]["share_of_block"] = 0.4
     tables["costs"]["share_of_block"] = 0.3
-    late = front.assign(quality_loss=[0.06, 0.2, 0.1])  # what is fast enough loses too much
+    late = front.assign(quality_loss=[0.06, 0.2, 0.1])  # the policy fitted to 5 % loses too much
     table = verdicts(tables, late).set_index("claim")["verdict"]
     assert table["exit check / layer"] == table["confidence / layer"] == "cannot hold"
     assert table["time, within 5%"] == "not held"
     assert (table == "held").sum() == 8
+    open_yet = verdicts(tables, late, combinations_settle=False).set_index("claim")["verdict"]
+    assert (open_yet[list(COMBINED)] == "not settled").all() and (open_yet == "held").sum() == 3
     tables["recipes"]["real_loss_twin"] = 0.051  # as fast as promised, but at a larger loss
     assert verdicts(tables, late).set_index("claim")["verdict"][FROZEN] == "not held"
     tables["claimed_products"]["positions"] = 2.0  # three layers and a half of the positions: 6 < 8
