@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from earlyexit.corpus.corpus import Corpus
+from earlyexit.evaluation.recipes import WITHOUT_EXITS
 from earlyexit.models.resnet_bk import EarlyExitLanguageModel
 from earlyexit.runs import cache
 from earlyexit.runs.cache import Trained
@@ -41,12 +42,9 @@ def train_system(study: Source, system: System, seed: int, budget: Budget) -> Tr
     }
     changes = {key: value for part in system.parts for key, value in options[part].items()}
     changes |= system.changes
-    # The same for all: tokens cannot exit singly where blocks exit, nor where halting decides.
-    training = {
-        "epochs": budget.epochs, "batch_size": budget.batch_size, "exit_sampling": "one"
-    }  # fmt: skip
+    training = {"epochs": budget.epochs, "batch_size": budget.batch_size}
     if not system.exits or "ACT" in system.parts:  # ACT's head reads averages: exits come later
-        training["exit_loss_weight"] = 0.0
+        training |= WITHOUT_EXITS
     return study.train(
         seed, changes, training, budget.tokens,
         fit_tokens=budget.validation_tokens, kind=system.kind,
