@@ -4,7 +4,7 @@ Code is compared definition by definition. From the names that a notebook or a t
 *closure* follows every name to the top-level function, class or assignment that defines it, and
 from there on, inside the package. Each definition counts by its syntax tree, without what changes no
 result: comments, layout, docstrings, the messages of errors and warnings, and decorators that only
-refuse or verify (``CHECKS``). So editing one figure makes stale what draws it, and a better message in
+refuse or verify (``CHECKS``); what writes the page and the cards (``WRITES``) does not count. So editing one figure makes stale what draws it, and a better message in
 the reader of texts retrains nothing.
 
 The closure has two limits: a method is found through the class that an annotation names, so a
@@ -29,6 +29,8 @@ from earlyexit.runs.paths import PACKAGE
 
 # Decorators of earlyexit.checked and runs.kept.
 CHECKS = ("bounded", "listed", "refused", "verified")
+# It writes of results that are there, in templates, which count as little.
+WRITES = "earlyexit/runs/publish.py"
 PARAMETERS = "parameters"  # tag of the cell with a notebook's defaults
 DIGITS = 16  # hexadecimal digits kept of a definition's digest
 PARSER = Lock()  # python 3.11 fails with SystemError when two threads make syntax trees at once
@@ -142,6 +144,11 @@ def read_notebook(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path.name} is no notebook: {error}") from None
+
+
+def code_cells(path: Path) -> list[str]:
+    """Return the source of each code cell."""
+    return [source for source, _ in _code_cells(path)]
 
 
 def _code_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -324,6 +331,8 @@ class _Source:
                 continue
             seen.add(target)
             module, name = self.module(target[0]), target[1]
+            if self._relative(self.path(module.name)) == WRITES:
+                continue
             if name == "*":
                 waiting += ((module.name, inner) for inner in module.definitions)
                 waiting += (t for b in module.bindings.values() for t in self.named(*b))

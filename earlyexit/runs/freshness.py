@@ -89,7 +89,9 @@ def fingerprint(
         UsageError: a cell of the notebook does not parse.
     """
     values = resolved.parameters[path.stem]
-    inputs = {name: _tables(published(project, resolved.label, name)) for name in upstream}
+    inputs = {
+        name: tables_read(path, published(project, resolved.label, name)) for name in upstream
+    }
     if values["data_dir"]:
         inputs[TEXT] = digests.of_files(Path(values["data_dir"]))
     own = {k: v for k, v in values.items() if k not in ("overrides", "data_dir")}
@@ -118,7 +120,8 @@ def reasons(project: Project, record: Record | None, current: Fingerprint) -> li
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     """Return what differs between two fingerprints, part by part.
 
-    Local text is compared only where the new fingerprint has it.
+    Local text is compared only where the new fingerprint has it, and so is code: what is used no longer
+    shows in what used it.
     """
 
     def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -127,16 +130,23 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     inputs = {key: value for key, value in old.inputs.items() if key != TEXT or key in new.inputs}
     values, now = old.parameters, new.parameters
     found = [f"parameter {k}: {values.get(k)} -> {now.get(k)}" for k in changed(values, now)]
-    found += [f"{key} changed" for key in changed(old.code, new.code) if not key.startswith(TELLS)]
+    code = [key for key in changed(old.code, new.code) if key in new.code]
+    found += [f"{key} changed" for key in code if not key.startswith(TELLS)]
     return found + [f"input {key} changed" for key in changed(inputs, new.inputs)]
 
 
-def _tables(record: Record | None) -> str | None:
-    """Return the digest of a notebook's tables, which is all that another notebook reads of it."""
+def tables_read(path: Path, record: Record | None) -> str | None:
+    """Return the digest of another notebook's tables that this one reads.
+
+    They are those that it names in cells which read tables, and that of the training, which tells the
+    weights. None: the other was never run.
+    """
     if record is None:
         return None
-    files = record.files.items()
-    return digests.of_object({name: f.sha256 for name, f in files if name.endswith(".csv")})
+    read = "".join(cell for cell in digests.code_cells(path) if "read_table(" in cell)
+    stems = {name: Path(name).stem for name in record.files if name.endswith(".csv")}
+    used = [n for n, stem in stems.items() if stem == "training" or f'"{stem}"' in read]
+    return digests.of_object({name: record.files[name].sha256 for name in used})
 
 
 def training_work(profile: Profile, seeds: int) -> float | None:

@@ -177,7 +177,7 @@ CASES = {
     "price_of_certainty": ((CERTIFICATES,), 1),
     "propagation": ((PROPAGATION,), 2),
     "propagation_by": ((PROPAGATION, "position"), 1),
-    "recipes": ((EXITS,), 1),
+    "recipes": ((EXITS.assign(difference=0.03 * EXITS["exit"], gate_speedup_layers=2.0),), 1),
     "reliability": ((BINS, ERRORS), 4),
     "reliability_diagram": ((BINS, ERRORS, 1), 1),
     "rivals": ((RIVALS,), 2),

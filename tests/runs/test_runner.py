@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
@@ -482,3 +483,22 @@ def test_a_notebook_of_existing_models_is_left_out_where_transformers_is_not(
     assert main(["run", "--profile", "smoke", "--only", "01", "09"]) == 2
     assert "09_existing_models: existing models need" in capsys.readouterr().err
     assert ran == ["01_build", "02_plot"]
+
+
+def test_another_notebook_s_table_counts_where_it_is_read(tmp_path):
+    """And the training, which tells the weights, always; a name outside a cell that reads does not."""
+    cells = ['x = "costs"', 'study.read_table("depth")']
+    path = tmp_path / "03_read.ipynb"
+    path.write_text(
+        json.dumps({"cells": [{"cell_type": "code", "source": c, "metadata": {}} for c in cells]})
+    )
+
+    def digest(**tables):
+        files = {f"results/cpu/{name}.csv": SimpleNamespace(sha256=s) for name, s in tables.items()}
+        return freshness.tables_read(path, SimpleNamespace(files=files))
+
+    known = {"training": "a", "depth": "b", "costs": "c"}
+    assert digest(**known) == digest(**known | {"costs": "other"})
+    assert digest(**known) != digest(**known | {"depth": "other"})
+    assert digest(**known) != digest(**known | {"training": "other"})
+    assert freshness.tables_read(path, None) is None
