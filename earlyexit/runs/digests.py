@@ -4,8 +4,8 @@ Code is compared definition by definition. From the names that a notebook or a t
 *closure* follows every name to the top-level function, class or assignment that defines it, and
 from there on, inside the package. Each definition counts by its syntax tree, without what changes no
 result: comments, layout, docstrings, the messages of errors and warnings, and decorators that only
-refuse or verify (``CHECKS``); what writes the page and the cards (``WRITES``) does not count. So editing one figure makes stale what draws it, and a better message in
-the reader of texts retrains nothing.
+refuse or verify (``CHECKS``). What writes the page and the cards does not count (``WRITES``). So editing
+one figure makes stale what draws it, and a better message in the reader of texts retrains nothing.
 
 The closure has two limits: a method is found through the class that an annotation names, so a
 function must annotate the objects whose methods it calls; and a data file of the package counts only
