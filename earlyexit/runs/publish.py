@@ -19,6 +19,7 @@ from earlyexit.atomic import atomic_path
 from earlyexit.calibration.audit import PROCEDURES
 from earlyexit.calibration.bounds import seed_interval
 from earlyexit.cost.training import H100, training_cost
+from earlyexit.evaluation.claims import COMBINED
 from earlyexit.evaluation.compare import span
 from earlyexit.evaluation.rivals import over_alone
 from earlyexit.runs.artifacts import MissingResult, owner_of, read_table
@@ -108,6 +109,7 @@ def block(template: str, profile: str, root: Path) -> str:
         epsilon=EPSILON,
         procedures=list(PROCEDURES),
         studies=_studies(root),
+        combined=COMBINED,
         table=partial(read_table, profile, root=root),
         owner=lambda file: owner_of(f"results/{profile}/{file}", project(root).published(profile)),
     )
